@@ -1,0 +1,66 @@
+"""How a key manager sees a kernel, whichever it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+from kernel_shim.model import (
+    AcquireSequence,
+    Capabilities,
+    Direction,
+    IPAddress,
+    KernelEvent,
+    Policy,
+    SaId,
+    SaStatus,
+    SecurityAssociation,
+    Selector,
+    Spi,
+    SpiRequest,
+)
+
+
+class ChannelClosed(ConnectionError):
+    """The kernel side went away; every request that was under way ends with this."""
+
+
+class KernelChannel(Protocol):
+    """A connection to one kernel. Requests raise `KernelError` when refused, `TimeoutError` when unanswered, `ChannelClosed`.
+
+    Every request ends; a request that timed out may be made again, for each of them is idempotent or its repetition is recognised.
+    """
+
+    def capabilities(self) -> Capabilities: ...
+
+    def on_event(self, listener: Callable[[KernelEvent], None]) -> None:
+        """`listener` is called from the event loop for each event, in order."""
+
+    def on_closed(self, listener: Callable[[], None]) -> None:
+        """`listener` is called once when the kernel side went away without `close`."""
+
+    async def open(self) -> None: ...
+    async def close(self) -> None: ...
+
+    async def get_spi(self, request: SpiRequest) -> Spi: ...
+    async def add_sa(self, sa: SecurityAssociation) -> None: ...
+    async def update_sa(self, sa: SecurityAssociation) -> None: ...
+    async def delete_sa(self, sa: SaId) -> None: ...
+    async def get_sa(self, sa: SaId) -> SaStatus: ...
+    async def sas(self) -> Sequence[SaStatus]: ...
+    async def flush_sas(self) -> None: ...
+
+    async def add_policy(self, policy: Policy) -> Policy: ...
+    async def update_policy(self, policy: Policy) -> Policy: ...
+    async def delete_policy(self, direction: Direction, selector: Selector) -> None: ...
+    async def policies(self) -> Sequence[Policy]: ...
+    async def flush_policies(self) -> None: ...
+
+    async def acquire_failed(self, sequence: AcquireSequence, errno: int) -> None: ...
+
+    async def bind(self, address: IPAddress) -> tuple[int, int]:
+        """Descriptors (port 500, port 4500) of the IKE sockets of a local address; the caller owns them. Only where `binds_ike_sockets`."""
+
+    async def unbind(self, address: IPAddress) -> None: ...
+
+    async def statistics(self) -> Mapping[str, int]: ...

@@ -1,0 +1,112 @@
+"""The typed configuration: what swanctl.conf says, checked, in SI units. Immutable.
+
+Option names are those of swanctl.conf(5); an attribute has the option's name. Times are seconds (float), 0 is off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+from kernel_shim.model import Action, Mode, PortRange, TrafficSelector, Unresolved
+from vpnd.ike.identity import Identity
+from vpnd.ike.proposal import Proposal
+
+
+class StartAction(Enum):
+    NONE = "none"
+    TRAP = "trap"
+    START = "start"
+
+
+class AuthMethod(Enum):
+    PSK = "psk"
+    PUBKEY = "pubkey"
+
+
+@dataclass(frozen=True, slots=True)
+class AuthRound:
+    """A `local*` or `remote*` section. `id` None: for local the certificate's subject or the address; for remote any identity."""
+
+    auth: AuthMethod = AuthMethod.PUBKEY
+    id: Identity | None = None
+    certs: tuple[bytes, ...] = ()  # DER
+    cacerts: tuple[bytes, ...] = ()  # DER
+    signature_schemes: tuple[str, ...] = ()  # constraints after `auth = pubkey-...` or `ike:...`; empty: any strong one
+
+
+@dataclass(frozen=True, slots=True)
+class TsTemplate:
+    """An entry of `local_ts` or `remote_ts`. `addresses` None is `dynamic`: the IKE endpoint's own address, filled in when it is known."""
+
+    addresses: TrafficSelector | None
+    protocol: int = 0
+    ports: PortRange = field(default_factory=PortRange)
+
+
+@dataclass(frozen=True, slots=True)
+class ChildConfig:
+    name: str
+    esp_proposals: tuple[Proposal, ...]
+    local_ts: tuple[TsTemplate, ...]
+    remote_ts: tuple[TsTemplate, ...]
+    mode: Mode = Mode.TUNNEL
+    start_action: StartAction = StartAction.NONE
+    action: Action = Action.PROTECT  # `mode = pass | drop` are BYPASS and DISCARD shunts
+    rekey_time: float = 3600.0  # soft lifetime
+    life_time: float = 3960.0  # hard lifetime
+    rekey_bytes: int = 0
+    life_bytes: int = 0
+    rekey_packets: int = 0
+    life_packets: int = 0
+    replay_window: int = 32
+    priority: int = 0  # 0: by the selector's size
+    reqid: int = 0  # 0: given by the manager
+    hw_offload: bool = False
+    unresolved: Unresolved = Unresolved.QUEUE  # our own option: `unresolved = queue | eagain | block | drop`
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionConfig:
+    name: str
+    proposals: tuple[Proposal, ...]
+    local: tuple[AuthRound, ...]
+    remote: tuple[AuthRound, ...]
+    children: Mapping[str, ChildConfig]
+    local_addrs: tuple[str, ...] = ("%any",)
+    remote_addrs: tuple[str, ...] = ("%any",)
+    local_port: int = 500
+    remote_port: int = 500
+    encap: bool = False  # force UDP encapsulation; the manager also forces it where the kernel requires it
+    dpd_delay: float = 0.0
+    dpd_timeout: float = 0.0
+    keyingtries: int = 1  # 0: for ever
+    send_cert: str = "ifasked"
+    send_certreq: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class PrivateKeySource:
+    """A private key as the file or a peer of the control socket gave it; `data` is PEM or DER."""
+
+    data: bytes = field(repr=False)
+    passphrase: bytes | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class SharedSecret:
+    """A `secrets.ike*` section: a pre-shared key and the identities that it is for (none: for all)."""
+
+    name: str
+    data: bytes = field(repr=False)
+    owners: tuple[Identity, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    connections: Mapping[str, ConnectionConfig] = field(default_factory=dict)
+    shared: Mapping[str, SharedSecret] = field(default_factory=dict)
+    private_keys: tuple[PrivateKeySource, ...] = ()
+    certificates: tuple[bytes, ...] = ()  # DER, end entity
+    authorities: tuple[bytes, ...] = ()  # DER, trusted CAs

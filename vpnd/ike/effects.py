@@ -1,0 +1,164 @@
+"""What the IKE core asks of the world. A step of an IKE SA returns these in the order in which they must happen.
+
+The manager carries them out one after another for one IKE SA: `Send` after `InstallSa` means that the packet leaves
+once the kernel has confirmed the SA.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from kernel_shim.model import Endpoint, Mode, SaId, SecurityAssociation, Spi, TrafficSelector
+from vpnd.ike.identity import Identity
+
+
+class Reason(Enum):
+    """Why an IKE SA or a CHILD_SA did not come up or went away; the closed list that logs, metrics and the control socket share."""
+
+    AUTHENTICATION_FAILED = "authentication failed"
+    PEER_AUTHENTICATION_FAILED = "peer refused our authentication"
+    NO_PROPOSAL_CHOSEN = "no proposal chosen"
+    TS_UNACCEPTABLE = "traffic selectors unacceptable"
+    NO_MATCHING_CONNECTION = "no matching connection"
+    NO_CREDENTIALS = "no credentials"
+    INVALID_KE_PAYLOAD = "key exchange group refused"
+    INVALID_SYNTAX = "invalid syntax"
+    UNSUPPORTED_CRITICAL_PAYLOAD = "unsupported critical payload"
+    PEER_ERROR = "peer sent an error"
+    NO_ADDITIONAL_SAS = "peer accepts no additional SAs"
+    TEMPORARY_FAILURE = "peer is temporarily unable"
+    KERNEL_REFUSED = "kernel refused the SA"
+    PEER_SILENT = "peer does not answer"
+    HALF_OPEN_TIMEOUT = "peer did not complete the exchange"
+    PEER_DELETED = "deleted by the peer"
+    DELETED = "deleted"
+    EXPIRED = "lifetime expired"
+    REPLACED = "replaced"
+    KERNEL_LOST = "kernel side lost the SA"
+    SHUTDOWN = "shutdown"
+
+
+@dataclass(frozen=True, slots=True)
+class ChildSa:
+    """A CHILD_SA as negotiated. `id` is unique in its daemon. Both SAs carry keys; the reprs hide them."""
+
+    id: int
+    name: str  # of the child configuration
+    reqid: int
+    mode: Mode
+    local_ts: tuple[TrafficSelector, ...]
+    remote_ts: tuple[TrafficSelector, ...]
+    inbound: SecurityAssociation
+    outbound: SecurityAssociation
+    encapsulated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """A datagram from `local` to `remote`, without non-ESP marker: the socket of port 4500 adds it (RFC 7296 section 2.23)."""
+
+    local: Endpoint
+    remote: Endpoint
+    data: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class SendKeepalive:
+    """The one octet 0xFF that keeps a NAT mapping (RFC 3948 section 2.3)."""
+
+    local: Endpoint
+    remote: Endpoint
+
+
+@dataclass(frozen=True, slots=True)
+class AllocateSpi:
+    """An inbound SPI is needed; the answer goes to `IkeSa.spi_allocated(token, spi or None, now)`."""
+
+    token: int
+    child: str
+    local: Endpoint
+    remote: Endpoint
+    mode: Mode
+
+
+@dataclass(frozen=True, slots=True)
+class InstallSa:
+    """Give an SA to the kernel. A refusal goes to `IkeSa.install_failed(child_id, now)`, and the rest of the step's effects for that child are dropped by the core."""
+
+    child_id: int
+    sa: SecurityAssociation
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveSa:
+    """Take an SA out of the kernel; that it is gone already is no error. `sa` may be larval (an SPI that was never used)."""
+
+    sa: SaId
+
+
+@dataclass(frozen=True, slots=True)
+class IkeEstablished:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class IkeClosed:
+    """The IKE SA is over; no effect follows. `detail` names peer and identity, never a secret."""
+
+    reason: Reason
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ChildEstablished:
+    child: ChildSa
+
+
+@dataclass(frozen=True, slots=True)
+class ChildClosed:
+    child: ChildSa
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True)
+class ChildFailed:
+    """A CHILD_SA that we asked for did not come about. `spi` is the one to give back."""
+
+    name: str
+    reason: Reason
+    spi: Spi | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class AuthenticationRejected:
+    """For the log: we refused the peer (or could not authenticate ourselves). `why` is safe to print."""
+
+    connection: str | None
+    peer: Identity | None
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class InitialContact:
+    """The peer says it has no other IKE SA with us (RFC 7296 section 2.4): close those of the same identities."""
+
+    local: Identity
+    remote: Identity
+
+
+Effect = (
+    Send
+    | SendKeepalive
+    | AllocateSpi
+    | InstallSa
+    | RemoveSa
+    | IkeEstablished
+    | IkeClosed
+    | ChildEstablished
+    | ChildClosed
+    | ChildFailed
+    | AuthenticationRejected
+    | InitialContact
+)
