@@ -190,11 +190,7 @@ class TrafficSelector:
     ports: PortRange = ANY_PORT
 
     def contains(self, other: TrafficSelector) -> bool:
-        return (
-            self.addresses.contains(other.addresses)
-            and self.protocol in (ANY_PROTOCOL, other.protocol)
-            and self.ports.contains(other.ports)
-        )
+        return self.addresses.contains(other.addresses) and self.protocol in (ANY_PROTOCOL, other.protocol) and self.ports.contains(other.ports)
 
     def intersection(self, other: TrafficSelector) -> TrafficSelector | None:
         """RFC 7296 section 2.9: what narrowing yields; None when the two share no packet."""
@@ -250,9 +246,7 @@ class Selector:
         return cls(source.addresses, destination.addresses, source.protocol or destination.protocol, source.ports, destination.ports)
 
     def reversed(self) -> Selector:
-        return Selector(
-            self.destination, self.source, self.protocol, self.destination_ports, self.source_ports, self.if_id, self.mark
-        )
+        return Selector(self.destination, self.source, self.protocol, self.destination_ports, self.source_ports, self.if_id, self.mark)
 
     @property
     def version(self) -> int:

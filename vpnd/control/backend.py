@@ -143,7 +143,9 @@ class ControlBackend(Protocol):
         """`listener` gets every event until the returned function is called. It must not block."""
 
     def stats(self) -> DaemonStats: ...
-    async def list_sas(self, *, ike: str | None = None, ike_id: int | None = None, child: str | None = None, child_id: int | None = None) -> Sequence[IkeStatus]:
+    async def list_sas(
+        self, *, ike: str | None = None, ike_id: int | None = None, child: str | None = None, child_id: int | None = None
+    ) -> Sequence[IkeStatus]:
         """The matching IKE SAs, with traffic counters as the kernel has them now."""
 
     def list_policies(self, *, trap: bool, shunt: bool, child: str | None = None, ike: str | None = None) -> Sequence[PolicyStatus]: ...
@@ -169,7 +171,14 @@ class ControlBackend(Protocol):
         """Lines of progress until the CHILD_SA stands; ends with ControlError when it fails or `timeout` (s, 0 none) passes."""
 
     def terminate(
-        self, *, child: str | None = None, ike: str | None = None, child_id: int | None = None, ike_id: int | None = None, force: bool = False, timeout: float = 0.0
+        self,
+        *,
+        child: str | None = None,
+        ike: str | None = None,
+        child_id: int | None = None,
+        ike_id: int | None = None,
+        force: bool = False,
+        timeout: float = 0.0,
     ) -> AsyncIterator[LogLine]:
         """Lines of progress until all that matched is gone. The last step raises ControlError when nothing matched or time ran out."""
 
