@@ -66,7 +66,10 @@ class Kernel(Protocol):
 
     # Key manager
     def acquire_failed(self, sequence: AcquireSequence, errno: int, now: float) -> None:
-        """The key manager gives up on an ACQUIRE (RFC 2367 section 3.1.6): its queue is discarded with a counted reason, ICMP unreachable to the senders, back-off."""
+        """The key manager gives up on an ACQUIRE (RFC 2367 section 3.1.6).
+
+        Its queue is discarded with a counted reason, the senders get ICMP unreachable, the policy backs off.
+        """
 
     def key_manager_listens(self, listening: bool, now: float) -> None:
         """Whether any key manager is registered. ACQUIREs made while none is are state, and are repeated when one comes."""

@@ -375,7 +375,8 @@ class SpiRequest:
 class SaStatus:
     """What a kernel knows of an SA: the SA itself (keys only when the kernel gives them), its state and its use.
 
-    `added` and `used` are seconds of the Unix epoch; `used` is None before the first packet. `sequence` is the last one sent (OUT) or the highest one received (IN).
+    `added` and `used` are seconds of the Unix epoch; `used` is None before the first packet.
+    `sequence` is the last one sent (OUT) or the highest one received (IN).
     """
 
     sa: SecurityAssociation

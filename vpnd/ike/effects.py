@@ -84,7 +84,7 @@ class AllocateSpi:
 
 @dataclass(frozen=True, slots=True)
 class InstallSa:
-    """Give an SA to the kernel. A refusal goes to `IkeSa.install_failed(child_id, now)`, and the rest of the step's effects for that child are dropped by the core."""
+    """Give an SA to the kernel. After a refusal the manager drops the rest of the step and calls `IkeSa.install_failed(child_id, now)`."""
 
     child_id: int
     sa: SecurityAssociation
