@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from kernel_shim.model import Endpoint, Mode, SaId, SecurityAssociation, Spi, TrafficSelector
+from kernel_shim.model import AcquireSequence, Endpoint, Mode, SaId, SecurityAssociation, TrafficSelector
 from vpnd.ike.identity import Identity
 
 
@@ -80,11 +80,13 @@ class AllocateSpi:
     local: Endpoint
     remote: Endpoint
     mode: Mode
+    reqid: int = 0
+    acquire: AcquireSequence = AcquireSequence(0)
 
 
 @dataclass(frozen=True, slots=True)
 class InstallSa:
-    """Give an SA to the kernel. After a refusal the manager drops the rest of the step and calls `IkeSa.install_failed(child_id, now)`."""
+    """Give an SA to the kernel. After a refusal the manager drops the rest of the step and calls `IkeSa.install_failed(child_id, sa.direction, now)`."""
 
     child_id: int
     sa: SecurityAssociation
@@ -123,12 +125,12 @@ class ChildClosed:
 
 @dataclass(frozen=True, slots=True)
 class ChildFailed:
-    """A CHILD_SA that we asked for did not come about. `spi` is the one to give back."""
+    """A CHILD_SA that we asked for did not come about; its SPI was given back by a RemoveSa before. `acquire` is that of `create_child`."""
 
     name: str
     reason: Reason
-    spi: Spi | None = None
     detail: str = ""
+    acquire: AcquireSequence = AcquireSequence(0)
 
 
 @dataclass(frozen=True, slots=True)

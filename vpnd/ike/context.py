@@ -1,0 +1,87 @@
+"""What an IKE SA needs from its daemon, and the settings that bound it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Protocol
+
+from kernel_shim.model import AcquireSequence, Capabilities, Endpoint, Flow
+from vpnd.auth.credentials import CredentialStore
+from vpnd.config.model import ChildConfig, ConnectionConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Retransmission:
+    """strongSwan's schedule (`charon.retransmit_*`): the n-th copy follows after `timeout * base ** n` seconds, with `jitter` (0 to 1) taken off at random.
+
+    After `tries` copies and one more interval the peer counts as silent.
+    """
+
+    timeout: float = 4.0
+    base: float = 1.8
+    tries: int = 5
+    jitter: float = 0.0
+
+    def delay(self, copy: int, random: float) -> float:
+        """Seconds until copy number `copy` (0 is the first); `random` is in [0, 1)."""
+        return self.timeout * self.base**copy * (1.0 - self.jitter * random)
+
+
+@dataclass(frozen=True, slots=True)
+class IkeSettings:
+    """Times in seconds."""
+
+    retransmission: Retransmission = field(default_factory=Retransmission)
+    half_open_timeout: float = 30.0  # a responder waits this long for IKE_AUTH
+    keepalive: float = 20.0  # NAT keepalives, RFC 3948 section 4; 0 is off
+    force_encapsulation: bool = False  # the kernel can do ESP only in UDP
+    vendor_id: bytes = b""  # ours; empty: none is sent
+    initial_contact: bool = True
+
+
+class IkeContext(Protocol):
+    """`vpnd.manager.Manager` implements it; tests bring their own. Every call is synchronous and quick."""
+
+    @property
+    def settings(self) -> IkeSettings: ...
+
+    @property
+    def capabilities(self) -> Capabilities: ...
+
+    @property
+    def credentials(self) -> CredentialStore: ...
+
+    def entropy(self, octets: int) -> bytes: ...
+
+    def utc(self, now: float) -> datetime:
+        """The wall clock (aware, UTC) at the monotonic time `now`; certificates are checked against it."""
+
+    def new_ike_spi(self) -> int:
+        """An SPI of 64 bits, not 0, that no other IKE SA of this daemon uses."""
+
+    def new_ike_id(self) -> int:
+        """`unique_id` of the next IKE SA."""
+
+    def new_child_id(self) -> int:
+        """`ChildSa.id` of the next CHILD_SA."""
+
+    def candidates(self, local: Endpoint, remote: Endpoint) -> Sequence[ConnectionConfig]:
+        """Connections whose addresses fit an IKE_SA_INIT request that came from `remote` to `local`, best first."""
+
+    def reqid(self, connection: ConnectionConfig, child: ChildConfig) -> int:
+        """The reqid of a CHILD_SA that the peer asked for: that of its installed trap, or a new one."""
+
+    def first_contact(self, connection: ConnectionConfig) -> bool:
+        """Whether no other IKE SA stands with the peer of this connection, so that INITIAL_CONTACT may be said."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChildRequest:
+    """A CHILD_SA that we are to bring up. `flow` is the packet that asked for it, `acquire` the kernel's number of that, `reqid` 0: ask the context."""
+
+    child: ChildConfig
+    flow: Flow | None = None
+    acquire: AcquireSequence = AcquireSequence(0)
+    reqid: int = 0

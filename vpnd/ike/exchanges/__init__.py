@@ -1,0 +1,1 @@
+"""The exchanges of RFC 7296, one a file."""
