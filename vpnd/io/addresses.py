@@ -1,0 +1,70 @@
+"""Which addresses this host has, and which one it would use towards a peer."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from ipaddress import ip_address
+from typing import Final
+
+from pyroute2 import AsyncIPRoute
+
+from kernel_shim.model import PORT_IKE, IPAddress
+
+MAXIMUM_ADDRESSES: Final = 256  # sockets are opened for each one
+RTMGRP_ADDRESSES: Final = 0x10 | 0x100  # RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR
+IFA_F_UNUSABLE: Final = 0x08 | 0x40 | 0x20  # DADFAILED | TENTATIVE | DEPRECATED
+RT_SCOPE_LINK: Final = 253
+
+
+def usable(address: IPAddress) -> bool:
+    return not (address.is_loopback or address.is_link_local or address.is_multicast or address.is_unspecified)
+
+
+async def local_addresses() -> list[IPAddress]:
+    """The addresses on which a peer can reach this host, at most `MAXIMUM_ADDRESSES`."""
+    found: list[IPAddress] = []
+    async with AsyncIPRoute() as route:
+        async for message in await route.get_addr():
+            text = message.get("IFA_LOCAL") or message.get("IFA_ADDRESS")
+            if text is None or message["scope"] >= RT_SCOPE_LINK or (message.get("IFA_FLAGS") or message["flags"]) & IFA_F_UNUSABLE:
+                continue
+            address = ip_address(text)
+            if usable(address) and address not in found:
+                found.append(address)
+    return found[:MAXIMUM_ADDRESSES]
+
+
+async def watch_addresses(changed: Callable[[], None]) -> None:
+    """Call `changed` for every change of the host's addresses, until cancelled. Messages are only a hint to look again."""
+    async with AsyncIPRoute() as route:
+        await route.bind(RTMGRP_ADDRESSES)
+        while True:
+            async for _message in route.get():
+                changed()
+
+
+def source_towards(remote: IPAddress, mark: int) -> IPAddress | None:
+    """The source address that the host's routing chooses for `remote`, with our own mark, so that capture routes do not count."""
+    family = socket.AF_INET if remote.version == 4 else socket.AF_INET6
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
+            probe.connect((str(remote), PORT_IKE))
+        except OSError:
+            return None
+        return ip_address(probe.getsockname()[0].partition("%")[0])
+
+
+async def resolve(host: str) -> IPAddress | None:
+    """The first address of a host name or address text; None when there is none."""
+    try:
+        return ip_address(host)
+    except ValueError:
+        pass
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, PORT_IKE, type=socket.SOCK_DGRAM)
+    except OSError:
+        return None
+    return ip_address(found[0][4][0]) if found else None
