@@ -8,13 +8,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 
-from kernel_shim.model import Action, Mode, PortRange, TrafficSelector, Unresolved
+from kernel_shim.model import Action, IPAddress, Mode, PortRange, TrafficSelector, Unresolved
 from vpnd.ike.identity import Identity
 from vpnd.ike.proposal import Proposal
 
 
 class StartAction(Enum):
+    """What `start_action` and `dpd_action` ask for; `dpd_action = clear` is NONE, `restart` is START."""
+
     NONE = "none"
     TRAP = "trap"
     START = "start"
@@ -53,13 +56,17 @@ class ChildConfig:
     remote_ts: tuple[TsTemplate, ...]
     mode: Mode = Mode.TUNNEL
     start_action: StartAction = StartAction.NONE
+    dpd_action: StartAction = StartAction.NONE  # what follows when the peer is found dead
     action: Action = Action.PROTECT  # `mode = pass | drop` are BYPASS and DISCARD shunts
     rekey_time: float = 3600.0  # soft lifetime
     life_time: float = 3960.0  # hard lifetime
+    rand_time: float = 360.0  # a random part of it is taken off `rekey_time`
     rekey_bytes: int = 0
     life_bytes: int = 0
+    rand_bytes: int = 0
     rekey_packets: int = 0
     life_packets: int = 0
+    rand_packets: int = 0
     replay_window: int = 32
     priority: int = 0  # 0: by the selector's size
     reqid: int = 0  # 0: given by the manager
@@ -82,6 +89,9 @@ class ConnectionConfig:
     dpd_delay: float = 0.0
     dpd_timeout: float = 0.0
     keyingtries: int = 1  # 0: for ever
+    rekey_time: float = 14400.0
+    over_time: float = 1440.0  # the IKE SA is closed this long after `rekey_time`
+    rand_time: float = 1440.0
     send_cert: str = "ifasked"
     send_certreq: bool = True
 
@@ -110,3 +120,50 @@ class Configuration:
     private_keys: tuple[PrivateKeySource, ...] = ()
     certificates: tuple[bytes, ...] = ()  # DER, end entity
     authorities: tuple[bytes, ...] = ()  # DER, trusted CAs
+
+
+class KernelChoice(Enum):
+    """Which kernel carries the packets."""
+
+    USERSPACE = "userspace"
+    XFRM = "xfrm"
+    PFKEY = "pfkey"
+
+
+class LogFormat(Enum):
+    CONSOLE = "console"
+    JSON = "json"
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonConfig:
+    """The top-level `vpnd` section: the daemon's own settings. Where strongswan.conf(5) has such an option, name and default are its."""
+
+    kernel: KernelChoice = KernelChoice.USERSPACE
+    shim_socket: Path = Path("/run/vpnd/shim.sock")
+    start_shim: bool = True  # start a shim process when none listens
+    control_socket: Path = Path("/run/vpnd/vici.sock")
+    control_mode: int = 0o660
+    control_owner: str | None = None  # name or number; None: who runs the daemon
+    control_group: str | None = None
+    listen: tuple[IPAddress, ...] = ()  # IKE addresses; empty: all of the host
+    log_level: str = "info"  # debug | info | warning | error
+    log_format: LogFormat = LogFormat.CONSOLE
+    cookie_threshold: int = 30  # half-open IKE SAs from which on every initiator must return a cookie; 0: never
+    cookie_threshold_ip: int = 3  # the same for one address
+    block_threshold: int = 5  # half-open IKE SAs of one address that are accepted; 0: any number
+    half_open_limit: int = 1000  # half-open IKE SAs in all
+    half_open_timeout: float = 30.0
+    keep_alive: float = 20.0  # NAT keepalive interval; 0: none
+    retransmit_timeout: float = 4.0  # first retransmission
+    retransmit_base: float = 1.8  # growth of the interval
+    retransmit_tries: int = 5
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedConfiguration:
+    """A configuration file and what it includes. `warnings` are complete sentences with their place."""
+
+    daemon: DaemonConfig = field(default_factory=DaemonConfig)
+    configuration: Configuration = field(default_factory=Configuration)
+    warnings: tuple[str, ...] = ()
