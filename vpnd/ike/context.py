@@ -10,6 +10,7 @@ from typing import Protocol
 from kernel_shim.model import AcquireSequence, Capabilities, Endpoint, Flow
 from vpnd.auth.credentials import CredentialStore
 from vpnd.config.model import ChildConfig, ConnectionConfig
+from vpnd.ike.effects import NO_ACQUIRE
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,5 +84,5 @@ class ChildRequest:
 
     child: ChildConfig
     flow: Flow | None = None
-    acquire: AcquireSequence = AcquireSequence(0)
+    acquire: AcquireSequence = NO_ACQUIRE
     reqid: int = 0

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Final
 
 from kernel_shim.model import AcquireSequence, Endpoint, Mode, SaId, SecurityAssociation, TrafficSelector
 from vpnd.ike.identity import Identity
+
+NO_ACQUIRE: Final = AcquireSequence(0)  # no packet asked
 
 
 class Reason(Enum):
@@ -81,7 +84,7 @@ class AllocateSpi:
     remote: Endpoint
     mode: Mode
     reqid: int = 0
-    acquire: AcquireSequence = AcquireSequence(0)
+    acquire: AcquireSequence = NO_ACQUIRE
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +133,7 @@ class ChildFailed:
     name: str
     reason: Reason
     detail: str = ""
-    acquire: AcquireSequence = AcquireSequence(0)
+    acquire: AcquireSequence = NO_ACQUIRE
 
 
 @dataclass(frozen=True, slots=True)

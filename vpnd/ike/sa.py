@@ -13,7 +13,7 @@ from enum import Enum
 from kernel_shim.model import AcquireSequence, Direction, Endpoint, Flow, Spi
 from vpnd.config.model import ChildConfig, ConnectionConfig
 from vpnd.ike.context import IkeContext
-from vpnd.ike.effects import ChildSa, Effect, Reason
+from vpnd.ike.effects import NO_ACQUIRE, ChildSa, Effect, Reason
 from vpnd.ike.identity import Identity
 from vpnd.ike.proposal import Proposal
 
@@ -100,9 +100,7 @@ class IkeSa:
         """When to call `timer`; may be in the past (call at once). None once closed. Ask again after every input."""
         raise NotImplementedError
 
-    def create_child(
-        self, child: ChildConfig, now: float, *, flow: Flow | None = None, acquire: AcquireSequence = AcquireSequence(0), reqid: int = 0
-    ) -> list[Effect]:
+    def create_child(self, child: ChildConfig, now: float, *, flow: Flow | None = None, acquire: AcquireSequence = NO_ACQUIRE, reqid: int = 0) -> list[Effect]:
         """Bring up a CHILD_SA: ends in ChildEstablished (`child.inbound.acquire` is `acquire`) or ChildFailed (`acquire`)."""
         raise NotImplementedError
 
