@@ -1,0 +1,119 @@
+"""As much DER (X.690) as an AlgorithmIdentifier needs, reader and writer."""
+
+from __future__ import annotations
+
+from typing import Final
+
+_INTEGER: Final = 0x02
+_NULL: Final = 0x05
+_OBJECT_IDENTIFIER: Final = 0x06
+_SEQUENCE: Final = 0x30
+_CONTEXT: Final = 0xA0
+
+MAX_INTEGER_OCTETS: Final = 8  # no number in an AlgorithmIdentifier is larger
+
+
+class DerError(ValueError):
+    """The octets are not the DER that was expected."""
+
+
+class DerReader:
+    """Reads elements one after another and never past its end."""
+
+    __slots__ = ("_data", "_offset")
+
+    def __init__(self, data: bytes) -> None:
+        self._data, self._offset = data, 0
+
+    def at_end(self) -> bool:
+        return self._offset == len(self._data)
+
+    def end(self) -> None:
+        if not self.at_end():
+            raise DerError("trailing octets")
+
+    def sequence(self) -> DerReader:
+        return DerReader(self._element(_SEQUENCE))
+
+    def null(self) -> None:
+        if self._element(_NULL):
+            raise DerError("NULL with content")
+
+    def optional(self, number: int) -> DerReader | None:
+        """The content of the context-specific element `number` if it comes next."""
+        return DerReader(self._element(_CONTEXT | number)) if self._peek() == _CONTEXT | number else None
+
+    def integer(self) -> int:
+        content = self._element(_INTEGER)
+        if not 1 <= len(content) <= MAX_INTEGER_OCTETS:
+            raise DerError("integer of an unexpected length")
+        return int.from_bytes(content, "big", signed=True)
+
+    def object_identifier(self) -> str:
+        content = self._element(_OBJECT_IDENTIFIER)
+        if not content or content[-1] & 0x80:
+            raise DerError("malformed object identifier")
+        arcs: list[int] = []
+        value = 0
+        for octet in content:
+            value = value << 7 | octet & 0x7F
+            if not octet & 0x80:
+                arcs.append(value)
+                value = 0
+        first = min(arcs[0] // 40, 2)
+        return ".".join(str(arc) for arc in (first, arcs[0] - 40 * first, *arcs[1:]))
+
+    def _peek(self) -> int | None:
+        return None if self.at_end() else self._data[self._offset]
+
+    def _element(self, tag: int) -> bytes:
+        if self._peek() != tag:
+            raise DerError(f"no element of tag {tag:#04x}")
+        header = self._data[self._offset + 1 : self._offset + 4]
+        if not header:
+            raise DerError("truncated element")
+        if header[0] < 0x80:
+            length, start = header[0], self._offset + 2
+        elif header[0] == 0x81 and len(header) > 1:
+            length, start = header[1], self._offset + 3
+        elif header[0] == 0x82 and len(header) > 2:
+            length, start = header[1] << 8 | header[2], self._offset + 4
+        else:
+            raise DerError("unexpected length")
+        content = self._data[start : start + length]
+        if len(content) != length:
+            raise DerError("truncated element")
+        self._offset = start + length
+        return content
+
+
+def _element(tag: int, content: bytes) -> bytes:
+    if len(content) < 0x80:
+        return bytes([tag, len(content)]) + content
+    if len(content) < 0x100:
+        return bytes([tag, 0x81, len(content)]) + content
+    return bytes([tag, 0x82]) + len(content).to_bytes(2, "big") + content
+
+
+def sequence(*elements: bytes) -> bytes:
+    return _element(_SEQUENCE, b"".join(elements))
+
+
+def tagged(number: int, content: bytes) -> bytes:
+    """An explicit context-specific tag."""
+    return _element(_CONTEXT | number, content)
+
+
+def integer(value: int) -> bytes:
+    return _element(_INTEGER, value.to_bytes(value.bit_length() // 8 + 1, "big", signed=True))
+
+
+def object_identifier(dotted: str) -> bytes:
+    first, second, *rest = (int(arc) for arc in dotted.split("."))
+    content = bytearray()
+    for arc in (40 * first + second, *rest):
+        groups = [arc & 0x7F]
+        while arc := arc >> 7:
+            groups.append(arc & 0x7F | 0x80)
+        content += bytes(reversed(groups))
+    return _element(_OBJECT_IDENTIFIER, bytes(content))
