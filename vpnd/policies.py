@@ -143,6 +143,10 @@ class PolicyTable:
     def desired(self) -> list[Policy]:
         return [entry.policy for entry in self._entries.values()]
 
+    def get(self, key: PolicyKey) -> Policy | None:
+        entry = self._entries.get(key)
+        return entry.policy if entry else None
+
     def __contains__(self, key: PolicyKey) -> bool:
         return key in self._entries
 

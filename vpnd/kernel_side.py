@@ -1,0 +1,302 @@
+"""The daemon's side of its kernel: which policies and SAs should be there, and the carrying over of the difference.
+
+Policies are level, not edge: a change marks its key, and one synchroniser at a time makes the kernel agree with the table.
+After the kernel side was restarted the policies come back as they should be; SAs do not, for their sequence numbers are
+lost and an outbound key is never installed twice (their owners hear of it and negotiate anew).
+What an earlier run of the daemon left in a kernel that lived on, its orphans, keeps carrying packets until a successor of
+the same selectors stands or `ORPHAN_GRACE` has passed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Awaitable, Callable, Hashable, Sequence
+from typing import Final
+
+import structlog
+
+from kernel_shim.channel.api import ChannelClosed, KernelChannel
+from kernel_shim.model import (
+    Capabilities,
+    Direction,
+    KernelError,
+    KernelEvent,
+    Policy,
+    ReqId,
+    SaId,
+    SaState,
+    SaStatus,
+    SecurityAssociation,
+    Selector,
+    Spi,
+    SpiRequest,
+)
+from vpnd.policies import PolicyKey, PolicyTable
+from vpnd.telemetry.counters import Counters
+
+ORPHAN_GRACE: Final = 30.0  # s, the time a successor has before an earlier run's SAs and policies are removed
+RECONNECT_FIRST: Final = 0.05  # s
+RECONNECT_LAST: Final = 5.0  # s
+REQID_FIRST: Final = 1
+REQID_LAST: Final = 0x7FFFFFFF
+
+Connect = Callable[[], Awaitable[KernelChannel]]
+
+log = structlog.get_logger("kernel")
+
+
+class KernelSide:
+    """Owns the channel. `lost` is called with the ids of SAs that vanished with a kernel; `restored` once policies are back."""
+
+    def __init__(self, connect: Connect, counters: Counters) -> None:
+        self._connect = connect
+        self._counters = counters
+        self._channel: KernelChannel | None = None
+        self._capabilities: Capabilities | None = None
+        self.table: Final = PolicyTable()
+        self._installed: dict[PolicyKey, Policy] = {}
+        self._dirty: dict[PolicyKey, None] = {}
+        self._claims: dict[Hashable, list[Policy]] = {}
+        self._sync_lock = asyncio.Lock()
+        self._ours: dict[SaId, SecurityAssociation] = {}
+        self._orphans: dict[SaId, SaStatus] = {}
+        self._orphan_policies: dict[PolicyKey, Policy] = {}
+        self._orphan_task: asyncio.Task[None] | None = None
+        self._reconnect_task: asyncio.Task[None] | None = None
+        self._next_reqid = REQID_FIRST
+        self._reqids: set[int] = set()
+        self._closing = False
+        self.event: Callable[[KernelEvent], None] = lambda event: None
+        self.lost: Callable[[Sequence[SaId]], None] = lambda ids: None
+        self.restored: Callable[[], None] = lambda: None
+
+    # Life
+
+    async def open(self) -> None:
+        """Attach to the kernel; whatever `connect` raises passes through."""
+        await self._attach()
+
+    async def close(self, *, leave: bool = False) -> None:
+        """Detach. Unless `leave`, every policy and SA of ours goes first."""
+        self._closing = True
+        for task in (self._orphan_task, self._reconnect_task):
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+        channel, self._channel = self._channel, None
+        if channel is None:
+            return
+        if not leave:
+            try:
+                await channel.flush_policies()
+                await channel.flush_sas()
+            except (KernelError, TimeoutError, ChannelClosed) as error:
+                log.warning("kernel not emptied at shutdown", error=str(error))
+        await channel.close()
+
+    @property
+    def channel(self) -> KernelChannel:
+        """Raises ChannelClosed while there is none."""
+        if self._channel is None:
+            raise ChannelClosed("the kernel side is away")
+        return self._channel
+
+    @property
+    def connected(self) -> bool:
+        return self._channel is not None
+
+    def capabilities(self) -> Capabilities:
+        """What the kernel last attached to can do; it stays known while the kernel is away."""
+        if self._capabilities is None:
+            raise ChannelClosed("no kernel was ever attached")
+        return self._capabilities
+
+    async def _attach(self) -> None:
+        channel = await self._connect()
+        self._capabilities = channel.capabilities()
+        channel.on_event(self._on_event)
+        channel.on_closed(self._on_closed)
+        statuses = await channel.sas()
+        standing = {(policy.direction, policy.selector): policy for policy in await channel.policies()}
+        self._channel = channel
+        self._installed = standing
+        self._orphan_policies = {key: policy for key, policy in standing.items() if key not in self.table}
+        for policy in standing.values():
+            self._reqids.update(template.reqid for template in policy.templates)
+        actual = {status.sa.id: status for status in statuses}
+        vanished = [sa for sa in self._ours if sa not in actual]
+        for sa in vanished:
+            del self._ours[sa]
+        self._orphans = {sa: status for sa, status in actual.items() if sa not in self._ours and status.state is not SaState.LARVAL}
+        if self._orphans or self._orphan_policies:
+            log.info("adopting what an earlier run left in the kernel", sas=len(self._orphans), policies=len(self._orphan_policies))
+            self._orphan_task = asyncio.create_task(self._drop_orphans_later(), name="orphans")
+        self._dirty.update(dict.fromkeys((policy.direction, policy.selector) for policy in self.table.desired()))
+        await self._synchronise()
+        if vanished:
+            self._counters.add("kernel_sas_lost", len(vanished))
+            self.lost(vanished)
+
+    def _on_event(self, event: KernelEvent) -> None:
+        self.event(event)
+
+    def _on_closed(self) -> None:
+        if self._closing:
+            return
+        log.warning("the kernel side went away")
+        self._counters.add("kernel_disconnects")
+        self._channel = None
+        self._installed = {}
+        self._reconnect_task = asyncio.create_task(self._reconnect(), name="kernel-reconnect")
+
+    async def _reconnect(self) -> None:
+        delay = RECONNECT_FIRST
+        while True:
+            try:
+                await self._attach()
+            except (OSError, RuntimeError, TimeoutError, KernelError) as error:
+                self._channel = None
+                log.warning("no kernel yet", error=str(error), next_try=f"{delay:.2f} s")
+                await asyncio.sleep(delay)
+                delay = min(delay * 2, RECONNECT_LAST)
+            else:
+                log.info("kernel attached again", policies=len(self.table))
+                self.restored()
+                return
+
+    # Policies
+
+    async def claim(self, owner: Hashable, policies: Sequence[Policy]) -> None:
+        """`owner` needs these policies. KernelError when the kernel refuses one: then none of them is claimed."""
+        changes = self.table.claim(owner, policies)
+        self._claims.setdefault(owner, []).extend(policies)
+        self._dirty.update(dict.fromkeys((change.policy.direction, change.policy.selector) for change in changes))
+        try:
+            await self._synchronise()
+        except KernelError:
+            await self.release(owner)
+            raise
+
+    async def release(self, owner: Hashable) -> None:
+        """`owner` needs its policies no more."""
+        changes = self.table.release(owner, self._claims.pop(owner, []))
+        self._dirty.update(dict.fromkeys((change.policy.direction, change.policy.selector) for change in changes))
+        try:
+            await self._synchronise()
+        except KernelError as error:
+            log.error("kernel refused a policy", error=str(error))
+
+    def transfer(self, owner: Hashable, heir: Hashable) -> None:
+        """`heir` takes over all that `owner` claimed; nothing changes in the kernel."""
+        policies = self._claims.pop(owner, [])
+        self.table.claim(heir, policies)
+        self.table.release(owner, policies)
+        self._claims.setdefault(heir, []).extend(policies)
+
+    def has_claims(self, owner: Hashable) -> bool:
+        return owner in self._claims
+
+    async def _synchronise(self) -> None:
+        """Make the kernel agree with the table in all marked keys. KernelError for the first refusal, after the others were tried."""
+        refusal: KernelError | None = None
+        async with self._sync_lock:
+            while self._dirty and self._channel is not None:
+                key = next(iter(self._dirty))
+                del self._dirty[key]
+                desired = self.table.get(key)
+                standing = self._installed.get(key)
+                try:
+                    if desired is not None:
+                        self._orphan_policies.pop(key, None)
+                        if standing is None or not _same_policy(standing, desired):
+                            self._installed[key] = await self._channel.update_policy(desired)
+                    elif standing is not None and key not in self._orphan_policies:
+                        del self._installed[key]
+                        await self._channel.delete_policy(*key)
+                except KernelError as error:
+                    if desired is not None:
+                        refusal = refusal or error
+                    elif error.errno not in (errno.ESRCH, errno.ENOENT):
+                        log.warning("policy not deleted", selector=str(key[1]), error=str(error))
+                except (ChannelClosed, TimeoutError):
+                    self._dirty[key] = None
+                    return  # the reconnection marks everything again
+        if refusal is not None:
+            raise refusal
+
+    # SAs
+
+    async def get_spi(self, request: SpiRequest) -> Spi:
+        return await self.channel.get_spi(request)
+
+    async def install(self, sa: SecurityAssociation) -> None:
+        """Give keys to an inbound SPI that `get_spi` reserved, or add an outbound SA. Orphans of the same selectors go once both stand."""
+        if sa.direction is Direction.IN:
+            await self.channel.update_sa(sa)
+        else:
+            await self.channel.add_sa(sa)
+        self._ours[sa.id] = sa
+        if sa.direction is Direction.OUT and self._orphans:
+            await self._drop_superseded(sa)
+
+    async def remove(self, sa: SaId) -> None:
+        """That it is gone already is no error."""
+        self._ours.pop(sa, None)
+        if self._channel is None:
+            return
+        try:
+            await self._channel.delete_sa(sa)
+        except KernelError as error:
+            if error.errno != errno.ESRCH:
+                log.warning("SA not deleted", spi=f"{sa.spi:08x}", error=str(error))
+        except (ChannelClosed, TimeoutError) as error:
+            log.warning("SA not deleted", spi=f"{sa.spi:08x}", error=str(error))
+
+    def forget(self, sa: SaId) -> None:
+        """The kernel dropped it of its own accord."""
+        self._ours.pop(sa, None)
+
+    # Orphans
+
+    @property
+    def orphans(self) -> Sequence[SaStatus]:
+        return list(self._orphans.values())
+
+    async def _drop_superseded(self, successor: SecurityAssociation) -> None:
+        pair = (successor.source_selectors, successor.destination_selectors)
+        for status in self.orphans:
+            old = status.sa
+            selectors = (old.source_selectors, old.destination_selectors)
+            if selectors == (pair if old.direction is Direction.OUT else pair[::-1]):
+                self._orphans.pop(old.id, None)
+                await self.remove(old.id)
+
+    async def _drop_orphans_later(self) -> None:
+        await asyncio.sleep(ORPHAN_GRACE)
+        if self._orphans or self._orphan_policies:
+            log.info("removing what an earlier run left", sas=len(self._orphans), policies=len(self._orphan_policies))
+        while self._orphans:
+            sa, _status = self._orphans.popitem()
+            await self.remove(sa)
+        self._dirty.update(dict.fromkeys(self._orphan_policies))
+        self._orphan_policies = {}
+        await self._synchronise()
+
+    # Request ids
+
+    def reqid_for(self, outbound: Selector | None) -> ReqId:
+        """The reqid of the standing policy of this selector, so that an earlier run's SAs still serve it; else one that is free."""
+        if outbound is not None:
+            standing = self._installed.get((Direction.OUT, outbound))
+            if standing is not None and standing.templates:
+                return standing.templates[0].reqid
+        while self._next_reqid in self._reqids:
+            self._next_reqid = self._next_reqid + 1 if self._next_reqid < REQID_LAST else REQID_FIRST
+        self._reqids.add(self._next_reqid)
+        return ReqId(self._next_reqid)
+
+
+def _same_policy(one: Policy, other: Policy) -> bool:
+    """Whether two policies of one direction and selector ask for the same."""
+    return (one.action, one.priority, one.templates, one.unresolved) == (other.action, other.priority, other.templates, other.unresolved)
