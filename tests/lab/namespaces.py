@@ -1,0 +1,209 @@
+"""Network namespaces, the links between them, and what runs in them."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self, TypeVar
+
+from lab.process import LabError, Process, run
+
+T = TypeVar("T")
+
+PREFIX: Final = "lab"
+NETNS_DIRECTORY: Final = Path("/run/netns")
+CLONE_NEWNET: Final = 0x40000000
+
+_NAME = re.compile(rf"^{PREFIX}(\d+)-\d+-")
+_serial = itertools.count(1)
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def in_namespace(path: Path, function: Callable[[], T]) -> T:
+    """Call `function` on a thread of its own that has entered the network namespace; sockets made there stay there."""
+    result: list[T] = []
+    failure: list[BaseException] = []
+
+    def body() -> None:
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                if _libc.setns(fd, CLONE_NEWNET) != 0:
+                    number = ctypes.get_errno()
+                    raise OSError(number, os.strerror(number), str(path))
+            finally:
+                os.close(fd)
+            result.append(function())
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=body, name="in-namespace")
+    thread.start()
+    thread.join()
+    if failure:
+        raise failure[0]
+    return result[0]
+
+
+class Namespace:
+    """One network namespace of a `Lab`."""
+
+    def __init__(self, name: str, role: str, directory: Path) -> None:
+        self.name = name
+        self.role = role
+        self.directory = directory
+
+    def __repr__(self) -> str:
+        return f"<Namespace {self.role}>"
+
+    @property
+    def path(self) -> Path:
+        return NETNS_DIRECTORY / self.name
+
+    def call(self, function: Callable[[], T]) -> T:
+        return in_namespace(self.path, function)
+
+    def socket(self, family: int, kind: int, protocol: int = 0) -> socket.socket:
+        return self.call(lambda: socket.socket(family, kind, protocol))
+
+    def argv(self, argv: Sequence[str]) -> list[str]:
+        """The vector that runs `argv` here; the pid stays that of the program, for each step is an exec."""
+        return ["ip", "netns", "exec", self.name, *argv]
+
+    def run(self, argv: Sequence[str], *, check: bool = True, timeout: float = 60.0, text_input: str | None = None) -> subprocess.CompletedProcess[str]:
+        return run(self.argv(argv), check=check, timeout=timeout, text_input=text_input)
+
+    def start(self, argv: Sequence[str], log_name: str, *, env: Mapping[str, str] | None = None, pass_fds: Sequence[int] = ()) -> Process:
+        return Process(self.argv(argv), self.directory / f"{self.role}-{log_name}.log", env=env, pass_fds=pass_fds)
+
+    def ip(self, *commands: str) -> None:
+        """Run lines of `ip` commands, all or LabError."""
+        run(["ip", "-n", self.name, "-batch", "-"], text_input="\n".join(commands) + "\n")
+
+    def sysctl(self, **settings: int | str) -> None:
+        """Keys below net., with `__` for a dot: `ipv4__ip_forward=1`."""
+
+        def write() -> None:
+            for key, value in settings.items():
+                Path("/proc/sys/net", *key.split("__")).write_text(str(value))
+
+        self.call(write)
+
+    def offloads(self, interface: str, **features: bool) -> None:
+        """Switch features of `ethtool -K`, `_` for `-`: `offloads("wan", tso=False, tx_udp_segmentation=False)`."""
+        words = [word for name, on in features.items() for word in (name.replace("_", "-"), "on" if on else "off")]
+        self.run(["ethtool", "-K", interface, *words])
+
+    def interfaces(self) -> set[str]:
+        return set(self.call(lambda: [name for _, name in socket.if_nameindex()]))
+
+    def hardware_address(self, interface: str) -> str:
+        (link,) = json.loads(run(["ip", "-n", self.name, "-json", "link", "show", "dev", interface]).stdout)
+        return str(link["address"])
+
+    def pids(self) -> list[int]:
+        """Every process whose main thread lives here."""
+        done = run(["ip", "netns", "pids", self.name], check=False)
+        return [int(word) for word in done.stdout.split()]
+
+
+def _delete_namespace(name: str) -> None:
+    for word in run(["ip", "netns", "pids", name], check=False).stdout.split():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(word), signal.SIGKILL)
+    run(["ip", "netns", "delete", name], check=False)
+
+
+def _is_left_behind(name: str) -> bool:
+    """Made by a lab whose process is gone."""
+    match = _NAME.match(name)
+    return match is not None and not Path("/proc", match.group(1)).exists()
+
+
+def remove_leftovers() -> list[str]:
+    """Namespaces of runs that were killed, with the processes in them. Returns their names."""
+    if not NETNS_DIRECTORY.is_dir():
+        return []
+    stale = [entry.name for entry in NETNS_DIRECTORY.iterdir() if _is_left_behind(entry.name)]
+    for name in stale:
+        _delete_namespace(name)
+    for entry in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        if _is_left_behind(entry.name):
+            shutil.rmtree(entry, ignore_errors=True)
+    return stale
+
+
+class Lab:
+    """Owns namespaces, links, processes and a scratch directory; `with Lab() as lab:` takes all of it away again."""
+
+    def __init__(self) -> None:
+        self._stack = contextlib.ExitStack()
+        self._number = next(_serial)
+
+    def __enter__(self) -> Self:
+        remove_leftovers()
+        # Short, for paths of UNIX sockets end at 107 bytes.
+        self.directory = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-{self._number}-"))
+        self._stack.callback(shutil.rmtree, self.directory, ignore_errors=True)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self._stack.close()
+
+    def cleanup(self, function: Callable[[], object]) -> None:
+        """Call `function` at the end, before what was made earlier goes."""
+        self._stack.callback(function)
+
+    def enter(self, manager: contextlib.AbstractContextManager[T]) -> T:
+        return self._stack.enter_context(manager)
+
+    def namespace(self, role: str) -> Namespace:
+        """A namespace with its loopback up, no IPv6 duplicate address detection, and no traffic of its own on new links."""
+        name = f"{PREFIX}{os.getpid()}-{self._number}-{role}"
+        run(["ip", "netns", "add", name])
+        self._stack.callback(_delete_namespace, name)
+        namespace = Namespace(name, role, self.directory)
+        namespace.sysctl(
+            ipv6__conf__default__accept_dad=0,
+            ipv6__conf__default__accept_ra=0,
+            ipv6__conf__default__router_solicitations=0,
+            ipv4__conf__all__rp_filter=0,
+            ipv4__conf__default__rp_filter=0,
+        )
+        namespace.ip("link set lo up")
+        return namespace
+
+    def veth(self, a: Namespace, a_name: str, b: Namespace, b_name: str, *, mtu: int = 1500) -> None:
+        """A wire between two namespaces, both ends up."""
+        run(["ip", "-n", a.name, "link", "add", a_name, "mtu", str(mtu), "type", "veth", "peer", "name", b_name, "mtu", str(mtu), "netns", b.name])
+        a.ip(f"link set {a_name} up")
+        b.ip(f"link set {b_name} up")
+
+
+@contextlib.contextmanager
+def stopping(process: Process) -> Iterator[Process]:
+    """Kill `process` at the end, whatever happened."""
+    try:
+        yield process
+    finally:
+        if process.running:
+            process.kill()
+
+
+def require_tools(*names: str) -> None:
+    missing = [name for name in names if shutil.which(name) is None]
+    if missing:
+        raise LabError(f"missing: {', '.join(missing)} (make peers installs them)")

@@ -1,0 +1,101 @@
+"""Processes of the lab: started by argument vector, logged to a file, stopped by pid."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+
+STOP_SECONDS = 10.0  # an orderly stop deletes its SAs first; what takes longer hangs
+
+
+class LabError(RuntimeError):
+    """The laboratory itself failed: a tool is missing, a command was refused, a daemon did not come up."""
+
+
+def wait_until(probe: Callable[[], T | None], what: str, timeout: float = 10.0, interval: float = 0.01) -> T:
+    """The first true value of `probe`. For states that no event tells of; LabError naming `what` after `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    while True:
+        value = probe()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            raise LabError(f"waited {timeout:g} s in vain: {what}")
+        time.sleep(interval)
+
+
+def run(argv: Sequence[str], *, check: bool = True, timeout: float = 60.0, text_input: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Run to the end. LabError with both outputs when the exit status is not 0 and `check` is set."""
+    done = subprocess.run(
+        list(argv),
+        input=text_input,
+        stdin=subprocess.DEVNULL if text_input is None else None,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    if check and done.returncode:
+        raise LabError(f"{' '.join(argv)}: exit status {done.returncode}\n{done.stdout}{done.stderr}")
+    return done
+
+
+class Process:
+    """A running program; its outputs go to `log_path`."""
+
+    def __init__(self, argv: Sequence[str], log_path: Path, *, env: Mapping[str, str] | None = None, pass_fds: Sequence[int] = ()) -> None:
+        self.argv = list(argv)
+        self.log_path = log_path
+        with log_path.open("ab") as log:
+            # The death signal takes the program along when the test run itself is killed.
+            self._child = subprocess.Popen(
+                ["setpriv", "--pdeathsig", "KILL", *argv],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=dict(env) if env is not None else None,
+                pass_fds=tuple(pass_fds),
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
+    @property
+    def status(self) -> int | None:
+        """Exit status, negative for a signal; None while it runs."""
+        return self._child.poll()
+
+    @property
+    def running(self) -> bool:
+        return self.status is None
+
+    def log(self) -> str:
+        return self.log_path.read_text(errors="replace")
+
+    def wait(self, timeout: float = STOP_SECONDS) -> int:
+        try:
+            return self._child.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise LabError(f"{' '.join(self.argv)} did not end in {timeout:g} s\n{self.log()[-4000:]}") from None
+
+    def kill(self) -> None:
+        """SIGKILL: what a crash looks like."""
+        self._child.kill()
+        self._child.wait()
+
+    def stop(self, timeout: float = STOP_SECONDS) -> int:
+        """SIGTERM and the exit status; SIGKILL and LabError when it does not end in time."""
+        if self.running:
+            self._child.terminate()
+        try:
+            return self._child.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise LabError(f"{' '.join(self.argv)} ignored SIGTERM for {timeout:g} s\n{self.log()[-4000:]}") from None
