@@ -1,0 +1,103 @@
+"""`kernel-shim`: the userspace kernel's command line."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from kernel_shim.io import settings
+from kernel_shim.io.settings import ShimSettings
+
+
+def parser() -> argparse.ArgumentParser:
+    """The grammar of the command line; completion and tests read it."""
+    top = argparse.ArgumentParser(prog="kernel-shim", description="An IPsec kernel in user space, spoken to over PF_KEY.")
+    commands = top.add_subparsers(dest="command", required=True)
+
+    serve = commands.add_parser(
+        "serve",
+        help="run the kernel until SIGTERM",
+        description="Needs /dev/net/tun, CAP_NET_ADMIN, and CAP_NET_BIND_SERVICE (or ip_unprivileged_port_start) for UDP 500.",
+    )
+    _socket_argument(serve)
+    serve.add_argument("--tun", default=settings.DEFAULT_TUN, help="interface name, at most 9 letters (%(default)s)")
+    serve.add_argument("--mtu", type=int, help="MTU of the interface; default: what fits --egress-mtu with AES-GCM in UDP over IPv4")
+    serve.add_argument("--egress-mtu", type=int, default=settings.DEFAULT_EGRESS_MTU, help="MTU towards the peers (%(default)s)")
+    serve.add_argument("--table", type=int, default=settings.DEFAULT_TABLE, help=f"first of {settings.TABLES} routing tables of our own (%(default)s)")
+    serve.add_argument("--rule-priority", type=int, default=settings.DEFAULT_RULE_PRIORITY, help="first priority of our routing rules (%(default)s)")
+    serve.add_argument("--mark", type=lambda text: int(text, 0), default=settings.DEFAULT_MARK, help="mark of our own packets (0x%(default)x)")
+    serve.add_argument("--ready-fd", type=int, help="write a line to this descriptor, and close it, when the socket listens")
+    serve.add_argument("--keep-privileges", action="store_true", help="do not drop capabilities (to profile it, for example)")
+    serve.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+
+    stats = commands.add_parser("stats", help="show the counters of a running kernel")
+    _socket_argument(stats)
+    stats.add_argument("--json", action="store_true", help="as one JSON object")
+    return top
+
+
+def _socket_argument(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--socket", type=Path, default=settings.DEFAULT_SOCKET, help="PF_KEY socket (%(default)s)")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status 0: done; 1: could not; 2: asked wrongly."""
+    top = parser()
+    options = top.parse_args(arguments)
+    if options.command == "stats":
+        return _stats(options)
+    try:
+        chosen = ShimSettings(
+            socket=options.socket,
+            tun=options.tun,
+            mtu=options.mtu if options.mtu is not None else settings.tunnel_mtu(options.egress_mtu),
+            table=options.table,
+            rule_priority=options.rule_priority,
+            mark=options.mark,
+            ready_descriptor=options.ready_fd,
+            keep_privileges=options.keep_privileges,
+        )
+    except ValueError as error:
+        top.error(str(error))
+    from kernel_shim.io.shim import serve  # the data plane takes a while to import: not for `stats`
+
+    return serve(chosen, options.log_level)
+
+
+def _stats(options: argparse.Namespace) -> int:
+    try:
+        counters = asyncio.run(_ask(options.socket))
+    except OSError as error:
+        print(f"kernel-shim: no kernel answers at {options.socket}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    if options.json:
+        print(json.dumps(dict(sorted(counters.items()))))
+        return 0
+    table = Table("counter", "value", box=None)
+    table.columns[1].justify = "right"
+    for name, value in sorted(counters.items()):
+        table.add_row(name, f"{value:,}")
+    Console().print(table)
+    return 0
+
+
+async def _ask(path: Path) -> Mapping[str, int]:
+    from kernel_shim.channel.pfkey import PfKeyChannel
+
+    channel = PfKeyChannel(path)
+    await channel.open()
+    try:
+        return await channel.statistics()
+    finally:
+        await channel.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
