@@ -1,0 +1,129 @@
+"""Debian's strongSwan in a namespace, with its userspace ESP (kernel-libipsec).
+
+charon keeps a pid file below /run, so it gets a tmpfs there (`ip netns exec` has made the mount namespace already).
+Copies of the programs run, for Debian's AppArmor profiles bind the installed paths to files below /etc.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+from typing import Final
+
+from lab.daemon import READY_SECONDS, Daemon
+from lab.namespaces import Namespace
+from lab.process import LabError, Process, wait_until
+
+CHARON: Final = Path("/usr/lib/ipsec/charon")
+SWANCTL: Final = Path("/usr/sbin/swanctl")
+LIBIPSEC: Final = Path("/usr/lib/ipsec/plugins/libstrongswan-kernel-libipsec.so")
+PLUGINS: Final = (
+    "random nonce openssl curve25519 chapoly aes sha2 sha1 hmac kdf gcm pem pkcs1 pkcs8 x509 pubkey constraints revocation "
+    "kernel-libipsec kernel-netlink socket-default vici updown"
+)
+
+
+def missing() -> str:
+    """What this peer needs and the machine has not; empty when it is complete."""
+    return ", ".join(str(path) for path in (CHARON, SWANCTL, LIBIPSEC) if not path.exists())
+
+
+class StrongSwan(Daemon):
+    """charon with the configuration at `config`. `settings`: further lines of the charon section of strongswan.conf."""
+
+    kind = "strongSwan"
+
+    def __init__(self, namespace: Namespace, config: Path, settings: str = "") -> None:
+        super().__init__(namespace, config)
+        self.settings = settings
+        self._log_path = self.directory / "charon.log"
+        self._process: Process | None = None
+
+    def _write_settings(self) -> Path:
+        path = self.directory / "strongswan.conf"
+        path.write_text(
+            f"""charon {{
+  load = {PLUGINS}
+  install_virtual_ip = no
+  {self.settings}
+  filelog {{
+    main {{
+      path = {self._log_path}
+      default = 1
+      ike = 2
+      knl = 1
+      flush_line = yes
+      time_format = %H:%M:%S
+    }}
+  }}
+  plugins {{
+    vici {{
+      socket = unix://{self.vici_path}
+    }}
+    kernel-libipsec {{
+      allow_peer_ts = yes
+    }}
+  }}
+}}
+swanctl {{
+  load = random nonce openssl pem pkcs1 pkcs8 x509 pubkey
+}}
+"""
+        )
+        return path
+
+    def _environment(self) -> dict[str, str]:
+        return {**os.environ, "STRONGSWAN_CONF": str(self.directory / "strongswan.conf"), "SWANCTL_DIR": str(self.directory)}
+
+    def start(self) -> None:
+        if missing():
+            raise LabError(f"strongSwan is incomplete: {missing()} (make peers installs it)")
+        self._write_settings()
+        charon = shutil.copy(CHARON, self.directory / "charon")
+        shutil.copy(SWANCTL, self.directory / "swanctl")
+        self.vici_path.unlink(missing_ok=True)
+        process = self.namespace.start(["sh", "-c", 'mount -t tmpfs tmpfs /run && exec "$0"', charon], f"charon-{self.directory.name}", env=self._environment())
+        self._process = process
+
+        def ready() -> bool:
+            if not process.running:
+                raise LabError(f"charon ended with status {process.status}\n{process.log()}\n{self.log()}")
+            return self._answers()
+
+        wait_until(ready, "charon's VICI socket", READY_SECONDS, 0.02)
+        self.load()
+
+    def swanctl(self, *arguments: str, uri: Path | None = None) -> str:
+        """Run swanctl with `arguments`, against this daemon or another's socket; its output. LabError when it fails."""
+        done = self.namespace.run(
+            [
+                "env",
+                *(f"{key}={value}" for key, value in self._environment().items() if key in ("STRONGSWAN_CONF", "SWANCTL_DIR")),
+                str(self.directory / "swanctl"),
+                *arguments,
+                "--uri",
+                f"unix://{uri or self.vici_path}",
+            ],
+            check=False,
+        )
+        if done.returncode:
+            raise LabError(f"swanctl {' '.join(arguments)}: status {done.returncode}\n{done.stdout}{done.stderr}\n{self.log()[-4000:]}")
+        return done.stdout + done.stderr
+
+    def load(self) -> str:
+        return self.swanctl("--load-all", "--noprompt", "--file", str(self.config))
+
+    def stop(self) -> None:
+        if self._process is not None and self._process.running:
+            self._process.stop()
+
+    def kill(self) -> None:
+        if self._process is not None and self._process.running:
+            self._process.kill()
+
+    def log(self) -> str:
+        with contextlib.suppress(OSError):
+            return self._log_path.read_text(errors="replace")
+        return ""
