@@ -1,0 +1,44 @@
+"""Why the shim dropped a packet: the closed list that counters, logs, the control socket and the tests share.
+
+The values are stable: they are names of counters outside this process.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class DropReason(Enum):
+    """One value for each place where a packet can end."""
+
+    # What came is not a packet that can be looked up.
+    NOT_IP = "not_ip"
+    HEADER_TRUNCATED = "header_truncated"
+    HEADER_INVALID = "header_invalid"
+    EXTENSION_HEADERS_TOO_MANY = "extension_headers_too_many"
+    FRAGMENT_WITHOUT_FIRST = "fragment_without_first"  # ports decide, and the fragment that carries them was not seen
+
+    # What the SPD says.
+    POLICY_DISCARD = "policy_discard"
+    POLICY_ABSENT = "policy_absent"  # inside a tunnel, and no policy lets it in
+    POLICY_MISMATCH = "policy_mismatch"  # protected, by another SA than its policy asks for
+    CLEAR_WHERE_PROTECTED = "clear_where_protected"
+
+    # A policy without a usable SA.
+    UNRESOLVED_DROP = "unresolved_drop"  # the policy's mode is drop
+    UNRESOLVED_EAGAIN = "unresolved_eagain"  # the policy's mode is eagain
+    PENDING_OVERFLOW_PACKETS = "pending_overflow_packets"
+    PENDING_OVERFLOW_BYTES = "pending_overflow_bytes"
+    PENDING_OVERFLOW_GLOBAL = "pending_overflow_global"
+    PENDING_TOO_LARGE = "pending_too_large"  # greater than a whole queue may be
+    PENDING_AGED = "pending_aged"
+    PENDING_POLICY_GONE = "pending_policy_gone"
+    ACQUIRE_FAILED = "acquire_failed"
+    ACQUIRE_TIMEOUT = "acquire_timeout"
+    ACQUIRE_BACKOFF = "acquire_backoff"
+    ACQUIRE_TABLE_FULL = "acquire_table_full"
+
+    @property
+    def text(self) -> str:
+        """For a person: `policy discard`."""
+        return self.value.replace("_", " ")
