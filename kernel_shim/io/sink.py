@@ -1,0 +1,40 @@
+"""Where the data plane's packets leave: the TUN, the interface for bypassed packets, and the ESP sockets."""
+
+from __future__ import annotations
+
+import errno
+from typing import Final
+
+from kernel_shim.io.counters import Counters
+from kernel_shim.io.sockets import UdpSockets
+from kernel_shim.io.tun import Tun
+from kernel_shim.model import Endpoint
+
+
+class EdgeSink:
+    """Implements `kernel_shim.dataplane.output.Sink`."""
+
+    def __init__(self, tun: Tun, clear: Tun, sockets: UdpSockets, counters: Counters) -> None:
+        self._tun: Final = tun
+        self._clear: Final = clear
+        self._sockets: Final = sockets
+        self._counters: Final = counters
+
+    def send_esp(self, local: Endpoint, remote: Endpoint, buffer: memoryview, segment_size: int) -> None:
+        esp = self._sockets.esp(local.address)
+        if esp is None:
+            self._counters.add("io.esp.send.unbound")
+            return
+        esp.send(remote, buffer, segment_size)
+
+    def write_tun(self, frame: memoryview) -> None:
+        self._write(self._tun, frame, "io.tun.write")
+
+    def bypass(self, frame: memoryview) -> None:
+        self._write(self._clear, frame, "io.bypass.write")
+
+    def _write(self, device: Tun, frame: memoryview, counter: str) -> None:
+        try:
+            device.write(frame)
+        except OSError as error:
+            self._counters.add(f"{counter}.{errno.errorcode.get(error.errno or 0, 'other').lower()}")
