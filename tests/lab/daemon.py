@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import vici
-import vici.exception
+import vici  # type: ignore[import-untyped]
+import vici.exception  # type: ignore[import-untyped]
 
 from lab.namespaces import Namespace
 from lab.process import LabError, wait_until

@@ -81,7 +81,7 @@ swanctl {{
         if missing():
             raise LabError(f"strongSwan is incomplete: {missing()} (make peers installs it)")
         self._write_settings()
-        charon = shutil.copy(CHARON, self.directory / "charon")
+        charon = str(shutil.copy(CHARON, self.directory / "charon"))
         shutil.copy(SWANCTL, self.directory / "swanctl")
         self.vici_path.unlink(missing_ok=True)
         process = self.namespace.start(["sh", "-c", 'mount -t tmpfs tmpfs /run && exec "$0"', charon], f"charon-{self.directory.name}", env=self._environment())

@@ -13,7 +13,7 @@ from lab.topology import Site, Sites
 
 CONNECTION: Final = "site"
 CHILD: Final = "net"
-SECRET: Final = "a laboratory secret, known to all"  # noqa: S105
+SECRET: Final = "a laboratory secret, known to all"
 NAME_A: Final = "a.example"
 NAME_B: Final = "b.example"
 
@@ -68,6 +68,9 @@ class Tunnel:
             return "dynamic"
         return str(site.net4 if self.inner_version == 4 else site.net6)
 
+    def _outer(self, site: Site) -> str:
+        return str(site.wan4 if self.outer_version == 4 else site.wan6)
+
     def write(self, sites: Sites, side: Side, directory: Path) -> Path:
         """Write swanctl.conf and the folders x509, x509ca, private beside it, as swanctl lays them out. The path of swanctl.conf."""
         directory.mkdir(parents=True, exist_ok=True)
@@ -77,7 +80,6 @@ class Tunnel:
         if side is Side.B:
             near_ts, far_ts = far_ts, near_ts
         start, more = (self.start_a, self.options_a) if side is Side.A else (self.start_b, self.options_b)
-        outer = (lambda site: site.wan4) if self.outer_version == 4 else (lambda site: site.wan6)
 
         auth = "psk" if self.credentials is None else "pubkey"
         local = [f"auth = {auth}", f"id = {near_name}"]
@@ -98,8 +100,8 @@ class Tunnel:
             remote.append("cacerts = ca.pem")
         connection = {
             "version": "2",
-            "local_addrs": str(outer(near)),
-            "remote_addrs": str(outer(far)),
+            "local_addrs": self._outer(near),
+            "remote_addrs": self._outer(far),
             "proposals": self.proposals,
             "encap": "yes",
             **self.connection_options,

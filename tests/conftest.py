@@ -1,0 +1,47 @@
+"""What every test shares: which tests this machine can run, and profiles of the property tests."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+
+import hypothesis
+import pytest
+from lab import strongswan
+
+CI = os.environ.get("CI") == "true"
+
+# Examples are bounded by number, never by time: the machine may be busy.
+hypothesis.settings.register_profile("shared", deadline=None, max_examples=100, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("shared")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "root: needs root, /dev/net/tun, iproute2 and nftables, but no second gateway")
+
+
+@functools.cache
+def _lab_lacks() -> str:
+    lacks = [tool for tool in ("ip", "nft", "ethtool", "ping", "setpriv") if shutil.which(tool) is None]
+    if os.geteuid() != 0:
+        lacks.append("root")
+    try:
+        os.close(os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:
+        lacks.append(f"/dev/net/tun ({error.strerror})")
+    return ", ".join(lacks)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what this machine cannot run; in CI that is a failure, for nothing may be missed there."""
+    lacks = ""
+    if any(item.get_closest_marker(name) for name in ("pair", "interop", "root")):
+        lacks = _lab_lacks()
+    if item.get_closest_marker("interop") and strongswan.missing():
+        lacks = ", ".join(filter(None, (lacks, strongswan.missing())))
+    if lacks:
+        reason = f"missing: {lacks}"
+        if CI:
+            pytest.fail(reason, pytrace=False)
+        pytest.skip(reason)
