@@ -1,4 +1,4 @@
-"""As much DER (X.690) as an AlgorithmIdentifier needs, reader and writer."""
+"""As much DER (X.690) as an AlgorithmIdentifier and the comparison of names need, reader and writer."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ _INTEGER: Final = 0x02
 _NULL: Final = 0x05
 _OBJECT_IDENTIFIER: Final = 0x06
 _SEQUENCE: Final = 0x30
+_SET: Final = 0x31
+_STRINGS: Final = {0x0C: "utf-8", 0x13: "ascii", 0x14: "latin-1", 0x16: "ascii", 0x1C: "utf-32-be", 0x1E: "utf-16-be"}
 _CONTEXT: Final = 0xA0
 
 MAX_INTEGER_OCTETS: Final = 8  # no number in an AlgorithmIdentifier is larger
@@ -34,6 +36,19 @@ class DerReader:
 
     def sequence(self) -> DerReader:
         return DerReader(self._element(_SEQUENCE))
+
+    def set(self) -> DerReader:
+        return DerReader(self._element(_SET))
+
+    def string(self) -> str:
+        """Any of the character string types."""
+        tag = self._peek()
+        if tag not in _STRINGS:
+            raise DerError("no character string")
+        try:
+            return self._element(tag).decode(_STRINGS[tag])
+        except UnicodeDecodeError as error:
+            raise DerError("malformed character string") from error
 
     def null(self) -> None:
         if self._element(_NULL):
@@ -117,3 +132,21 @@ def object_identifier(dotted: str) -> bytes:
             groups.append(arc & 0x7F | 0x80)
         content += bytes(reversed(groups))
     return _element(_OBJECT_IDENTIFIER, bytes(content))
+
+
+def canonical_name(der: bytes) -> tuple[tuple[tuple[str, str], ...], ...]:
+    """A distinguished name to compare: string types, letter case and runs of spaces do not matter (RFC 5280 section 7.1). DerError."""
+    outer = DerReader(der)
+    relatives = outer.sequence()
+    outer.end()
+    name = []
+    while not relatives.at_end():
+        attributes = relatives.set()
+        values = []
+        while not attributes.at_end():
+            attribute = attributes.sequence()
+            oid, text = attribute.object_identifier(), attribute.string()
+            attribute.end()
+            values.append((oid, " ".join(text.casefold().split())))
+        name.append(tuple(sorted(values)))
+    return tuple(name)
