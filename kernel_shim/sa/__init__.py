@@ -1,0 +1,1 @@
+"""Security associations: the SAD, sequence numbers, replay windows, lifetimes."""
