@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from vpnd.config.errors import ConfigError, ConfigErrors, Position
+from vpnd.config.loader import load, load_text
 from vpnd.config.model import LoadedConfiguration
 
-__all__ = ["ConfigError", "ConfigErrors", "LoadedConfiguration", "Position", "load"]
-
-
-def load(path: Path) -> LoadedConfiguration:
-    """Read a file, what it includes, and the credentials beside it. Raises ConfigErrors with everything that is wrong."""
-    raise NotImplementedError
+__all__ = ["ConfigError", "ConfigErrors", "LoadedConfiguration", "Position", "load", "load_text"]

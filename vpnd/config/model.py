@@ -11,6 +11,7 @@ from enum import Enum
 from pathlib import Path
 
 from kernel_shim.model import Action, IPAddress, Mode, PortRange, TrafficSelector, Unresolved
+from vpnd.config.tree import Section
 from vpnd.ike.identity import Identity
 from vpnd.ike.proposal import Proposal
 
@@ -162,8 +163,9 @@ class DaemonConfig:
 
 @dataclass(frozen=True, slots=True)
 class LoadedConfiguration:
-    """A configuration file and what it includes. `warnings` are complete sentences with their place."""
+    """A configuration file and what it includes. `warnings` are complete lines with their place, `tree` knows the place of each option."""
 
     daemon: DaemonConfig = field(default_factory=DaemonConfig)
     configuration: Configuration = field(default_factory=Configuration)
     warnings: tuple[str, ...] = ()
+    tree: Section = field(default_factory=Section, repr=False)

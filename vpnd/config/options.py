@@ -1,0 +1,85 @@
+"""Which options of swanctl.conf(5) are known and not implemented yet, and with which values they are harmless nevertheless.
+
+An option in none of these tables and read by no validator is unknown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from vpnd.config.reader import Harmless, is_no, is_yes, is_zero, never, one_of
+
+CONNECTION: Final[Mapping[str, Harmless]] = {
+    "aggressive": is_no,  # IKEv1
+    "pull": is_yes,  # IKEv1
+    "vips": never,
+    "pools": never,
+    "dscp": is_zero,
+    "mobike": is_no,
+    "fragmentation": is_no,
+    "childless": one_of("allow", "never"),  # none is made unless a peer says that it supports it
+    "ocsp": one_of("reply", "never"),  # a reply is sent only when there is one
+    "ppk_id": never,
+    "ppk_required": is_no,
+    "unique": one_of("no"),
+    "reauth_time": is_zero,
+    "if_id_in": is_zero,
+    "if_id_out": is_zero,
+    "mediation": is_no,
+    "mediated_by": never,
+    "mediation_peer": never,
+}
+
+LOCAL: Final[Mapping[str, Harmless]] = {
+    "pubkeys": never,
+    "eap_id": never,
+    "aaa_id": never,
+    "xauth_id": never,
+}
+
+REMOTE: Final[Mapping[str, Harmless]] = {
+    "pubkeys": never,
+    "eap_id": never,
+    "xauth_id": never,
+    "groups": never,
+    "cert_policy": never,
+    "ca_id": never,
+    "revocation": one_of("relaxed"),
+}
+
+CERTIFICATE: Final[Mapping[str, Harmless]] = {"handle": never, "slot": never, "module": never}
+
+CHILD: Final[Mapping[str, Harmless]] = {
+    "ah_proposals": never,
+    "sha256_96": is_no,
+    "updown": never,
+    "hostaccess": is_no,
+    "policies": is_yes,
+    "policies_fwd_out": is_no,
+    "close_action": one_of("none", "clear"),
+    "ipcomp": is_no,
+    "inactivity": is_zero,
+    "interface": never,
+    "mark_in": is_zero,
+    "mark_in_sa": is_no,
+    "mark_out": is_zero,
+    "set_mark_in": is_zero,
+    "set_mark_out": is_zero,
+    "if_id_in": is_zero,
+    "if_id_out": is_zero,
+    "label": never,
+    "label_mode": one_of("system"),
+    "tfc_padding": is_zero,
+    "per_cpu_sas": is_no,
+    "hw_offload": one_of("no", "auto"),
+    "copy_df": is_yes,
+    "copy_ecn": is_yes,
+    "copy_dscp": one_of("out"),
+    "icmp": is_no,
+}
+
+SECRETS: Final = ("eap", "xauth", "ntlm", "ppk", "pkcs12", "token")
+"""Prefixes of sections in `secrets`."""
+
+DAEMON: Final[Mapping[str, Harmless]] = {"metrics_listen": never}
