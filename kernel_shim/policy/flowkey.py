@@ -145,22 +145,28 @@ def key_of_flow(flow: Flow) -> bytes:
 
 def masked_key(full: bytes, mask: FieldMask) -> bytes:
     """What `FlowKeys.cut` gives under `mask` for the packet whose full key is `full`."""
-    size = 4 if len(full) == FULL_KEY_V4 else 16
-    parts = []
-    if mask & FieldMask.SOURCE:
-        parts.append(full[:size])
-    if mask & FieldMask.DESTINATION:
-        parts.append(full[size : 2 * size])
-    if not parts:
-        # Without an address nothing else tells the two families apart.
-        parts.append(b"\x04" if size == 4 else b"\x06")
-    if mask & FieldMask.SOURCE_PORT:
-        parts.append(full[2 * size : 2 * size + 2])
-    if mask & FieldMask.DESTINATION_PORT:
-        parts.append(full[2 * size + 2 : 2 * size + 4])
-    if mask & FieldMask.PROTOCOL:
-        parts.append(full[-1:])
-    return b"".join(parts)
+    prefix, pieces = _pieces(mask, 4 if len(full) == FULL_KEY_V4 else 16)
+    return prefix + b"".join([full[piece] for piece in pieces])
+
+
+def _pieces(mask: FieldMask, size: int) -> tuple[bytes, tuple[slice, ...]]:
+    """Which slices of a full key with addresses of `size` bytes make up a masked one, and what stands before them."""
+    fields = (
+        (FieldMask.SOURCE, 0, size),
+        (FieldMask.DESTINATION, size, 2 * size),
+        (FieldMask.SOURCE_PORT, 2 * size, 2 * size + 2),
+        (FieldMask.DESTINATION_PORT, 2 * size + 2, 2 * size + 4),
+        (FieldMask.PROTOCOL, 2 * size + 4, 2 * size + 5),
+    )
+    spans: list[tuple[int, int]] = []
+    for field, begin, end in fields:
+        if mask & field:
+            if spans and spans[-1][1] == begin:
+                begin = spans.pop()[0]
+            spans.append((begin, end))
+    # Without an address nothing else tells the two families apart.
+    prefix = b"" if mask & FieldMask.ADDRESSES else b"\x04" if size == 4 else b"\x06"
+    return prefix, tuple(slice(begin, end) for begin, end in spans)
 
 
 # ---------------------------------------------------------------- cutting
@@ -278,19 +284,25 @@ class FlowKeys:
         return cut
 
     def _partial_cutter(self, mask: FieldMask) -> Cut:
+        prefix_v4, pieces_v4 = _pieces(mask, 4)
+        prefix_v6, pieces_v6 = _pieces(mask, 16)
         if mask & FieldMask.PORTS:
-            whole, padding = self._cut_full, b""
+            whole, hidden, longest_v4 = self._cut_full, b"", FULL_KEY_V4
         elif mask & FieldMask.PROTOCOL:
-            whole, padding = self._cut_protocol, b"\0\0\0\0"
+            # Zero ports that no slice takes, so that the protocol stands where it does in a full key.
+            whole, hidden, longest_v4 = self._cut_protocol, b"\0\0\0\0", FULL_KEY_V4
         else:
-            whole, padding = self._address_cutter(with_protocol=False), b"\0\0\0\0\0"
+            whole, hidden, longest_v4 = self._address_cutter(with_protocol=False), b"", 8
 
         def cut(buffer: Buffer, offset: int = 0) -> bytes | None:
             key = whole(buffer, offset)
             if key is None:
                 return None
-            # The padding stands for the fields that were not cut; a protocol, if cut, stays last.
-            return masked_key(key[:-1] + padding + key[-1:] if len(padding) == 4 else key + padding, mask)
+            if hidden:
+                key = key[:-1] + hidden + key[-1:]
+            if len(key) <= longest_v4:
+                return prefix_v4 + b"".join([key[piece] for piece in pieces_v4])
+            return prefix_v6 + b"".join([key[piece] for piece in pieces_v6])
 
         return cut
 
