@@ -1,0 +1,288 @@
+"""What the exchanges of an IKE SA share: its state, and the vocabulary in which an exchange is written.
+
+An exchange of ours is a generator that reads top-down. It yields what it waits for (`AllocateSpi`, `Ask`, `KeepWaiting`)
+and is resumed with the answer. `vpnd.ike.sa` drives it: message ids, retransmissions and time-outs are no concern of it.
+An exchange of the peer's is a generator too; it may wait for an SPI and returns a `Response`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Final, TypeVar
+
+from kernel_shim.model import Endpoint, SaId, Spi
+from vpnd.config.model import ConnectionConfig
+from vpnd.ike.context import ChildRequest, IkeContext
+from vpnd.ike.crypto.sk import SkCipher
+from vpnd.ike.effects import AllocateSpi, ChildClosed, ChildEstablished, ChildFailed, ChildSa, Effect, IkeClosed, IkeEstablished, InstallSa, Reason, RemoveSa
+from vpnd.ike.iana import NotifyType
+from vpnd.ike.identity import Identity
+from vpnd.ike.keymat import IkeKeys, IkeSuite
+from vpnd.ike.nat import detect
+from vpnd.ike.proposal import Proposal
+from vpnd.ike.state import Child, ChildSaState, IkeSaState
+from vpnd.ike.wire.header import IkeSpi
+from vpnd.ike.wire.message import Message
+from vpnd.ike.wire.payloads import NotifyPayload, Payload
+
+T = TypeVar("T")
+
+NONCE_LENGTH: Final = 32  # octets; RFC 7296 section 2.10 asks for half the PRF's key at least
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """Send a request and wait for the peer's answer. `plain` is a whole message to go out unprotected (IKE_SA_INIT)."""
+
+    exchange: int
+    payloads: Sequence[Payload] = ()
+    plain: bytes | None = field(default=None, repr=False)
+    tries: int | None = None  # copies before the peer counts as silent; None: as the settings say
+
+
+@dataclass(frozen=True, slots=True)
+class KeepWaiting:
+    """The answer counts for nothing, since anybody may have sent it; unless a better one comes soon, it was `reason`."""
+
+    reason: Reason | None = None
+    detail: str = ""
+
+
+Steps = Generator["AllocateSpi | Ask | KeepWaiting", object, T]
+
+
+@dataclass(slots=True)
+class Task:
+    """An exchange of ours. `child` is the CHILD_SA that it is to bring up, until that is settled."""
+
+    name: str
+    steps: Steps[None]
+    child: ChildRequest | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """Our answer. `install` comes up around it: inbound SA, answer, outbound SA. `fallback` is the answer if the kernel refuses the inbound one."""
+
+    payloads: tuple[Payload, ...] = ()
+    install: Child | None = None
+    fallback: tuple[Payload, ...] = ()
+    close: IkeClosed | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class IkeCrypto:
+    suite: IkeSuite
+    keys: IkeKeys = field(repr=False)
+    send: SkCipher = field(repr=False)
+    receive: SkCipher = field(repr=False)
+
+    @classmethod
+    def of(cls, suite: IkeSuite, keys: IkeKeys, initiator: bool) -> IkeCrypto:
+        send, receive = keys.ciphers(suite, initiator)
+        return cls(suite, keys, send, receive)
+
+
+class Session:
+    """The state of an IKE SA. Only its exchanges and its driver write to it."""
+
+    def __init__(self, context: IkeContext, connection: ConnectionConfig, local: Endpoint, remote: Endpoint, *, initiator: bool, now: float) -> None:
+        self.context: Final = context
+        self.unique_id: int = context.new_ike_id()
+        self.initiator: Final = initiator
+        self.connection = connection
+        self.candidates: Sequence[ConnectionConfig] = (connection,)  # of a responder, until the peer's identity is known
+        self.local = local
+        self.remote = remote
+        self.spi_local: int = context.new_ike_spi()
+        self.spi_remote: int = 0
+        self.state = IkeSaState.CREATED
+        self.local_id: Identity | None = None
+        self.remote_id: Identity | None = None
+        self.proposal: Proposal | None = None
+        self.nat_local = False
+        self.nat_remote = False
+        self.nat_fake = False
+        self.nat_supported = False  # the peer does NAT traversal
+        self.created_at = now
+        self.established_at: float | None = None
+        self.close_reason: Reason | None = None
+        self.children: dict[int, Child] = {}
+        # for the exchanges
+        self.now = now
+        self.crypto: IkeCrypto | None = None
+        self.init_request = b""
+        self.init_response = b""
+        self.nonce_i = b""
+        self.nonce_r = b""
+        self.peer_hashes: tuple[int, ...] = ()  # the peer's SIGNATURE_HASH_ALGORITHMS
+        self.queue: list[Task] = []
+        self.active: Task | None = None
+        self.held: set[SaId] = set()  # larval SPIs that belong to no CHILD_SA yet
+        self.tokens = 0
+        self.effects: list[Effect] = []
+
+    # Names
+
+    @property
+    def spi_initiator(self) -> int:
+        return self.spi_local if self.initiator else self.spi_remote
+
+    @property
+    def spi_responder(self) -> int:
+        return self.spi_remote if self.initiator else self.spi_local
+
+    @property
+    def wire_spi_i(self) -> IkeSpi:
+        return IkeSpi(self.spi_initiator.to_bytes(8, "big"))
+
+    @property
+    def wire_spi_r(self) -> IkeSpi:
+        return IkeSpi(self.spi_responder.to_bytes(8, "big"))
+
+    @property
+    def closed(self) -> bool:
+        return self.close_reason is not None
+
+    @property
+    def half_open(self) -> bool:
+        """A responder that has not authenticated its peer."""
+        return not self.initiator and self.established_at is None
+
+    @property
+    def force_encapsulation(self) -> bool:
+        return self.connection.encap or self.context.settings.force_encapsulation
+
+    @property
+    def encapsulated(self) -> bool:
+        """Whether ESP goes in UDP (RFC 3948)."""
+        return self.nat_supported and (self.nat_local or self.nat_remote or self.nat_fake)
+
+    @property
+    def keys(self) -> IkeCrypto:
+        assert self.crypto is not None  # every exchange but IKE_SA_INIT has keys
+        return self.crypto
+
+    def describe(self) -> str:
+        """For a log line: connection, peer, identity."""
+        return f"{self.connection.name}: peer {self.remote} ({self.remote_id or 'identity unknown'})"
+
+    # Effects
+
+    def emit(self, effect: Effect) -> None:
+        self.effects.append(effect)
+
+    def notice_nat(self, message: Message, spi_i: bytes, spi_r: bytes, local: Endpoint, remote: Endpoint) -> None:
+        """RFC 7296 section 2.23: read the peer's NAT_DETECTION notifications."""
+        found = detect(message, spi_i, spi_r, local, remote)
+        self.nat_supported = found is not None
+        self.nat_local, self.nat_remote = found or (False, False)
+        self.nat_fake = self.nat_supported and self.force_encapsulation
+
+    def established(self) -> None:
+        self.state = IkeSaState.ESTABLISHED
+        self.established_at = self.now
+        self.emit(IkeEstablished())
+
+    def close(self, reason: Reason, detail: str = "") -> None:
+        """The end: everything that hangs on the IKE SA goes, and the peer hears nothing of it."""
+        if self.closed:
+            return
+        self.close_reason = reason
+        self.state = IkeSaState.DESTROYING
+        for sa_id in sorted(self.held):
+            self.emit(RemoveSa(sa_id))
+        self.held.clear()
+        for child in list(self.children.values()):
+            self.close_child(child, reason)
+        for task in (self.active, *self.queue):
+            if task is not None and task.child is not None:
+                self.fail_child(task, reason, detail)
+        self.queue.clear()
+        self.emit(IkeClosed(reason, detail))
+
+    # CHILD_SAs
+
+    def hold(self, spi: Spi) -> SaId:
+        sa_id = SaId(self.local.address, spi)
+        self.held.add(sa_id)
+        return sa_id
+
+    def give_back(self, sa_id: SaId | None) -> None:
+        if sa_id is not None and sa_id in self.held:
+            self.held.discard(sa_id)
+            self.emit(RemoveSa(sa_id))
+
+    def install(self, child: Child) -> None:
+        """As initiator of the exchange: both SAs at once."""
+        self.enter(child)
+        self.emit(InstallSa(child.sa.id, child.sa.inbound))
+        self.emit(InstallSa(child.sa.id, child.sa.outbound))
+        self.emit(ChildEstablished(child.sa))
+
+    def enter(self, child: Child) -> None:
+        self.held.discard(child.sa.inbound.id)
+        self.children[child.sa.id] = child
+
+    def close_child(self, child: Child, reason: Reason) -> None:
+        if self.children.pop(child.sa.id, None) is None:
+            return
+        self.emit(RemoveSa(child.sa.outbound.id))
+        self.emit(RemoveSa(child.sa.inbound.id))
+        self.emit(ChildClosed(child.sa, reason))
+
+    def fail_child(self, task: Task, reason: Reason, detail: str = "") -> None:
+        if task.child is not None:
+            self.emit(ChildFailed(task.child.child.name, reason, detail, task.child.acquire))
+            task.child = None
+
+    def child_by_outbound(self, spi: bytes) -> Child | None:
+        """The CHILD_SA whose SPI the peer says: that of its own inbound SA."""
+        number = int.from_bytes(spi, "big")
+        return next((child for child in self.children.values() if child.sa.outbound.spi == number), None)
+
+    def child_of(self, child_id: int) -> ChildSa | None:
+        child = self.children.get(child_id)
+        return child.sa if child else None
+
+    def deleting(self, child: Child) -> None:
+        child.state = ChildSaState.DELETING
+
+    def random(self) -> float:
+        """In [0, 1)."""
+        return int.from_bytes(self.context.entropy(4), "big") / 2**32
+
+
+def allocate(session: Session, request: AllocateSpi) -> Steps[SaId | None]:
+    """Wait for an inbound SPI; None when the kernel gives none. It is held until it is installed or given back."""
+    spi = yield request
+    return session.hold(spi) if isinstance(spi, int) else None  # type: ignore[arg-type]
+
+
+def ask(request: Ask | KeepWaiting) -> Steps[Message]:
+    """Wait for the peer's answer."""
+    message = yield request
+    assert isinstance(message, Message)
+    return message
+
+
+def first_error(message: Message) -> NotifyPayload | None:
+    """RFC 7296 section 3.10.1: the first notification of an error; an unrecognized one counts as an error too."""
+    return next((payload for payload in message.payloads if isinstance(payload, NotifyPayload) and payload.type < 16384), None)
+
+
+ERROR_REASONS: Final = {
+    NotifyType.UNSUPPORTED_CRITICAL_PAYLOAD: Reason.UNSUPPORTED_CRITICAL_PAYLOAD,
+    NotifyType.INVALID_SYNTAX: Reason.INVALID_SYNTAX,
+    NotifyType.NO_PROPOSAL_CHOSEN: Reason.NO_PROPOSAL_CHOSEN,
+    NotifyType.INVALID_KE_PAYLOAD: Reason.INVALID_KE_PAYLOAD,
+    NotifyType.AUTHENTICATION_FAILED: Reason.PEER_AUTHENTICATION_FAILED,
+    NotifyType.NO_ADDITIONAL_SAS: Reason.NO_ADDITIONAL_SAS,
+    NotifyType.TS_UNACCEPTABLE: Reason.TS_UNACCEPTABLE,
+    NotifyType.TEMPORARY_FAILURE: Reason.TEMPORARY_FAILURE,
+}
+
+
+def reason_of(error: NotifyPayload) -> Reason:
+    return next((reason for notify, reason in ERROR_REASONS.items() if notify == error.type), Reason.PEER_ERROR)

@@ -1,0 +1,45 @@
+"""The states that an IKE SA and its CHILD_SAs go through, as a listing shows them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final
+
+from vpnd.config.model import ChildConfig
+from vpnd.ike.effects import ChildSa
+from vpnd.ike.proposal import Proposal
+
+
+class IkeSaState(Enum):
+    """strongSwan's names; the values are those of `vpnd.control.backend.IkeState`."""
+
+    CREATED = "CREATED"
+    CONNECTING = "CONNECTING"
+    ESTABLISHED = "ESTABLISHED"
+    REKEYING = "REKEYING"
+    DELETING = "DELETING"
+    DESTROYING = "DESTROYING"
+
+
+class ChildSaState(Enum):
+    """The values are those of `vpnd.control.backend.ChildState`."""
+
+    INSTALLED = "INSTALLED"
+    REKEYED = "REKEYED"
+    DELETING = "DELETING"
+
+
+@dataclass(slots=True)
+class Child:
+    """A CHILD_SA of an IKE SA and what a listing says of it."""
+
+    sa: ChildSa
+    config: ChildConfig
+    proposal: Proposal
+    installed_at: float
+    state: ChildSaState = ChildSaState.INSTALLED
+
+
+MAX_CHILDREN: Final = 4096  # CHILD_SAs of one IKE SA; a peer that asks for more gets NO_ADDITIONAL_SAS
+MAX_TASKS: Final = 4096  # exchanges of ours that wait for the window of one
