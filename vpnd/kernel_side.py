@@ -47,7 +47,7 @@ log = structlog.get_logger("kernel")
 
 
 class KernelSide:
-    """Owns the channel. `lost` is called with the ids of SAs that vanished with a kernel; `restored` once policies are back."""
+    """Owns the channel. `event` hears what the kernel reports, `lost` the ids of SAs that vanished with a kernel."""
 
     def __init__(self, connect: Connect, counters: Counters) -> None:
         self._connect = connect
@@ -69,7 +69,6 @@ class KernelSide:
         self._closing = False
         self.event: Callable[[KernelEvent], None] = lambda event: None
         self.lost: Callable[[Sequence[SaId]], None] = lambda ids: None
-        self.restored: Callable[[], None] = lambda: None
 
     # Life
 
@@ -162,7 +161,6 @@ class KernelSide:
                 delay = min(delay * 2, RECONNECT_LAST)
             else:
                 log.info("kernel attached again", policies=len(self.table))
-                self.restored()
                 return
 
     # Policies

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Self
 
 from kernel_shim.model import (
     Action,
@@ -21,6 +21,7 @@ from kernel_shim.model import (
     TrafficSelector,
     Unresolved,
 )
+from vpnd.config.model import ChildConfig
 
 # A lower priority wins. Shunts stand before protection, as in strongSwan; within a class the narrower selector wins.
 PRIORITY_SHUNT: Final = 100_000
@@ -55,6 +56,13 @@ class PolicySpec:
     remote: IPAddress | None = None
     unresolved: Unresolved = Unresolved.QUEUE
     priority: int = 0
+
+    @classmethod
+    def of_child(cls, child: ChildConfig | None, mode: Mode, reqid: ReqId, local: IPAddress | None, remote: IPAddress | None) -> Self:
+        """`child` None: one whose configuration is gone meanwhile."""
+        if child is None:
+            return cls(Action.PROTECT, mode, reqid, local, remote)
+        return cls(child.action, mode, reqid, local, remote, child.unresolved, child.priority)
 
 
 def policies_for(spec: PolicySpec, local_ts: Sequence[TrafficSelector], remote_ts: Sequence[TrafficSelector]) -> Iterator[Policy]:

@@ -1,0 +1,245 @@
+"""Composition root of the key manager: build, wire, run, drain, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+from kernel_shim.channel.api import ChannelClosed, KernelChannel
+from kernel_shim.channel.pfkey import PfKeyChannel
+from kernel_shim.io.settings import DEFAULT_MARK
+from kernel_shim.model import Endpoint, IPAddress, KernelError
+from vpnd.auth.credentials import CredentialError, CredentialStore
+from vpnd.config import load
+from vpnd.config.errors import ConfigError
+from vpnd.config.model import DaemonConfig, KernelChoice, LoadedConfiguration
+from vpnd.control.backend import ControlError
+from vpnd.control.server import ControlServer
+from vpnd.demands import Demands
+from vpnd.gate import GateSettings
+from vpnd.ike.context import IkeSettings, Retransmission
+from vpnd.ike.effects import Reason
+from vpnd.io.addresses import local_addresses, watch_addresses
+from vpnd.io.shim import ShimStartError, shim_listens, start_shim
+from vpnd.io.systemd import notify
+from vpnd.io.udp import IkeSockets
+from vpnd.kernel_side import KernelSide
+from vpnd.manager import Manager
+from vpnd.operations import Operations
+from vpnd.telemetry.counters import Counters
+from vpnd.telemetry.logging import configure_logging
+
+SHUTDOWN_DEADLINE: Final = 3.0  # s for the peers to answer our deletes
+ADDRESS_SETTLE: Final = 0.1  # s; changes of addresses come in groups
+
+log = structlog.get_logger("vpnd")
+
+
+class StartError(RuntimeError):
+    """The daemon cannot start; the text is for the user."""
+
+
+class SocketTable:
+    """The IKE sockets of every local address; implements `vpnd.manager.Sockets`."""
+
+    def __init__(self, receive: Callable[[Endpoint, Endpoint, bytes], None]) -> None:
+        self._receive = receive
+        self._by_address: dict[IPAddress, IkeSockets] = {}
+
+    @property
+    def addresses(self) -> set[IPAddress]:
+        return set(self._by_address)
+
+    async def add(self, address: IPAddress, descriptors: tuple[int, int]) -> None:
+        sockets = IkeSockets(address, descriptors, self._receive)
+        await sockets.open()
+        self._by_address[address] = sockets
+
+    async def remove(self, address: IPAddress) -> None:
+        sockets = self._by_address.pop(address, None)
+        if sockets is not None:
+            await sockets.close()
+
+    async def clear(self) -> None:
+        for address in self.addresses:
+            await self.remove(address)
+
+    def send(self, local: Endpoint, remote: Endpoint, data: bytes) -> None:
+        sockets = self._by_address.get(local.address)
+        if sockets is not None:
+            sockets.send(local.port, remote, data)
+
+    def send_keepalive(self, local: Endpoint, remote: Endpoint) -> None:
+        sockets = self._by_address.get(local.address)
+        if sockets is not None:
+            sockets.send_keepalive(remote)
+
+
+class Daemon:
+    """One key manager with its kernel, sockets and control server."""
+
+    def __init__(self, loaded: LoadedConfiguration) -> None:
+        config = loaded.daemon
+        self._config = config
+        self._configuration = loaded.configuration
+        self._counters = Counters()
+        self._kernel = KernelSide(self._connect, self._counters)
+        self._sockets = SocketTable(self._datagram)
+        self._shim: subprocess.Popen[bytes] | None = None
+        settings = IkeSettings(
+            retransmission=Retransmission(config.retransmit_timeout, config.retransmit_base, config.retransmit_tries),
+            half_open_timeout=config.half_open_timeout,
+            keepalive=config.keep_alive,
+            force_encapsulation=config.kernel is KernelChoice.USERSPACE,
+        )
+        gate = GateSettings(config.cookie_threshold, config.cookie_threshold_ip, config.block_threshold, config.half_open_limit)
+        self._manager = Manager(self._kernel, self._sockets, CredentialStore.of(loaded.configuration), settings, gate, self._counters)
+        self._demands = Demands(self._manager, DEFAULT_MARK)
+        self._operations = Operations(self._manager, self._demands)
+        self._control = ControlServer(self._operations, config)
+        self._addresses_task: asyncio.Task[None] | None = None
+        self._addresses_changed = asyncio.Event()
+
+    def _datagram(self, local: Endpoint, remote: Endpoint, data: bytes) -> None:
+        self._manager.datagram(local, remote, data)
+
+    # Start
+
+    async def start(self) -> None:
+        self._kernel.event = self._demands.kernel_event
+        self._kernel.lost = self._manager.sas_lost
+        await self._kernel.open()
+        self._addresses_task = asyncio.create_task(self._follow_addresses(), name="addresses")
+        await self._operations.load(self._configuration)
+        await self._control.start()
+
+    async def _connect(self) -> KernelChannel:
+        """A channel to the kernel, started if need be, with the IKE sockets of every address open.
+
+        Sockets of a kernel that is gone are closed first: they would stand in the way of the new ones.
+        """
+        config = self._config
+        await self._sockets.clear()
+        if config.kernel is not KernelChoice.USERSPACE:
+            raise StartError(f"kernel = {config.kernel.value} is not implemented yet; use kernel = userspace")
+        if not shim_listens(config.shim_socket):
+            if not config.start_shim:
+                raise ConnectionRefusedError(errno.ECONNREFUSED, f"no userspace kernel listens at {config.shim_socket}")
+            if self._shim is not None:
+                self._shim.poll()  # reaps it
+            log.info("starting the userspace kernel", socket=str(config.shim_socket))
+            self._shim = await start_shim(config.shim_socket, [])
+        channel = PfKeyChannel(config.shim_socket)
+        await channel.open()
+        await self._bind(channel)
+        return channel
+
+    # Addresses
+
+    async def _bind(self, channel: KernelChannel) -> None:
+        """Open the IKE sockets of addresses that came, close those of addresses that went."""
+        wanted = list(self._config.listen) or await local_addresses()
+        for address in self._sockets.addresses - set(wanted):
+            await self._sockets.remove(address)
+            await channel.unbind(address)
+            log.info("address gone", address=str(address))
+        for address in wanted:
+            if address in self._sockets.addresses:
+                continue
+            try:
+                descriptors = await channel.bind(address)
+            except KernelError as error:
+                log.warning("no IKE sockets on an address", address=str(address), error=error.detail)
+                continue
+            await self._sockets.add(address, descriptors)
+            log.info("listening", address=str(address), ports="500 4500")
+
+    async def _follow_addresses(self) -> None:
+        watcher = asyncio.create_task(watch_addresses(self._addresses_changed.set), name="address-watch")
+        try:
+            while True:
+                await self._addresses_changed.wait()
+                await asyncio.sleep(ADDRESS_SETTLE)
+                self._addresses_changed.clear()
+                try:
+                    await self._bind(self._kernel.channel)
+                except (ChannelClosed, TimeoutError) as error:
+                    log.warning("addresses not followed", error=str(error))
+        finally:
+            watcher.cancel()
+            await asyncio.gather(watcher, return_exceptions=True)
+
+    # Stop
+
+    async def stop(self) -> None:
+        """Delete what stands, with a deadline; give back what the kernel holds; the shim that we started ends too."""
+        notify("STOPPING=1")
+        self._demands.stop()
+        await self._control.stop()
+        now = asyncio.get_running_loop().time()
+        for entry in self._manager.entries():
+            self._manager.run(entry, entry.sa.delete(now, Reason.SHUTDOWN))
+        try:
+            async with asyncio.timeout(SHUTDOWN_DEADLINE):
+                await self._manager.all_closed()
+        except TimeoutError:
+            log.warning("peers did not answer our deletes", left=len(self._manager))
+        await self.abandon()
+
+    async def abandon(self) -> None:
+        """Close everything at once."""
+        if self._addresses_task is not None:
+            self._addresses_task.cancel()
+            await asyncio.gather(self._addresses_task, return_exceptions=True)
+        await self._sockets.clear()
+        await self._kernel.close()
+        if self._shim is not None and self._shim.poll() is None:
+            self._shim.terminate()
+            await asyncio.get_running_loop().run_in_executor(None, self._shim.wait)
+
+
+async def _serve(loaded: LoadedConfiguration) -> int:
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ended.set)
+    try:
+        daemon = Daemon(loaded)
+    except CredentialError as error:
+        log.error("configuration refused", error=str(error))
+        return 1
+    try:
+        await daemon.start()
+    except (StartError, ShimStartError, ControlError, KernelError, OSError) as error:
+        log.error("cannot start", error=str(error))
+        await daemon.abandon()
+        return 1
+    notify("READY=1")
+    log.info("ready", control=str(loaded.daemon.control_socket))
+    await ended.wait()
+    log.info("stopping")
+    await daemon.stop()
+    return 0
+
+
+def run(config_path: Path) -> int:
+    """Run the daemon until SIGTERM or SIGINT. The exit status: 0 after an orderly stop, 1 when it could not start."""
+    try:
+        loaded = load(config_path)
+    except ConfigError as error:
+        print(error)
+        return 1
+    configure_logging(loaded.daemon.log_level, loaded.daemon.log_format.value)
+    for warning in loaded.warnings:
+        log.warning(warning)
+    return asyncio.run(_serve(loaded))
+
+
+__all__ = ["Daemon", "DaemonConfig", "run"]

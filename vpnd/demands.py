@@ -1,0 +1,368 @@
+"""Why CHILD_SAs come up: traps and their ACQUIREs, start actions, the operator; and what follows when one goes.
+
+A demand is one CHILD_SA that is wanted now. There is at most one a child configuration at a time: further ACQUIREs
+wait for its outcome, and those whose flow it turns out not to cover make the next demand.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import structlog
+
+from kernel_shim.channel.api import ChannelClosed
+from kernel_shim.model import (
+    Acquire,
+    AcquireSequence,
+    Action,
+    AddressRange,
+    Endpoint,
+    Expire,
+    Flow,
+    IPAddress,
+    KernelError,
+    KernelEvent,
+    NewMapping,
+    ReqId,
+    Selector,
+    TrafficSelector,
+)
+from vpnd.config.model import ChildConfig, ConnectionConfig, StartAction, TsTemplate
+from vpnd.control.backend import ControlError
+from vpnd.ike.effects import ChildFailed, ChildSa, IkeClosed, Reason
+from vpnd.io.addresses import resolve, source_towards
+from vpnd.manager import Entry, Manager
+from vpnd.peers import ANY, fixed_address
+from vpnd.policies import PolicySpec, policies_for
+
+NO_ACQUIRE: Final = AcquireSequence(0)
+MAXIMUM_WAITING: Final = 1024  # ACQUIREs that wait for one demand; the kernel repeats those beyond
+RETRY_FIRST: Final = 1.0  # s, until a failed start action is tried again; doubles
+RETRY_LAST: Final = 60.0  # s
+RECOVERY_GRACE: Final = 60.0  # s, for which policies outlive a CHILD_SA that was lost while its successor is sought
+
+ChildKey = tuple[str, str]  # connection, child
+
+log = structlog.get_logger("child")
+
+
+class ChildNotUp(ControlError):
+    """A demand ended without a CHILD_SA."""
+
+    def __init__(self, name: str, reason: Reason, detail: str = "") -> None:
+        super().__init__(f"CHILD_SA {name}: {reason.value}" + (f" ({detail})" if detail else ""))
+        self.reason = reason
+
+
+@dataclass(slots=True)
+class Demand:
+    connection: ConnectionConfig
+    child: ChildConfig
+    flow: Flow | None
+    acquires: dict[AcquireSequence, Flow | None] = field(default_factory=dict)
+    waiters: list[asyncio.Future[ChildSa]] = field(default_factory=list)
+    attempts: int = 1
+    entry: Entry | None = None
+
+
+class Demands:
+    """Hears the news of the manager, by way of `vpnd.operations`, and the kernel's events."""
+
+    def __init__(self, manager: Manager, mark: int) -> None:
+        self._manager = manager
+        self._mark = mark
+        self._demands: dict[ChildKey, Demand] = {}
+        self._traps: dict[ChildKey, tuple[ConnectionConfig, ChildConfig]] = {}
+        self._waiting: dict[ChildKey, list[asyncio.Future[None]]] = {}  # `wait` of the control socket
+        self._retries: dict[ChildKey, asyncio.TimerHandle] = {}
+        self._recovering: dict[ChildKey, asyncio.TimerHandle] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._stopping = False
+
+    # Traps and shunts
+
+    @property
+    def traps(self) -> Sequence[tuple[ConnectionConfig, ChildConfig]]:
+        return list(self._traps.values())
+
+    def trapped(self, connection: str, child: str) -> bool:
+        return (connection, child) in self._traps
+
+    async def install(self, connection: ConnectionConfig, child: ChildConfig) -> None:
+        """Install the trap or shunt policies of a child. ControlError when it cannot be: the text says why."""
+        key = (connection.name, child.name)
+        remote = await self._remote_address(connection)
+        local = self._local_address(connection, remote)
+        local_ts = selectors(child.local_ts, local)
+        remote_ts = selectors(child.remote_ts, remote)
+        if local_ts is None or remote_ts is None:
+            raise ControlError(
+                f"child '{child.name}' cannot be trapped: its dynamic traffic selector needs an address of {connection.remote_addrs} that is known"
+            )
+        if child.action is Action.PROTECT and remote is None:
+            raise ControlError(f"child '{child.name}' cannot be trapped: connection '{connection.name}' has no remote address to ask")
+        first = next((Selector.between(a, b) for a in local_ts for b in remote_ts if a.addresses.version == b.addresses.version), None)
+        if not child.reqid:
+            self._manager.adopt_reqid(connection, child, self._manager.kernel.reqid_for(first))
+        reqid = ReqId(self._manager.reqid(connection, child))
+        spec = PolicySpec.of_child(child, child.mode, reqid, local, remote)
+        policies = list(policies_for(spec, local_ts, remote_ts))
+        if not policies:
+            raise ControlError(f"child '{child.name}' has no pair of traffic selectors of one family and protocol")
+        if key in self._traps:
+            await self.uninstall(*key)
+        try:
+            await self._manager.kernel.claim(("trap", *key), policies)
+        except KernelError as error:
+            raise ControlError(f"kernel refused the policies of child '{child.name}': {error.detail}") from error
+        self._traps[key] = (connection, child)
+
+    async def uninstall(self, connection: str, child: str) -> None:
+        """ControlError when it is not installed."""
+        if self._traps.pop((connection, child), None) is None:
+            raise ControlError(f"child '{child}' of connection '{connection}' is not installed")
+        await self._manager.kernel.release(("trap", connection, child))
+
+    async def _remote_address(self, connection: ConnectionConfig) -> IPAddress | None:
+        for pattern in connection.remote_addrs:
+            if pattern in ANY:
+                continue
+            address = fixed_address(pattern) or await resolve(pattern)
+            if address is not None:
+                self._manager.resolved[pattern] = address
+                return address
+        return None
+
+    def _local_address(self, connection: ConnectionConfig, remote: IPAddress | None) -> IPAddress | None:
+        for pattern in connection.local_addrs:
+            address = fixed_address(pattern)
+            if address is not None and (remote is None or address.version == remote.version):
+                return address
+        return source_towards(remote, self._mark) if remote is not None else None
+
+    # Demands
+
+    def demand(self, connection: ConnectionConfig, child: ChildConfig, *, flow: Flow | None = None, acquire: AcquireSequence = NO_ACQUIRE) -> Demand:
+        """Want a CHILD_SA; joins the demand that is under way."""
+        key = (connection.name, child.name)
+        demand = self._demands.get(key)
+        if demand is None:
+            demand = self._demands[key] = Demand(connection, child, flow)
+            if acquire:
+                demand.acquires[acquire] = flow
+            self._spawn(self._pursue(key, demand))
+        elif acquire and len(demand.acquires) < MAXIMUM_WAITING:
+            demand.acquires[acquire] = flow
+        return demand
+
+    async def up(self, connection: ConnectionConfig, child: ChildConfig) -> ChildSa:
+        """A CHILD_SA that stands; ChildNotUp when it fails."""
+        future: asyncio.Future[ChildSa] = asyncio.get_running_loop().create_future()
+        self.demand(connection, child).waiters.append(future)
+        return await future
+
+    async def _pursue(self, key: ChildKey, demand: Demand) -> None:
+        name = demand.connection.name
+        now = asyncio.get_running_loop().time()
+        entry = self._manager.established(name)
+        fresh = entry is None
+        if entry is None:
+            remote = await self._remote_address(demand.connection)
+            local = self._local_address(demand.connection, remote)
+            if remote is None or local is None:
+                detail = f"no address for {', '.join(demand.connection.remote_addrs)}" if remote is None else f"no route to {remote}"
+                self._failed(key, demand, Reason.PEER_SILENT, detail)
+                return
+            entry = self._manager.established(name)  # another demand may have made one meanwhile
+            fresh = entry is None
+            if entry is None:
+                entry = self._manager.add_initiator(
+                    demand.connection, Endpoint(local, demand.connection.local_port), Endpoint(remote, demand.connection.remote_port)
+                )
+                self._manager.say(f"initiating IKE_SA {name}[{entry.sa.unique_id}] to {remote}", entry)
+        demand.entry = entry
+        acquire = next(iter(demand.acquires), NO_ACQUIRE)
+        reqid = self._manager.reqid(demand.connection, demand.child)
+        effects = entry.sa.create_child(demand.child, now, flow=demand.flow, acquire=acquire, reqid=reqid)
+        if fresh:
+            effects = [*effects, *entry.sa.initiate(now)]
+        self._manager.run(entry, effects)
+
+    def _failed(self, key: ChildKey, demand: Demand, reason: Reason, detail: str) -> None:
+        tries = demand.connection.keyingtries
+        if reason is Reason.PEER_SILENT and (tries == 0 or demand.attempts < tries) and not self._stopping:
+            demand.attempts += 1
+            demand.entry = None
+            self._spawn(self._pursue(key, demand))
+            return
+        del self._demands[key]
+        error = ChildNotUp(demand.child.name, reason, detail)
+        for waiter in demand.waiters:
+            if not waiter.done():
+                waiter.set_exception(error)
+        self._spawn(self._refuse(list(demand.acquires)))
+        if demand.child.start_action is StartAction.START and not self._stopping:
+            self._retry_later(key, demand)
+
+    async def _refuse(self, acquires: Sequence[AcquireSequence]) -> None:
+        for sequence in acquires:
+            try:
+                await self._manager.kernel.channel.acquire_failed(sequence, errno.EHOSTUNREACH)
+            except (KernelError, TimeoutError, ChannelClosed) as error:
+                log.warning("ACQUIRE not answered", sequence=sequence, error=str(error))
+
+    def _retry_later(self, key: ChildKey, demand: Demand) -> None:
+        delay = min(RETRY_FIRST * 2 ** min(demand.attempts - 1, 10), RETRY_LAST)
+        attempts = demand.attempts + 1
+
+        def again() -> None:
+            self._retries.pop(key, None)
+            connection = self._manager.connections.get(key[0])
+            child = connection.children.get(key[1]) if connection else None
+            if connection and child and not self._stopping:
+                self.demand(connection, child).attempts = attempts
+
+        if (old := self._retries.pop(key, None)) is not None:
+            old.cancel()
+        self._retries[key] = asyncio.get_running_loop().call_later(delay, again)
+
+    # News of the manager
+
+    def child_established(self, entry: Entry, child: ChildSa) -> None:
+        key = (entry.sa.connection.name, child.name)
+        if (recovery := self._recovering.pop(key, None)) is not None:
+            recovery.cancel()
+            self._spawn(self._manager.kernel.release(("recovery", *key)))
+        for waiter in self._waiting.pop(key, []):
+            if not waiter.done():
+                waiter.set_result(None)
+        demand = self._demands.get(key)
+        if demand is None or demand.entry is not entry:
+            return
+        del self._demands[key]
+        for future in demand.waiters:
+            if not future.done():
+                future.set_result(child)
+        left = {sequence: flow for sequence, flow in demand.acquires.items() if flow is not None and not covers(child, flow)}
+        if left:
+            sequence, flow = next(iter(left.items()))
+            if flow == demand.flow:
+                # the peer narrowed away the very flow that asked: asking again would yield the same
+                self._spawn(self._refuse(list(left)))
+                return
+            following = self.demand(demand.connection, demand.child, flow=flow, acquire=sequence)
+            following.acquires.update(left)
+
+    def child_closed(self, entry: Entry, child: ChildSa, reason: Reason) -> None:
+        connection = self._manager.connections.get(entry.sa.connection.name)
+        config = connection.children.get(child.name) if connection else None
+        if connection is None or config is None or self._stopping:
+            return
+        lost = reason in (Reason.EXPIRED, Reason.KERNEL_LOST)
+        dead = reason is Reason.PEER_SILENT
+        trap = self.trapped(connection.name, child.name)
+        wanted = (lost and (entry.sa.initiator or config.start_action is StartAction.START) and not trap) or (
+            dead and StartAction.START in (config.start_action, config.dpd_action)
+        )
+        if wanted:
+            # no clear packet while a successor is sought: its policies stay
+            key = (connection.name, child.name)
+            self._manager.kernel.transfer(("child", child.id), ("recovery", *key))
+            entry.owners.discard(child.id)
+            if key not in self._recovering:
+                self._recovering[key] = asyncio.get_running_loop().call_later(RECOVERY_GRACE, self._give_up_recovery, key)
+            self.demand(connection, config)
+
+    def _give_up_recovery(self, key: ChildKey) -> None:
+        self._recovering.pop(key, None)
+        self._spawn(self._manager.kernel.release(("recovery", *key)))
+
+    def child_failed(self, entry: Entry, effect: ChildFailed) -> None:
+        key = (entry.sa.connection.name, effect.name)
+        demand = self._demands.get(key)
+        if demand is not None and demand.entry is entry:
+            self._failed(key, demand, effect.reason, effect.detail)
+
+    def ike_closed(self, entry: Entry, effect: IkeClosed) -> None:
+        for key, demand in [(key, demand) for key, demand in self._demands.items() if demand.entry is entry]:
+            self._failed(key, demand, effect.reason, effect.detail)
+
+    async def established(self, connection: str, child: str) -> None:
+        """Returns at the next CHILD_SA of that name; starts nothing."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        waiting = self._waiting.setdefault((connection, child), [])
+        waiting.append(future)
+        try:
+            await future
+        finally:
+            if future in waiting:
+                waiting.remove(future)
+
+    # News of the kernel
+
+    def kernel_event(self, event: KernelEvent) -> None:
+        match event:
+            case Acquire():
+                self._acquire(event)
+            case Expire(sa, _reqid, True):
+                self._manager.kernel.forget(sa)
+                found = self._manager.child_with(sa)
+                if found is not None:
+                    self._manager.counters.add("child_expired")
+                    entry, child_id = found
+                    self._manager.run(entry, entry.sa.child_expired(child_id, asyncio.get_running_loop().time()))
+            case Expire() | NewMapping():
+                self._manager.counters.add("kernel_notices")
+
+    def _acquire(self, event: Acquire) -> None:
+        self._manager.counters.add("acquires")
+        known = self._manager.child_of_reqid(event.reqid)
+        connection = self._manager.connections.get(known[0]) if known else None
+        if known is None or connection is None:
+            self._spawn(self._refuse([event.sequence]))
+            return
+        self._manager.say(f"creating acquire job for policy {event.flow or event.selector} with reqid {{{event.reqid}}}", group="KNL")
+        self.demand(connection, known[1], flow=event.flow, acquire=event.sequence)
+
+    # End
+
+    def stop(self) -> None:
+        """Nothing new is begun; what is under way fails."""
+        self._stopping = True
+        for handle in (*self._retries.values(), *self._recovering.values()):
+            handle.cancel()
+        for key, demand in list(self._demands.items()):
+            self._failed(key, demand, Reason.SHUTDOWN, "")
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def selectors(templates: Sequence[TsTemplate], address: IPAddress | None) -> list[TrafficSelector] | None:
+    """Templates with `dynamic` filled in; None when it must be and the address is not known."""
+    filled = []
+    for template in templates:
+        if template.addresses is not None:
+            filled.append(template.addresses)
+        elif address is None:
+            return None
+        else:
+            filled.append(TrafficSelector(AddressRange.host(address), template.protocol, template.ports))
+    return filled
+
+
+def covers(child: ChildSa, flow: Flow) -> bool:
+    """Whether a packet of the flow may go through the CHILD_SA."""
+
+    def side(ts: TrafficSelector, address: IPAddress, port: int) -> bool:
+        return address in ts.addresses and ts.protocol in (0, flow.protocol) and port in ts.ports
+
+    return any(side(ts, flow.source, flow.source_port) for ts in child.local_ts) and any(
+        side(ts, flow.destination, flow.destination_port) for ts in child.remote_ts
+    )

@@ -1,0 +1,67 @@
+"""Who may open an IKE SA: cookies under load, and limits on half-open IKE SAs (RFC 7296 section 2.6).
+
+Pure, and stateless towards strangers: nothing that it remembers grows with who asks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kernel_shim.model import Endpoint
+from vpnd.ike.cookie import CookieJar, cookie_reply, invalid_major_version, parse_init_request
+from vpnd.ike.crypto import Entropy
+
+
+@dataclass(frozen=True, slots=True)
+class GateSettings:
+    """Numbers of half-open IKE SAs; 0 switches a rule off, except `limit`."""
+
+    cookie_threshold: int = 30  # from here on every initiator must return a cookie
+    cookie_threshold_ip: int = 3  # the same, counted for one address
+    block_threshold: int = 5  # of one address
+    limit: int = 1000  # in all
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """Answer it as a responder."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """Send this and remember nothing."""
+
+    answer: bytes
+    counter: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Say nothing."""
+
+    counter: str
+
+
+class Gate:
+    def __init__(self, settings: GateSettings, entropy: Entropy, now: float) -> None:
+        self._settings = settings
+        self._cookies = CookieJar(entropy, now)
+
+    def judge(self, datagram: bytes, remote: Endpoint, half_open: int, half_open_of_address: int, now: float) -> Admitted | Reply | Refused:
+        """An IKE_SA_INIT request of an initiator that has no IKE SA here yet."""
+        newer = invalid_major_version(datagram)
+        if newer is not None:
+            return Reply(newer, "ike_invalid_major_version")
+        request = parse_init_request(datagram)
+        if request is None:
+            return Refused("ike_malformed")
+        settings = self._settings
+        spi = request.header.initiator_spi
+        loaded = (0 < settings.cookie_threshold <= half_open) or (0 < settings.cookie_threshold_ip <= half_open_of_address)
+        if loaded and (request.cookie is None or not self._cookies.check(request.cookie, request.nonce, remote.address, spi, now)):
+            return Reply(cookie_reply(request, self._cookies.make(request.nonce, remote.address, spi, now)), "ike_cookies_sent")
+        if 0 < settings.block_threshold <= half_open_of_address:
+            return Refused("ike_blocked_address")
+        if half_open >= settings.limit:
+            return Refused("ike_half_open_limit")
+        return Admitted()

@@ -1,0 +1,500 @@
+"""The IKE SAs of the daemon: which datagram is for which, when each must act, and what its effects do to sockets and kernel.
+
+An IKE SA is a pure core (`vpnd.ike.sa`). Its effects are carried out here, step after step; a step that needs the kernel
+goes on in a task of its own until its effects are done, so nothing waits per SA while nothing happens.
+Why CHILD_SAs come up, and what follows when one goes, is `vpnd.demands`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Final, Protocol, TypeVar
+
+import structlog
+
+from kernel_shim.channel.api import ChannelClosed
+from kernel_shim.model import Capabilities, Direction, Endpoint, IPAddress, KernelError, ReqId, SaId, SpiRequest
+from vpnd.auth.credentials import CredentialStore
+from vpnd.config.model import ChildConfig, ConnectionConfig
+from vpnd.control.backend import DaemonEvent, LogLine
+from vpnd.gate import Admitted, Gate, GateSettings, Refused, Reply
+from vpnd.ike.context import IkeSettings
+from vpnd.ike.effects import (
+    AllocateSpi,
+    AuthenticationRejected,
+    ChildClosed,
+    ChildEstablished,
+    ChildFailed,
+    ChildSa,
+    Effect,
+    IkeClosed,
+    IkeEstablished,
+    InitialContact,
+    InstallSa,
+    Reason,
+    RemoveSa,
+    Send,
+    SendKeepalive,
+)
+from vpnd.ike.identity import Identity
+from vpnd.ike.sa import IkeSa, IkeSaState
+from vpnd.kernel_side import KernelSide
+from vpnd.peers import candidates
+from vpnd.policies import PolicySpec, policies_for
+from vpnd.schedule import Deadlines
+from vpnd.telemetry.counters import Counters
+
+HEADER_LENGTH: Final = 28  # RFC 7296 section 3.1
+FLAG_INITIATOR: Final = 0x08
+FLAG_RESPONSE: Final = 0x20
+EXCHANGE_IKE_SA_INIT: Final = 34
+
+USABLE: Final = (IkeSaState.CONNECTING, IkeSaState.ESTABLISHED, IkeSaState.REKEYING)
+KERNEL_ERRORS: Final = (KernelError, TimeoutError, ChannelClosed)
+
+K = TypeVar("K")
+
+log = structlog.get_logger("ike")
+
+
+class Sockets(Protocol):
+    """Sends IKE messages; `vpnd.io.udp.IkeSockets` behind the application."""
+
+    def send(self, local: Endpoint, remote: Endpoint, data: bytes) -> None: ...
+    def send_keepalive(self, local: Endpoint, remote: Endpoint) -> None: ...
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """An IKE SA and what is still to be done for it."""
+
+    sa: IkeSa
+    steps: deque[deque[Effect]] = field(default_factory=deque)
+    task: asyncio.Task[None] | None = None
+    owners: set[int] = field(default_factory=set)  # children whose policies are claimed
+    init_key: tuple[int, Endpoint] | None = None  # of a responder: the initiator's SPI and address
+    half_open: IPAddress | None = None  # counted for this address
+
+
+class Listener(Protocol):
+    """Hears what becomes of IKE and CHILD_SAs."""
+
+    def ike_established(self, entry: Entry) -> None: ...
+    def child_established(self, entry: Entry, child: ChildSa) -> None: ...
+    def child_closed(self, entry: Entry, child: ChildSa, reason: Reason) -> None: ...
+    def child_failed(self, entry: Entry, effect: ChildFailed) -> None: ...
+    def ike_closed(self, entry: Entry, effect: IkeClosed) -> None: ...
+
+
+class Manager:
+    """Implements `vpnd.ike.context.IkeContext` for the cores that it drives."""
+
+    def __init__(
+        self, kernel: KernelSide, sockets: Sockets, credentials: CredentialStore, settings: IkeSettings, gate: GateSettings, counters: Counters
+    ) -> None:
+        self.kernel: Final = kernel
+        self.counters: Final = counters
+        self.credentials: CredentialStore = credentials
+        self._settings = settings
+        self._sockets = sockets
+        self._gate = Gate(gate, os.urandom, asyncio.get_running_loop().time())
+        self.connections: Final[dict[str, ConnectionConfig]] = {}
+        self.resolved: Final[dict[str, IPAddress]] = {}  # host names of remote_addrs
+        self._by_spi: dict[int, Entry] = {}
+        self._by_init: dict[tuple[int, Endpoint], Entry] = {}
+        self._half_open: Counter[IPAddress] = Counter()
+        self._half_open_total = 0
+        self._of_connection: dict[str, dict[int, Entry]] = {}  # initiators, and responders whose peer is authenticated
+        self._of_peer: dict[tuple[Identity | None, Identity | None], dict[int, Entry]] = {}  # established, by local and remote identity
+        self._child_of: dict[SaId, tuple[Entry, int]] = {}
+        self._reqids: dict[tuple[str, str], ReqId] = {}
+        self._child_of_reqid: dict[int, tuple[str, ChildConfig]] = {}
+        self._deadlines: Deadlines[int] = Deadlines()
+        self._timer: asyncio.TimerHandle | None = None
+        self._next_ike_id = 0
+        self._next_child_id = 0
+        self._subscribers: dict[int, Callable[[DaemonEvent], None]] = {}
+        self._subscription = 0
+        self.listener: Listener | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # IkeContext
+
+    @property
+    def settings(self) -> IkeSettings:
+        return self._settings
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return self.kernel.capabilities()
+
+    def entropy(self, octets: int) -> bytes:
+        return os.urandom(octets)
+
+    def utc(self, now: float) -> datetime:
+        return datetime.fromtimestamp(time.time() - (asyncio.get_running_loop().time() - now), UTC)
+
+    def new_ike_spi(self) -> int:
+        while True:
+            spi = int.from_bytes(os.urandom(8))
+            if spi and spi not in self._by_spi:
+                return spi
+
+    def new_ike_id(self) -> int:
+        self._next_ike_id += 1
+        return self._next_ike_id
+
+    def new_child_id(self) -> int:
+        self._next_child_id += 1
+        return self._next_child_id
+
+    def candidates(self, local: Endpoint, remote: Endpoint) -> Sequence[ConnectionConfig]:
+        return candidates(self.connections.values(), local, remote, self.resolved)
+
+    def reqid(self, connection: ConnectionConfig, child: ChildConfig) -> int:
+        key = (connection.name, child.name)
+        known = self._reqids.get(key)
+        if known is None:
+            known = self._reqids[key] = ReqId(child.reqid) if child.reqid else self.kernel.reqid_for(None)
+        self._child_of_reqid[known] = (connection.name, child)
+        return known
+
+    def adopt_reqid(self, connection: ConnectionConfig, child: ChildConfig, reqid: ReqId) -> None:
+        """Fix the reqid of a child before its first use: that of the policies which an earlier run left."""
+        self._reqids.setdefault((connection.name, child.name), reqid)
+
+    def child_of_reqid(self, reqid: int) -> tuple[str, ChildConfig] | None:
+        """Connection name and child configuration that a reqid stands for."""
+        return self._child_of_reqid.get(reqid)
+
+    def first_contact(self, connection: ConnectionConfig) -> bool:
+        return not any(entry.sa.established_at is not None for entry in self._of_connection.get(connection.name, {}).values())
+
+    # Looking
+
+    def entries(self) -> Iterator[Entry]:
+        """Every IKE SA, in order of creation."""
+        return iter(list(self._by_spi.values()))
+
+    def established(self, connection: str) -> Entry | None:
+        """The youngest usable IKE SA of a connection: one that stands, or else one that we are bringing up."""
+        best: Entry | None = None
+        for entry in self._of_connection.get(connection, {}).values():
+            if entry.sa.closed or entry.sa.state not in USABLE:
+                continue
+            if best is None or best.sa.established_at is None or entry.sa.established_at is not None:
+                best = entry
+        return best
+
+    def child_with(self, sa: SaId) -> tuple[Entry, int] | None:
+        return self._child_of.get(sa)
+
+    @property
+    def half_open(self) -> int:
+        return self._half_open_total
+
+    def __len__(self) -> int:
+        return len(self._by_spi)
+
+    async def all_closed(self) -> None:
+        """Returns once there is no IKE SA."""
+        await self._idle.wait()
+
+    # Events
+
+    def subscribe(self, listener: Callable[[DaemonEvent], None]) -> Callable[[], None]:
+        self._subscription += 1
+        ticket = self._subscription
+        self._subscribers[ticket] = listener
+        return lambda: self._subscribers.pop(ticket, None) and None
+
+    def publish(self, event: DaemonEvent) -> None:
+        for listener in list(self._subscribers.values()):
+            listener(event)
+
+    def say(self, text: str, entry: Entry | None = None, *, group: str = "IKE", level: int = 1, warning: bool = False) -> None:
+        """One line for the log and for those who listen on the control socket."""
+        name, number = (entry.sa.connection.name, entry.sa.unique_id) if entry else (None, None)
+        (log.warning if warning else log.info)(text, **({"connection": name, "ike": number} if entry else {}))
+        self.publish(LogLine(group, level, name, number, text))
+
+    # Inputs
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    def datagram(self, local: Endpoint, remote: Endpoint, data: bytes) -> None:
+        """An IKE message without non-ESP marker."""
+        if len(data) < HEADER_LENGTH:
+            self.counters.add("ike_malformed")
+            return
+        from_initiator = data[19] & FLAG_INITIATOR
+        spi = int.from_bytes(data[8:16] if from_initiator else data[0:8])
+        entry = self._by_spi.get(spi)
+        if entry is not None:
+            self.run(entry, entry.sa.receive(data, local, remote, self._now()))
+        elif spi == 0 and from_initiator and data[18] == EXCHANGE_IKE_SA_INIT and not data[19] & FLAG_RESPONSE:
+            self._initial(local, remote, data)
+        else:
+            self.counters.add("ike_unknown_spi")
+
+    def _initial(self, local: Endpoint, remote: Endpoint, data: bytes) -> None:
+        now = self._now()
+        key = (int.from_bytes(data[0:8]), remote)
+        entry = self._by_init.get(key)
+        if entry is not None:
+            self.run(entry, entry.sa.receive(data, local, remote, now))
+            return
+        match self._gate.judge(data, remote, self._half_open_total, self._half_open[remote.address], now):
+            case Reply(answer, counter):
+                self.counters.add(counter)
+                self._sockets.send(local, remote, answer)
+            case Refused(counter):
+                self.counters.add(counter)
+            case Admitted():
+                if not self.kernel.connected:
+                    self.counters.add("ike_refused_no_kernel")
+                    return
+                sa, effects = IkeSa.respond(self, data, local, remote, now)
+                if sa is None:
+                    for effect in effects:
+                        if isinstance(effect, Send):
+                            self._sockets.send(effect.local, effect.remote, effect.data)
+                        elif isinstance(effect, AuthenticationRejected):
+                            self.say(f"IKE_SA_INIT from {remote} refused: {effect.why}", warning=True)
+                    return
+                entry = self._enter(sa)
+                entry.init_key = key
+                entry.half_open = remote.address
+                self._by_init[key] = entry
+                self._half_open[remote.address] += 1
+                self._half_open_total += 1
+                self.run(entry, effects)
+
+    def add_initiator(self, connection: ConnectionConfig, local: Endpoint, remote: Endpoint) -> Entry:
+        """A new IKE SA that has sent nothing yet."""
+        entry = self._enter(IkeSa.initiator_of(self, connection, local, remote, self._now()))
+        self._of_connection.setdefault(connection.name, {})[entry.sa.spi_local] = entry
+        return entry
+
+    def _enter(self, sa: IkeSa) -> Entry:
+        entry = Entry(sa)
+        self._by_spi[sa.spi_local] = entry
+        self._idle.clear()
+        return entry
+
+    def sas_lost(self, ids: Sequence[SaId]) -> None:
+        """The kernel lost these SAs, and with them their sequence numbers: their CHILD_SAs are over."""
+        for entry, child_id in {child for sa in ids if (child := self._child_of.get(sa)) is not None}:
+            if not entry.sa.closed:
+                self.run(entry, entry.sa.child_expired(child_id, self._now()))
+
+    # Timers
+
+    def _tick(self) -> None:
+        self._timer = None
+        now = self._now()
+        while (spi := self._deadlines.due(now)) is not None:
+            entry = self._by_spi.get(spi)
+            if entry is not None:
+                self.run(entry, entry.sa.timer(now))
+        self._arm()
+
+    def _arm(self) -> None:
+        deadline = self._deadlines.next()
+        if self._timer is not None:
+            if self._timer.when() == deadline:
+                return
+            self._timer.cancel()
+            self._timer = None
+        if deadline is not None:
+            self._timer = asyncio.get_running_loop().call_at(deadline, self._tick)
+
+    # Effects
+
+    def run(self, entry: Entry, effects: Sequence[Effect]) -> None:
+        """Carry out one step, after the steps of this IKE SA that are still under way."""
+        if effects:
+            entry.steps.append(deque(effects))
+        if entry.task is None:
+            self._advance(entry)
+        self._deadlines.set(entry.sa.spi_local, entry.sa.next_deadline() if entry.sa.spi_local in self._by_spi else None)
+        self._arm()
+
+    def _advance(self, entry: Entry) -> None:
+        while entry.steps:
+            step = entry.steps[0]
+            while step:
+                if isinstance(step[0], AllocateSpi | InstallSa | RemoveSa):
+                    entry.task = asyncio.get_running_loop().create_task(self._continue(entry))
+                    return
+                self._carry_out(entry, step.popleft())
+            entry.steps.popleft()
+
+    async def _continue(self, entry: Entry) -> None:
+        step = entry.steps[0]
+        try:
+            answer = await self._kernel_effect(entry, step)
+        except Exception:  # a fault of ours must cost this IKE SA its life, not its silence
+            log.exception("effect failed", connection=entry.sa.connection.name, ike=entry.sa.unique_id)
+            step.clear()
+            answer = entry.sa.abort(self._now(), Reason.KERNEL_REFUSED)
+        if answer:
+            # what follows from the answer belongs before later steps, after the rest of this one
+            entry.steps.insert(1, deque(answer))
+        entry.task = None
+        self.run(entry, ())
+
+    async def _kernel_effect(self, entry: Entry, step: deque[Effect]) -> Sequence[Effect]:
+        """Take the first effect of the step and carry it out; what the core says to the outcome is returned."""
+        answer: Sequence[Effect] = ()
+        match step.popleft():
+            case AllocateSpi(token, _child, local, remote, mode):
+                spi = None
+                try:
+                    spi = await self.kernel.get_spi(SpiRequest(remote.address, local.address, mode, ReqId(0)))
+                except KERNEL_ERRORS as error:
+                    self.say(f"kernel gave no SPI: {error}", entry, group="KNL", warning=True)
+                answer = entry.sa.spi_allocated(token, spi, self._now())
+            case InstallSa(child_id, sa):
+                try:
+                    await self._install(entry, child_id, sa.id, InstallSa(child_id, sa))
+                except KERNEL_ERRORS as error:
+                    self.say(f"kernel refused the {sa.direction.name.lower()}bound SA {sa.spi:08x}: {error}", entry, group="KNL", warning=True)
+                    step.clear()
+                    answer = entry.sa.install_failed(child_id, sa.direction, self._now())
+            case RemoveSa(sa_id):
+                self._child_of.pop(sa_id, None)
+                await self.kernel.remove(sa_id)
+            case effect:
+                raise AssertionError(f"{effect} does not need the kernel")
+        return answer
+
+    async def _install(self, entry: Entry, child_id: int, sa_id: SaId, effect: InstallSa) -> None:
+        """Policies for traffic in before the SA in, policies for traffic out after the SA out: no packet meets one without the other."""
+        sa = effect.sa
+        inbound = sa.direction is Direction.IN
+        local_ts, remote_ts = (sa.destination_selectors, sa.source_selectors) if inbound else (sa.source_selectors, sa.destination_selectors)
+        local, remote = (sa.destination, sa.source) if inbound else (sa.source, sa.destination)
+        known = self._child_of_reqid.get(sa.reqid)
+        child = known[1] if known else None
+        spec = PolicySpec.of_child(child, sa.mode, sa.reqid, local, remote)
+        wanted = [policy for policy in policies_for(spec, local_ts, remote_ts) if (policy.direction is Direction.OUT) is not inbound]
+        entry.owners.add(child_id)
+        if inbound:
+            await self.kernel.claim(("child", child_id), wanted)
+            await self.kernel.install(sa)
+        else:
+            await self.kernel.install(sa)
+            self._child_of[sa_id] = (entry, child_id)
+            await self.kernel.claim(("child", child_id), wanted)
+        self._child_of[sa_id] = (entry, child_id)
+
+    def _carry_out(self, entry: Entry, effect: Effect) -> None:
+        match effect:
+            case Send(local, remote, data):
+                self._sockets.send(local, remote, data)
+            case SendKeepalive(local, remote):
+                self._sockets.send_keepalive(local, remote)
+            case IkeEstablished():
+                self._authenticated(entry)
+            case IkeClosed():
+                self._closed(entry, effect)
+            case ChildEstablished(child):
+                self.counters.add("child_established")
+                self.say(
+                    f"CHILD_SA {child.name}{{{child.id}}} established with SPIs {child.inbound.spi:08x}_i {child.outbound.spi:08x}_o and TS "
+                    f"{' '.join(map(str, child.local_ts))} === {' '.join(map(str, child.remote_ts))}",
+                    entry,
+                )
+                if self.listener:
+                    self.listener.child_established(entry, child)
+            case ChildClosed(child, reason):
+                self.counters.add("child_closed")
+                self.say(f"CHILD_SA {child.name}{{{child.id}}} closed: {reason.value}", entry)
+                if self.listener:
+                    self.listener.child_closed(entry, child, reason)
+                self._release(entry, child.id)
+            case ChildFailed():
+                self.counters.add("child_failed")
+                detail = f" ({effect.detail})" if effect.detail else ""
+                self.say(f"CHILD_SA {effect.name} failed: {effect.reason.value}{detail}", entry, warning=True)
+                if self.listener:
+                    self.listener.child_failed(entry, effect)
+            case AuthenticationRejected(connection, peer, why):
+                self.counters.add("authentication_rejected")
+                self.say(
+                    f"authentication of peer '{peer or '%any'}' at {entry.sa.remote} for connection '{connection or '?'}' failed: {why}", entry, warning=True
+                )
+            case InitialContact(local_id, remote_id):
+                for other in list(self._of_peer.get((local_id, remote_id), {}).values()):
+                    if other is not entry:
+                        self.run(other, other.sa.abort(self._now(), Reason.REPLACED))
+            case _:
+                raise AssertionError(f"{effect} needs the kernel")
+
+    def _authenticated(self, entry: Entry) -> None:
+        self._not_half_open(entry)
+        self.counters.add("ike_established")
+        sa = entry.sa
+        self._of_connection.setdefault(sa.connection.name, {})[sa.spi_local] = entry
+        self._of_peer.setdefault((sa.local_id, sa.remote_id), {})[sa.spi_local] = entry
+        self.say(
+            f"IKE_SA {sa.connection.name}[{sa.unique_id}] established between {sa.local.address}[{sa.local_id}]...{sa.remote.address}[{sa.remote_id}]", entry
+        )
+        if self.listener:
+            self.listener.ike_established(entry)
+
+    def _closed(self, entry: Entry, effect: IkeClosed) -> None:
+        sa = entry.sa
+        self._not_half_open(entry)
+        self._by_spi.pop(sa.spi_local, None)
+        _discard(self._of_connection, sa.connection.name, sa.spi_local)
+        _discard(self._of_peer, (sa.local_id, sa.remote_id), sa.spi_local)
+        self._deadlines.set(sa.spi_local, None)
+        if entry.init_key is not None:
+            self._by_init.pop(entry.init_key, None)
+        self.counters.add("ike_closed")
+        detail = f" ({effect.detail})" if effect.detail else ""
+        self.say(f"IKE_SA {sa.connection.name}[{sa.unique_id}] closed: {effect.reason.value}{detail}", entry)
+        if self.listener:
+            self.listener.ike_closed(entry, effect)
+        for child_id in list(entry.owners):
+            self._release(entry, child_id)
+        if not self._by_spi:
+            self._idle.set()
+
+    def _not_half_open(self, entry: Entry) -> None:
+        if entry.half_open is not None:
+            self._half_open_total -= 1
+            self._half_open[entry.half_open] -= 1
+            if not self._half_open[entry.half_open]:
+                del self._half_open[entry.half_open]
+            entry.half_open = None
+
+    def _release(self, entry: Entry, child_id: int) -> None:
+        entry.owners.discard(child_id)
+        owner = ("child", child_id)
+        if self.kernel.has_claims(owner):
+            self._background(self.kernel.release(owner))
+
+    def _background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _discard(index: dict[K, dict[int, Entry]], key: K, spi: int) -> None:
+    group = index.get(key)
+    if group is not None:
+        group.pop(spi, None)
+        if not group:
+            del index[key]

@@ -1,0 +1,426 @@
+"""What an operator can ask of the daemon: `vpnd.control.backend.ControlBackend` on the manager and its demands."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import Any, Final
+
+from kernel_shim.channel.api import ChannelClosed
+from kernel_shim.model import Action, KernelError, SaId, SaStatus
+from vpnd.auth.credentials import CredentialError
+from vpnd.config.model import ChildConfig, Configuration, ConnectionConfig, PrivateKeySource, SharedSecret, StartAction
+from vpnd.control.backend import (
+    ChildState,
+    ChildStatus,
+    ChildUpDown,
+    ControlError,
+    DaemonEvent,
+    DaemonStats,
+    IkeState,
+    IkeStatus,
+    IkeUpDown,
+    LogLine,
+    PolicyStatus,
+)
+from vpnd.demands import Demands, selectors
+from vpnd.ike.effects import ChildFailed, ChildSa, IkeClosed, Reason
+from vpnd.ike.proposal import within
+from vpnd.ike.sa import Child
+from vpnd.manager import Entry, Manager
+
+SINGLE_LOOKUPS: Final = 16  # up to so many SAs are asked for one by one, beyond that the SAD is dumped once
+QUEUED_LINES: Final = 1000  # log lines kept for one slow control client
+
+Usage = Mapping[SaId, SaStatus]
+NO_USAGE: Final[Usage] = {}
+
+
+class Operations:
+    """The control server's backend."""
+
+    def __init__(self, manager: Manager, demands: Demands) -> None:
+        self._manager = manager
+        self._demands = demands
+        self._started = time.time()
+        self._monotonic = asyncio.get_running_loop().time
+        self._started_monotonic = self._monotonic()
+        manager.listener = self
+
+    # News, shown and passed on
+
+    def ike_established(self, entry: Entry) -> None:
+        self._manager.publish(IkeUpDown(True, self._ike_status(entry, NO_USAGE)))
+
+    def child_established(self, entry: Entry, child: ChildSa) -> None:
+        self._publish_child(True, entry, child)
+        self._demands.child_established(entry, child)
+
+    def child_closed(self, entry: Entry, child: ChildSa, reason: Reason) -> None:
+        self._publish_child(False, entry, child)
+        self._demands.child_closed(entry, child, reason)
+
+    def child_failed(self, entry: Entry, effect: ChildFailed) -> None:
+        self._demands.child_failed(entry, effect)
+
+    def ike_closed(self, entry: Entry, effect: IkeClosed) -> None:
+        if entry.sa.established_at is not None:
+            self._manager.publish(IkeUpDown(False, self._ike_status(entry, NO_USAGE)))
+        self._demands.ike_closed(entry, effect)
+
+    def _publish_child(self, up: bool, entry: Entry, child: ChildSa) -> None:
+        known = entry.sa.children.get(child.id)
+        now = self._monotonic()
+        status = (
+            self._child_status(known, NO_USAGE, now)
+            if known is not None
+            else ChildStatus(
+                child.name,
+                child.id,
+                child.reqid,
+                ChildState.DELETED,
+                child.mode,
+                child.encapsulated,
+                child.inbound.spi,
+                child.outbound.spi,
+                None,
+                child.local_ts,
+                child.remote_ts,
+            )
+        )
+        self._manager.publish(ChildUpDown(up, self._ike_status(entry, NO_USAGE, children=[status])))
+
+    def subscribe(self, listener: Callable[[DaemonEvent], None]) -> Callable[[], None]:
+        return self._manager.subscribe(listener)
+
+    # Status
+
+    def stats(self) -> DaemonStats:
+        return DaemonStats(
+            uptime=self._monotonic() - self._started_monotonic,
+            since=self._started,
+            ike_total=len(self._manager),
+            ike_half_open=self._manager.half_open,
+            policies=len(self._demands.traps),
+            counters=self._manager.counters.snapshot(),
+        )
+
+    async def list_sas(
+        self, *, ike: str | None = None, ike_id: int | None = None, child: str | None = None, child_id: int | None = None
+    ) -> Sequence[IkeStatus]:
+        chosen: list[tuple[Entry, list[Child] | None]] = []
+        for entry in self._manager.entries():
+            if (ike is not None and entry.sa.connection.name != ike) or (ike_id is not None and entry.sa.unique_id != ike_id):
+                continue
+            if child is None and child_id is None:
+                chosen.append((entry, None))
+                continue
+            fitting = [one for one in entry.sa.children.values() if child in (None, one.sa.name) and child_id in (None, one.sa.id)]
+            if fitting:
+                chosen.append((entry, fitting))
+        children = [one for entry, some in chosen for one in (entry.sa.children.values() if some is None else some)]
+        usage = await self._usage([sa for one in children for sa in (one.sa.inbound.id, one.sa.outbound.id)])
+        now = self._monotonic()
+        return [
+            self._ike_status(
+                entry, usage, children=[self._child_status(one, usage, now) for one in (list(entry.sa.children.values()) if some is None else some)]
+            )
+            for entry, some in chosen
+        ]
+
+    async def _usage(self, ids: Sequence[SaId]) -> Usage:
+        try:
+            channel = self._manager.kernel.channel
+            if len(ids) > SINGLE_LOOKUPS:
+                return {status.sa.id: status for status in await channel.sas()}
+            usage = {}
+            for sa in ids:
+                try:
+                    usage[sa] = await channel.get_sa(sa)
+                except KernelError:
+                    continue
+            return usage
+        except (TimeoutError, ChannelClosed):
+            return NO_USAGE
+
+    def _ike_status(self, entry: Entry, usage: Usage, *, children: Sequence[ChildStatus] | None = None) -> IkeStatus:
+        sa, now = entry.sa, self._monotonic()
+        return IkeStatus(
+            name=sa.connection.name,
+            unique_id=sa.unique_id,
+            state=IkeState(sa.state.value),
+            local=sa.local,
+            local_id=sa.local_id,
+            remote=sa.remote,
+            remote_id=sa.remote_id,
+            initiator=sa.initiator,
+            spi_initiator=sa.spi_initiator,
+            spi_responder=sa.spi_responder,
+            proposal=sa.proposal,
+            nat_local=sa.nat_local,
+            nat_remote=sa.nat_remote,
+            nat_fake=sa.nat_fake,
+            nat_any=sa.nat_local or sa.nat_remote or sa.nat_fake,
+            established=None if sa.established_at is None else now - sa.established_at,
+            tasks_queued=sa.tasks_queued,
+            tasks_active=sa.tasks_active,
+            children=[self._child_status(child, usage, now) for child in sa.children.values()] if children is None else children,
+        )
+
+    def _child_status(self, child: Child, usage: Usage, now: float) -> ChildStatus:
+        sa = child.sa
+        inbound, outbound = usage.get(sa.inbound.id), usage.get(sa.outbound.id)
+        age = now - child.installed_at
+        epoch = time.time()
+
+        def since(status: SaStatus | None) -> float | None:
+            return None if status is None or status.used is None else max(0.0, epoch - status.used)
+
+        return ChildStatus(
+            name=sa.name,
+            unique_id=sa.id,
+            reqid=sa.reqid,
+            state=ChildState(child.state.value),
+            mode=sa.mode,
+            encapsulated=sa.encapsulated,
+            spi_in=sa.inbound.spi,
+            spi_out=sa.outbound.spi,
+            proposal=child.proposal,
+            local_ts=sa.local_ts,
+            remote_ts=sa.remote_ts,
+            bytes_in=inbound.octets if inbound else 0,
+            packets_in=inbound.packets if inbound else 0,
+            used_in=since(inbound),
+            bytes_out=outbound.octets if outbound else 0,
+            packets_out=outbound.packets if outbound else 0,
+            used_out=since(outbound),
+            rekey_in=sa.outbound.soft.seconds - age if sa.outbound.soft.seconds else None,
+            life_in=sa.outbound.hard.seconds - age if sa.outbound.hard.seconds else None,
+            installed=age,
+        )
+
+    def list_policies(self, *, trap: bool, shunt: bool, child: str | None = None, ike: str | None = None) -> Sequence[PolicyStatus]:
+        names = {Action.BYPASS: "PASS", Action.DISCARD: "DROP"}
+        found = []
+        for connection, config in self._demands.traps:
+            is_shunt = config.action is not Action.PROTECT
+            if not (shunt if is_shunt else trap) or child not in (None, config.name) or ike not in (None, connection.name):
+                continue
+            found.append(
+                PolicyStatus(
+                    config.name,
+                    connection.name,
+                    names.get(config.action, config.mode.name),
+                    selectors([ts for ts in config.local_ts if ts.addresses], None) or (),
+                    selectors([ts for ts in config.remote_ts if ts.addresses], None) or (),
+                )
+            )
+        return found
+
+    # Connections
+
+    def connections(self) -> Mapping[str, ConnectionConfig]:
+        return self._manager.connections
+
+    async def load(self, configuration: Configuration) -> None:
+        """All of a configuration. ControlError for the first connection that cannot be loaded."""
+        for connection in configuration.connections.values():
+            await self.load_connection(connection)
+
+    async def load_connection(self, connection: ConnectionConfig) -> None:
+        capabilities = self._manager.capabilities
+        for child in connection.children.values():
+            if child.action is Action.PROTECT and not within(child.esp_proposals, capabilities):
+                raise ControlError(f"child '{child.name}': the {capabilities.name} kernel has none of its ESP algorithms")
+            if child.mode not in capabilities.modes:
+                raise ControlError(f"child '{child.name}': the {capabilities.name} kernel cannot do {child.mode.name.lower()} mode")
+            if child.replay_window > capabilities.maximum_replay_window:
+                widest = capabilities.maximum_replay_window
+                raise ControlError(f"child '{child.name}': replay_window {child.replay_window} is over the {widest} of the {capabilities.name} kernel")
+            if child.unresolved not in capabilities.unresolved_modes:
+                raise ControlError(f"child '{child.name}': the {capabilities.name} kernel has no unresolved = {child.unresolved.value}")
+        old = self._manager.connections.get(connection.name)
+        if old == connection:
+            return
+        before: Mapping[str, ChildConfig] = old.children if old else {}
+        for name in before:
+            if self._demands.trapped(connection.name, name) and before[name] != connection.children.get(name):
+                await self._demands.uninstall(connection.name, name)
+        self._manager.connections[connection.name] = connection
+        for child in connection.children.values():
+            if before.get(child.name) == child and old is not None and (old.local_addrs, old.remote_addrs) == (connection.local_addrs, connection.remote_addrs):
+                continue
+            await self._start_action(connection, child)
+
+    async def _start_action(self, connection: ConnectionConfig, child: ChildConfig) -> None:
+        if child.start_action is StartAction.TRAP or (child.action is not Action.PROTECT and child.start_action is not StartAction.NONE):
+            await self._demands.install(connection, child)
+            if child.action is Action.PROTECT and self._orphaned(connection, child):
+                self._demands.demand(connection, child)
+        elif child.start_action is StartAction.START:
+            self._demands.demand(connection, child)
+
+    def _orphaned(self, connection: ConnectionConfig, child: ChildConfig) -> bool:
+        """Whether an earlier run left SAs of this child, which the peer still uses: they want a successor now."""
+        reqid = self._manager.reqid(connection, child)
+        return any(status.sa.reqid == reqid for status in self._manager.kernel.orphans)
+
+    async def unload_connection(self, name: str) -> None:
+        connection = self._manager.connections.pop(name, None)
+        if connection is None:
+            raise ControlError(f"connection '{name}' not found")
+        for child in connection.children:
+            if self._demands.trapped(name, child):
+                await self._demands.uninstall(name, child)
+
+    def _find(self, child: str, ike: str | None) -> tuple[ConnectionConfig, ChildConfig]:
+        for connection in self._manager.connections.values():
+            if ike in (None, connection.name) and child in connection.children:
+                return connection, connection.children[child]
+        raise ControlError(f"CHILD_SA config '{child}' not found")
+
+    # Credentials
+
+    def load_shared(self, secret: SharedSecret) -> None:
+        self._manager.credentials.load_shared(secret)
+
+    def unload_shared(self, name: str) -> None:
+        self._manager.credentials.unload_shared(name)
+
+    def shared_names(self) -> Sequence[str]:
+        return self._manager.credentials.shared_names()
+
+    def load_key(self, key: PrivateKeySource) -> str:
+        try:
+            return self._manager.credentials.load_key(key)
+        except CredentialError as error:
+            raise ControlError(str(error)) from error
+
+    def unload_key(self, identifier: str) -> None:
+        self._manager.credentials.unload_key(identifier)
+
+    def key_ids(self) -> Sequence[str]:
+        return self._manager.credentials.key_ids()
+
+    def load_certificate(self, der: bytes, *, authority: bool) -> None:
+        try:
+            self._manager.credentials.load_certificate(der, authority=authority)
+        except CredentialError as error:
+            raise ControlError(str(error)) from error
+
+    def clear_credentials(self) -> None:
+        self._manager.credentials.clear()
+
+    # Actions
+
+    async def _with_log(self, work: asyncio.Future[None], timeout: float) -> AsyncIterator[LogLine]:
+        """The daemon's log lines until `work` is done; its error, or a time-out, is raised after them."""
+        lines: asyncio.Queue[LogLine | None] = asyncio.Queue(QUEUED_LINES)
+
+        def take(event: DaemonEvent) -> None:
+            if isinstance(event, LogLine) and not lines.full():
+                lines.put_nowait(event)
+
+        unsubscribe = self._manager.subscribe(take)
+        deadline = self._monotonic() + timeout if timeout else None
+        try:
+            while not work.done() or not lines.empty():
+                waiting = asyncio.ensure_future(lines.get())
+                left = None if deadline is None else max(0.0, deadline - self._monotonic())
+                both: set[asyncio.Future[Any]] = {waiting, work}
+                done, _ = await asyncio.wait(both, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+                if waiting in done:
+                    line = waiting.result()
+                    if line is not None:
+                        yield line
+                else:
+                    waiting.cancel()
+                    if not done:
+                        raise ControlError(f"not done after {timeout:g} s")
+            work.result()
+        finally:
+            unsubscribe()
+            if not work.done():
+                work.cancel()
+
+    async def initiate(self, *, child: str | None, ike: str | None, timeout: float) -> AsyncIterator[LogLine]:
+        if child is None:
+            raise ControlError("missing child configuration name")
+        connection, config = self._find(child, ike)
+
+        async def up() -> None:
+            await self._demands.up(connection, config)
+
+        async for line in self._with_log(asyncio.ensure_future(up()), timeout):
+            yield line
+
+    async def terminate(
+        self,
+        *,
+        child: str | None = None,
+        ike: str | None = None,
+        child_id: int | None = None,
+        ike_id: int | None = None,
+        force: bool = False,
+        timeout: float = 0.0,
+    ) -> AsyncIterator[LogLine]:
+        now = self._monotonic()
+        ended: list[Callable[[], bool]] = []
+        for entry in self._manager.entries():
+            sa = entry.sa
+            if (ike is not None and sa.connection.name != ike) or (ike_id is not None and sa.unique_id != ike_id):
+                continue
+            if child is not None or child_id is not None:
+                for one in list(sa.children.values()):
+                    if child in (None, one.sa.name) and child_id in (None, one.sa.id):
+                        ended.append(_gone(entry, one.sa.id))
+                        self._manager.run(entry, sa.delete_child(one.sa.id, now))
+            else:
+                ended.append(_closed(entry))
+                self._manager.run(entry, sa.abort(now, Reason.DELETED) if force else sa.delete(now))
+        if not ended:
+            raise ControlError("no matching SAs to terminate found")
+        async for line in self._with_log(asyncio.ensure_future(self._until(ended)), timeout):
+            yield line
+
+    async def _until(self, conditions: Sequence[Callable[[], bool]]) -> None:
+        """Looks again after everything that the manager says."""
+        changed = asyncio.Event()
+        unsubscribe = self._manager.subscribe(lambda _event: changed.set())
+        try:
+            while not all(condition() for condition in conditions):
+                changed.clear()
+                await changed.wait()
+        finally:
+            unsubscribe()
+
+    async def install(self, child: str, ike: str | None) -> None:
+        connection, config = self._find(child, ike)
+        await self._demands.install(connection, config)
+
+    async def uninstall(self, child: str, ike: str | None) -> None:
+        for connection, config in self._demands.traps:
+            if config.name == child and ike in (None, connection.name):
+                await self._demands.uninstall(connection.name, child)
+                return
+        raise ControlError(f"policy '{child}' not found")
+
+    async def wait(self, child: str, timeout: float) -> None:
+        connection, config = self._find(child, None)
+        for entry in self._manager.entries():
+            if entry.sa.connection.name == connection.name and any(one.sa.name == config.name for one in entry.sa.children.values()):
+                return
+        try:
+            async with asyncio.timeout(timeout or None):
+                await self._demands.established(connection.name, config.name)
+        except TimeoutError:
+            raise ControlError(f"CHILD_SA '{child}' is not up after {timeout:g} s") from None
+
+
+def _gone(entry: Entry, child_id: int) -> Callable[[], bool]:
+    return lambda: entry.sa.closed or child_id not in entry.sa.children
+
+
+def _closed(entry: Entry) -> Callable[[], bool]:
+    return lambda: entry.sa.closed
