@@ -1,0 +1,145 @@
+"""A tunnel between two gateways of any kind, and the traffic that shows that it carries."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address
+from pathlib import Path
+
+from lab.capture import Capture
+from lab.daemon import ChildSa, Daemon
+from lab.gateway import Gateway
+from lab.namespaces import Namespace
+from lab.relay import RelaySettings
+from lab.strongswan import StrongSwan
+from lab.topology import WAN, Sites, sites
+from lab.traffic import BulkResult, PingResult, Received, UdpStream, ping, tcp_bulk, tcp_server, udp_sink
+from lab.tunnel import CHILD, Side, Tunnel
+
+DaemonFactory = Callable[[Namespace, Path], Daemon]
+IPAddress = IPv4Address | IPv6Address
+
+OURS: DaemonFactory = Gateway
+STRONGSWAN: DaemonFactory = StrongSwan
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two gateways that run, with a capture on the wire since before they started."""
+
+    sites: Sites
+    tunnel: Tunnel
+    a: Daemon
+    b: Daemon
+    capture: Capture
+
+    @property
+    def host_a(self) -> IPAddress:
+        return self.sites.a.host4 if self.tunnel.inner_version == 4 else self.sites.a.host6
+
+    @property
+    def host_b(self) -> IPAddress:
+        return self.sites.b.host4 if self.tunnel.inner_version == 4 else self.sites.b.host6
+
+    def daemon(self, side: Side) -> Daemon:
+        return self.a if side is Side.A else self.b
+
+    def leaks(self) -> list[str]:
+        """Packets of the inner networks that were on the wire in clear; a test wants none."""
+        return [str(packet) for packet in self.capture.clear_packets(self.sites.inner_networks)]
+
+    def ping(self, side: Side = Side.A, **how: float) -> PingResult:
+        host, target = (self.sites.a.host, self.host_b) if side is Side.A else (self.sites.b.host, self.host_a)
+        return ping(host, target, **how)  # type: ignore[arg-type]
+
+    def bulk(self, side: Side = Side.A, *, size: int = 8 << 20, seconds: float = 0.0) -> BulkResult:
+        """One TCP stream from the host at `side` to the other."""
+        near, far, target = self._ends(side)
+        with tcp_server(far, target) as port:
+            return tcp_bulk(near, target, port, size=size, seconds=seconds)
+
+    def datagrams(self, *, count: int = 10_000, rate: float = 2000.0, size: int = 256) -> dict[Side, Received]:
+        """`count` numbered datagrams each way at once; by the sending side, what the other received."""
+        with contextlib.ExitStack() as stack:
+            sinks, streams = {}, {}
+            for side in Side:
+                _, far, target = self._ends(side)
+                sinks[side] = stack.enter_context(udp_sink(far, target))
+            for side in Side:
+                near, _, target = self._ends(side)
+                streams[side] = UdpStream(near, [(target, sinks[side].port)], count=count, rate=rate, size=size)
+                stack.callback(streams[side].abandon)
+            sent = {side: stream.wait() for side, stream in streams.items()}
+            return {side: sinks[side].expect(sent[side].sent - sent[side].refused, timeout=3.0) for side in Side}
+
+    def children(self, name: str = CHILD) -> tuple[ChildSa, ChildSa]:
+        """The one installed CHILD_SA of either side; LabError when a side has none or several."""
+        return self.a.child(name), self.b.child(name)
+
+    def _ends(self, side: Side) -> tuple[Namespace, Namespace, IPAddress]:
+        if side is Side.A:
+            return self.sites.a.host, self.sites.b.host, self.host_b
+        return self.sites.b.host, self.sites.a.host, self.host_a
+
+
+@contextlib.contextmanager
+def pair(
+    make_a: DaemonFactory,
+    make_b: DaemonFactory,
+    tunnel: Tunnel,
+    *,
+    relay: RelaySettings | None = None,
+    offloads: bool = True,
+    mtu: int = 1500,
+) -> Iterator[Pair]:
+    """Both daemons up with `tunnel` loaded, B first: what A starts finds a responder."""
+    with sites(relay=relay, offloads=offloads, mtu=mtu) as places:
+        directory = places.lab.directory
+        a = make_a(places.a.gateway, tunnel.write(places, Side.A, directory / "a"))
+        b = make_b(places.b.gateway, tunnel.write(places, Side.B, directory / "b"))
+        with Capture(places.a.gateway, WAN) as capture:
+            try:
+                b.start()
+                a.start()
+                yield Pair(places, tunnel, a, b, capture)
+            except BaseException as error:
+                for daemon in (a, b):
+                    with contextlib.suppress(OSError):
+                        error.add_note(f"--- log of {daemon.kind} at {daemon.namespace.role}\n{daemon.log()[-8000:]}")
+                raise
+            finally:
+                for daemon in (a, b):
+                    daemon.kill()
+
+
+def carries_everything(link: Pair, *, datagrams: int = 10_000, bulk: int = 16 << 20) -> None:
+    """Ping, UDP and TCP, both ways, complete and intact; the SAs of both sides counted them; nothing was on the wire in clear."""
+    before = link.children()
+    for side in Side:
+        assert link.ping(side).lost == 0
+    received = link.datagrams(count=datagrams)
+    assert {side: account.received for side, account in received.items()} == dict.fromkeys(Side, datagrams)
+    assert all(account.duplicates == 0 for account in received.values())
+    counted = link.children()
+    # At this rate nothing is lost on the way, so each packet that one side sent the other took in.
+    counted_alike(*counted)
+    for old, new in zip(before, counted, strict=True):
+        assert new.packets_out - old.packets_out >= datagrams
+        assert new.packets_in - old.packets_in >= datagrams
+    # TCP fills every buffer, and what overflows is sent again: here the counters bound each other.
+    for side in Side:
+        assert link.bulk(side, size=bulk).intact
+    for old, new in zip(counted, link.children(), strict=True):
+        assert new.bytes_out - old.bytes_out > bulk
+        assert new.bytes_in - old.bytes_in > bulk
+    assert len(link.capture.esp()) > 2 * datagrams
+    assert link.leaks() == []
+
+
+def counted_alike(a: ChildSa, b: ChildSa) -> None:
+    """What one side sent the other received, packet by packet; true while nothing is lost or under way."""
+    assert (a.spi_in, a.spi_out) == (b.spi_out, b.spi_in)
+    assert (a.packets_out, a.packets_in) == (b.packets_in, b.packets_out)
+    assert (a.bytes_out, a.bytes_in) == (b.bytes_in, b.bytes_out)
