@@ -24,6 +24,7 @@ ETH_P_ALL: Final = 3
 ETH_P_IP: Final = 0x0800
 ETH_P_IPV6: Final = 0x86DD
 SO_RCVBUFFORCE: Final = 33
+SO_TIMESTAMPNS: Final = 35  # struct timespec of CLOCK_REALTIME
 
 SNAP_BYTES: Final = 192  # outer and inner headers with options; payload is of no interest
 BUFFER_BYTES: Final = 128 << 20
@@ -44,6 +45,7 @@ class WirePacket:
     destination_port: int
     length: int
     payload: bytes
+    time: float = 0.0  # seconds of the Unix epoch, from the kernel
 
     @property
     def is_ike(self) -> bool:
@@ -59,11 +61,26 @@ class WirePacket:
             return True
         return self.protocol == socket.IPPROTO_UDP and 4500 in (self.source_port, self.destination_port) and len(self.payload) > 12 and not self.is_ike
 
+    @property
+    def ike_exchange(self) -> tuple[int, bool] | None:
+        """Exchange type and whether it is a response (RFC 7296 section 3.1); None when this is not IKE."""
+        if not self.is_ike:
+            return None
+        header = self.payload[12:] if 4500 in (self.source_port, self.destination_port) else self.payload[8:]
+        return (header[18], bool(header[19] & 0x20)) if len(header) >= 28 else None
+
+    @property
+    def esp_spi(self) -> int | None:
+        """None when this is not ESP."""
+        if not self.is_esp:
+            return None
+        return int.from_bytes(self.payload[:4] if self.protocol == socket.IPPROTO_ESP else self.payload[8:12], "big")
+
     def __str__(self) -> str:
         return f"{self.source}.{self.source_port} > {self.destination}.{self.destination_port} protocol {self.protocol} length {self.length}"
 
 
-def dissect(frame: bytes) -> WirePacket | None:
+def dissect(frame: bytes, time: float = 0.0) -> WirePacket | None:
     """The IP packet of an Ethernet frame; None for anything else."""
     kind = int.from_bytes(frame[12:14], "big")
     packet = frame[14:]
@@ -84,7 +101,7 @@ def dissect(frame: bytes) -> WirePacket | None:
         return None
     payload = packet[header:]
     ports = struct.unpack("!HH", payload[:4]) if first and protocol in (6, 17) and len(payload) >= 4 else (0, 0)
-    return WirePacket(source, destination, protocol, ports[0], ports[1], length, payload)
+    return WirePacket(source, destination, protocol, ports[0], ports[1], length, payload, time)
 
 
 class Capture:
@@ -92,7 +109,7 @@ class Capture:
 
     def __init__(self, namespace: Namespace, interface: str) -> None:
         self.interface = interface
-        self._frames: list[bytes] = []
+        self._frames: list[tuple[bytes, float]] = []
         self._stop = threading.Event()
         self._dropped = 0
         self._socket = namespace.call(self._open)
@@ -101,6 +118,7 @@ class Capture:
     def _open(self) -> socket.socket:
         sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
         sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, BUFFER_BYTES)
+        sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
         sock.bind((self.interface, ETH_P_ALL))
         sock.settimeout(0.05)
         return sock
@@ -108,13 +126,14 @@ class Capture:
     def _read(self) -> None:
         while not self._stop.is_set():
             try:
-                frame = self._socket.recv(SNAP_BYTES)
+                frame, ancillary, _, _ = self._socket.recvmsg(SNAP_BYTES, 64)
             except TimeoutError:
                 continue
             except OSError:
                 return  # the interface went away
             if len(self._frames) < MAX_PACKETS:
-                self._frames.append(frame)
+                seconds, nanoseconds = struct.unpack("qq", ancillary[0][2]) if ancillary else (0, 0)
+                self._frames.append((frame, seconds + nanoseconds / 1e9))
             else:
                 self._dropped += 1
 
@@ -134,7 +153,7 @@ class Capture:
             self._dropped += dropped
         if self._dropped:
             raise LabError(f"the capture on {self.interface} lost {self._dropped} packets and proves nothing")
-        return [packet for frame in list(self._frames) if (packet := dissect(frame)) is not None]
+        return [packet for frame, time in list(self._frames) if (packet := dissect(frame, time)) is not None]
 
     def wait_for(self, condition: Callable[[WirePacket], bool], what: str, timeout: float = 10.0) -> WirePacket:
         """The first packet that meets `condition`."""

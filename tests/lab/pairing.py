@@ -12,6 +12,7 @@ from lab.capture import Capture
 from lab.daemon import ChildSa, Daemon
 from lab.gateway import Gateway
 from lab.namespaces import Namespace
+from lab.process import LabError
 from lab.relay import RelaySettings
 from lab.strongswan import StrongSwan
 from lab.topology import WAN, Sites, sites
@@ -33,7 +34,14 @@ class Pair:
     tunnel: Tunnel
     a: Daemon
     b: Daemon
-    capture: Capture
+    recorder: Capture | None
+
+    @property
+    def capture(self) -> Capture:
+        """What was on the wire; LabError when this pair was made without."""
+        if self.recorder is None:
+            raise LabError("this pair has no capture")
+        return self.recorder
 
     @property
     def host_a(self) -> IPAddress:
@@ -93,17 +101,19 @@ def pair(
     relay: RelaySettings | None = None,
     offloads: bool = True,
     mtu: int = 1500,
+    capture: bool = True,
 ) -> Iterator[Pair]:
-    """Both daemons up with `tunnel` loaded, B first: what A starts finds a responder."""
+    """Both daemons up with `tunnel` loaded, B first: what A starts finds a responder. A capture costs throughput."""
     with sites(relay=relay, offloads=offloads, mtu=mtu) as places:
         directory = places.lab.directory
         a = make_a(places.a.gateway, tunnel.write(places, Side.A, directory / "a"))
         b = make_b(places.b.gateway, tunnel.write(places, Side.B, directory / "b"))
-        with Capture(places.a.gateway, WAN) as capture:
+        with contextlib.ExitStack() as stack:
+            recorder = stack.enter_context(Capture(places.a.gateway, WAN)) if capture else None
             try:
                 b.start()
                 a.start()
-                yield Pair(places, tunnel, a, b, capture)
+                yield Pair(places, tunnel, a, b, recorder)
             except BaseException as error:
                 for daemon in (a, b):
                     with contextlib.suppress(OSError):
