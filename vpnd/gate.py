@@ -43,9 +43,9 @@ class Refused:
 
 
 class Gate:
-    def __init__(self, settings: GateSettings, entropy: Entropy, now: float) -> None:
+    def __init__(self, settings: GateSettings, entropy: Entropy) -> None:
         self._settings = settings
-        self._cookies = CookieJar(entropy, now)
+        self._cookies = CookieJar(entropy)
 
     def judge(self, datagram: bytes, remote: Endpoint, half_open: int, half_open_of_address: int, now: float) -> Admitted | Reply | Refused:
         """An IKE_SA_INIT request of an initiator that has no IKE SA here yet."""

@@ -103,7 +103,7 @@ class Manager:
         self.credentials: CredentialStore = credentials
         self._settings = settings
         self._sockets = sockets
-        self._gate = Gate(gate, os.urandom, asyncio.get_running_loop().time())
+        self._gate = Gate(gate, os.urandom)
         self.connections: Final[dict[str, ConnectionConfig]] = {}
         self.resolved: Final[dict[str, IPAddress]] = {}  # host names of remote_addrs
         self._by_spi: dict[int, Entry] = {}

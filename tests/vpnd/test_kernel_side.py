@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import asyncio
+from ipaddress import ip_address, ip_network
+
+import pytest
+from vpnd_fakes import ALGORITHM, FakeChannel, FakeKernel
+
+from kernel_shim.channel.api import KernelChannel
+from kernel_shim.model import Action, AddressRange, Direction, KernelError, Mode, Policy, ReqId, SaId, SecurityAssociation, Spi, TrafficSelector
+from vpnd import kernel_side
+from vpnd.kernel_side import KernelSide
+from vpnd.policies import PolicySpec, policies_for
+from vpnd.telemetry.counters import Counters
+
+A, B = ip_address("192.0.2.1"), ip_address("192.0.2.2")
+
+
+def ts(network: str) -> TrafficSelector:
+    return TrafficSelector(AddressRange.of(ip_network(network)))
+
+
+def policies(network: str, reqid: int = 1) -> list[Policy]:
+    return list(policies_for(PolicySpec(Action.PROTECT, Mode.TUNNEL, ReqId(reqid), A, B), [ts("10.1.0.0/16")], [ts(network)]))
+
+
+def association(spi: int, direction: Direction, network: str = "10.2.0.0/16") -> SecurityAssociation:
+    ours, theirs = (ts("10.1.0.0/16"),), (ts(network),)
+    out = direction is Direction.OUT
+    return SecurityAssociation(
+        Spi(spi),
+        A if out else B,
+        B if out else A,
+        direction,
+        Mode.TUNNEL,
+        ReqId(1),
+        ALGORITHM,
+        source_selectors=ours if out else theirs,
+        destination_selectors=theirs if out else ours,
+    )
+
+
+class Lab:
+    def __init__(self) -> None:
+        self.kernel = FakeKernel()
+        self.channels: list[FakeChannel] = []
+        self.attached = asyncio.Event()
+        self.lost: list[SaId] = []
+
+    async def connect(self) -> KernelChannel:
+        channel = FakeChannel(self.kernel)
+        self.channels.append(channel)
+        self.attached.set()
+        return channel
+
+    def side(self) -> KernelSide:
+        side = KernelSide(self.connect, Counters())
+        side.lost = self.lost.extend
+        return side
+
+    def selectors(self) -> set[str]:
+        return {str(selector) for direction, selector in self.kernel.policies if direction is Direction.OUT}
+
+
+async def test_policies_come_and_go_with_their_owners() -> None:
+    lab = Lab()
+    side = lab.side()
+    await side.open()
+    await side.claim("trap", policies("10.2.0.0/16"))
+    await side.claim("child", policies("10.2.0.0/16"))
+    await side.claim("child", policies("10.3.0.0/16"))
+    assert lab.selectors() == {"10.1.0.0/16 => 10.2.0.0/16", "10.1.0.0/16 => 10.3.0.0/16"}
+    await side.release("child")
+    assert lab.selectors() == {"10.1.0.0/16 => 10.2.0.0/16"}
+    await side.release("trap")
+    assert not lab.kernel.policies
+
+
+async def test_a_refused_policy_leaves_nothing_half_applied() -> None:
+    lab = Lab()
+    side = lab.side()
+    await side.open()
+    wanted = policies("10.2.0.0/16")
+    lab.kernel.refuse.add(wanted[1].selector)
+    with pytest.raises(KernelError):
+        await side.claim("trap", wanted)
+    assert not lab.kernel.policies
+    assert not side.has_claims("trap")
+
+
+async def test_a_restarted_kernel_gets_its_policies_back_and_lost_sas_are_told() -> None:
+    lab = Lab()
+    side = lab.side()
+    await side.open()
+    await side.claim("trap", policies("10.2.0.0/16"))
+    await side.install(association(1, Direction.IN))
+    await side.install(association(2, Direction.OUT))
+    lab.kernel = FakeKernel()  # the new one knows nothing
+    lab.attached.clear()
+    lab.channels[-1].die()
+    await lab.attached.wait()
+    while len(lab.lost) < 2:
+        await asyncio.sleep(0)
+    assert lab.selectors() == {"10.1.0.0/16 => 10.2.0.0/16"}
+    assert {sa.spi for sa in lab.lost} == {1, 2}
+    assert not lab.kernel.sas, "an outbound key is never installed twice"
+    await side.close()
+
+
+async def test_a_claim_made_while_the_kernel_is_away_is_carried_over_later() -> None:
+    lab = Lab()
+    side = lab.side()
+    await side.open()
+    lab.attached.clear()
+    lab.channels[-1].die()
+    await side.claim("trap", policies("10.2.0.0/16"))
+    await lab.attached.wait()
+    while not lab.kernel.policies:
+        await asyncio.sleep(0)
+    assert lab.selectors() == {"10.1.0.0/16 => 10.2.0.0/16"}
+    await side.close()
+
+
+async def test_what_an_earlier_run_left_serves_until_its_successor_stands() -> None:
+    lab = Lab()
+    first = lab.side()
+    await first.open()
+    await first.claim("trap", policies("10.2.0.0/16", reqid=9))
+    await first.install(association(1, Direction.IN))
+    await first.install(association(2, Direction.OUT))
+    await first.close(leave=True)  # as if killed
+
+    second = lab.side()
+    await second.open()
+    assert second.reqid_for(policies("10.2.0.0/16")[0].selector) == 9, "the old SAs still serve the policy"
+    assert second.reqid_for(None) != 9
+    await second.claim("trap", policies("10.2.0.0/16", reqid=9))
+    assert {sa.spi for sa in lab.kernel.sas} == {1, 2}
+    await second.install(association(3, Direction.IN))
+    assert {sa.spi for sa in lab.kernel.sas} == {1, 2, 3}
+    await second.install(association(4, Direction.OUT))
+    assert {sa.spi for sa in lab.kernel.sas} == {3, 4}
+    await second.close()
+
+
+async def test_what_nobody_claims_again_is_removed_after_the_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_side, "ORPHAN_GRACE", 0.0)
+    lab = Lab()
+    first = lab.side()
+    await first.open()
+    await first.claim("trap", policies("10.2.0.0/16"))
+    await first.install(association(2, Direction.OUT))
+    await first.close(leave=True)
+    second = lab.side()
+    await second.open()
+    while lab.kernel.sas or lab.kernel.policies:
+        await asyncio.sleep(0)
+    await second.close()
+
+
+async def test_an_orderly_end_leaves_an_empty_kernel() -> None:
+    lab = Lab()
+    side = lab.side()
+    await side.open()
+    await side.claim("trap", policies("10.2.0.0/16"))
+    await side.install(association(2, Direction.OUT))
+    await side.close()
+    assert not lab.kernel.sas
+    assert not lab.kernel.policies
