@@ -1,16 +1,21 @@
-"""Keys of an IKE SA and of its CHILD_SAs, and what AUTH signs (RFC 7296 sections 2.14 to 2.18)."""
+"""Keys of an IKE SA and of its CHILD_SAs, and what AUTH covers (RFC 7296 sections 2.14 to 2.18)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final, Self
 
 from kernel_shim.algorithms import EspAlgorithm
 from kernel_shim.secret import Secret
-from vpnd.ike.crypto.prf import Prf
-from vpnd.ike.crypto.sk import SkCipher
+from vpnd.ike.crypto.dh import implemented_groups
+from vpnd.ike.crypto.prf import Prf, prf
+from vpnd.ike.crypto.sk import SkCipher, encryption_key_length, integrity_key_length, sk_cipher
 from vpnd.ike.identity import Identity
-from vpnd.ike.proposal import Proposal, Transform
+from vpnd.ike.transform import Proposal, Transform
 from vpnd.ike.wire.header import IkeSpi
+
+KEY_PAD: Final = b"Key Pad for IKEv2"  # RFC 7296 section 2.15
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,14 +28,24 @@ class IkeSuite:
     group: int
 
     @classmethod
-    def of(cls, chosen: Proposal) -> IkeSuite:
+    def of(cls, chosen: Proposal) -> Self:
         """Raises ValueError when a transform is missing or not implemented."""
-        raise NotImplementedError
+        if chosen.encryption is None or chosen.prf is None or len(chosen.groups) != 1:
+            raise ValueError(f"not the choice of an IKE SA's algorithms: {chosen}")
+        try:
+            suite = cls(chosen.encryption, prf(chosen.prf.id), chosen.integrity, chosen.groups[0])
+            encryption_key_length(suite.encryption)
+            integrity_key_length(suite.integrity)
+        except KeyError as error:
+            raise ValueError(f"not implemented for IKE: {error.args[0]} in {chosen}") from None
+        if suite.group not in implemented_groups():
+            raise ValueError(f"key exchange method is not implemented: {chosen}")
+        return suite
 
 
 @dataclass(frozen=True, slots=True)
 class IkeKeys:
-    """`i` is the original initiator's direction, `r` the responder's."""
+    """SK_d and the keys of both directions: `i` is the original initiator's, `r` the responder's."""
 
     d: Secret
     ai: Secret
@@ -41,8 +56,10 @@ class IkeKeys:
     pr: Secret
 
     def ciphers(self, suite: IkeSuite, initiator: bool) -> tuple[SkCipher, SkCipher]:
-        """(ours to send, the peer's to receive) for the SA's original initiator or responder."""
-        raise NotImplementedError
+        """(ours to send, the peer's to receive) for the SA's original initiator or responder. Once per IKE SA: a cipher counts its IVs."""
+        of_initiator = sk_cipher(suite.encryption, suite.integrity, self.ei, self.ai)
+        of_responder = sk_cipher(suite.encryption, suite.integrity, self.er, self.ar)
+        return (of_initiator, of_responder) if initiator else (of_responder, of_initiator)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,31 +73,51 @@ class ChildKeys:
 
 
 def skeyseed(prf: Prf, nonce_i: bytes, nonce_r: bytes, shared: Secret) -> Secret:
-    """RFC 7296 section 2.14: SKEYSEED = prf(Ni | Nr, g^ir)."""
-    raise NotImplementedError
+    """RFC 7296 section 2.14: SKEYSEED = prf(Ni | Nr, g^ir). Every PRF here takes keys of any length, so the nonces go in whole."""
+    return Secret(prf(nonce_i + nonce_r, shared.reveal()))
 
 
 def rekey_skeyseed(old_prf: Prf, old_d: Secret, shared: Secret, nonce_i: bytes, nonce_r: bytes) -> Secret:
-    """RFC 7296 section 2.18: SKEYSEED = prf(SK_d (old), g^ir (new) | Ni | Nr)."""
-    raise NotImplementedError
+    """RFC 7296 section 2.18: SKEYSEED = prf(SK_d (old), g^ir (new) | Ni | Nr), with the old SA's PRF."""
+    return Secret(old_prf(old_d.reveal(), shared.reveal() + nonce_i + nonce_r))
 
 
 def ike_keys(suite: IkeSuite, seed: Secret, nonce_i: bytes, nonce_r: bytes, spi_i: IkeSpi, spi_r: IkeSpi) -> IkeKeys:
-    """RFC 7296 section 2.14: prf+(SKEYSEED, Ni | Nr | SPIi | SPIr), cut up."""
-    raise NotImplementedError
+    """RFC 7296 section 2.14: {SK_d | SK_ai | SK_ar | SK_ei | SK_er | SK_pi | SK_pr} = prf+(SKEYSEED, Ni | Nr | SPIi | SPIr)."""
+    p, a, e = suite.prf.length, integrity_key_length(suite.integrity), encryption_key_length(suite.encryption)
+    return IkeKeys(*_cut(suite.prf, seed, nonce_i + nonce_r + spi_i + spi_r, (p, a, a, e, e, p, p)))
 
 
 def child_keys(prf: Prf, d: Secret, algorithm: EspAlgorithm, nonce_i: bytes, nonce_r: bytes, shared: Secret | None = None) -> ChildKeys:
-    """RFC 7296 section 2.17: prf+(SK_d, [g^ir (new) |] Ni | Nr), cut up."""
-    raise NotImplementedError
+    """RFC 7296 section 2.17: KEYMAT = prf+(SK_d, [g^ir (new) |] Ni | Nr).
+
+    `shared` is that of a KE payload in the CREATE_CHILD_SA exchange. Keys of the initiator's packets come first, and of each
+    direction encryption before integrity.
+    """
+    e, a = algorithm.encryption_key_length, algorithm.integrity_key_length
+    seed = (shared.reveal() if shared else b"") + nonce_i + nonce_r
+    return ChildKeys(*_cut(prf, d, seed, (e, a, e, a)))
+
+
+def _cut(prf: Prf, key: Secret, seed: bytes, lengths: Sequence[int]) -> list[Secret]:
+    material = prf.plus(key.reveal(), seed, sum(lengths))
+    keys: list[Secret] = []
+    start = 0
+    for length in lengths:
+        keys.append(Secret(material[start : start + length]))
+        start += length
+    return keys
 
 
 def signed_octets(prf: Prf, p: Secret, message: bytes, nonce: bytes, identity: Identity) -> bytes:
-    """RFC 7296 section 2.15. `message` is the signer's first message (the IKE_SA_INIT with all its octets, without non-ESP marker),
-    `nonce` the *other* side's, `p` and `identity` the signer's SK_p and ID."""
-    raise NotImplementedError
+    """RFC 7296 section 2.15: message | nonce | prf(SK_p, rest of ID payload).
+
+    `message` is the signer's first message, the IKE_SA_INIT that was answered, with all its octets and without non-ESP marker;
+    `nonce` is the *other* side's; `p` and `identity` are the signer's SK_p and ID.
+    """
+    return message + nonce + prf(p.reveal(), identity.body())
 
 
 def shared_key_auth(prf: Prf, secret: bytes, octets: bytes) -> bytes:
-    """RFC 7296 section 2.15: AUTH data for a pre-shared key over `signed_octets`; compare with `hmac.compare_digest`."""
-    raise NotImplementedError
+    """RFC 7296 section 2.15: AUTH = prf(prf(Shared Secret, "Key Pad for IKEv2"), octets); compare it with `hmac.compare_digest`."""
+    return prf(prf(secret, KEY_PAD), octets)

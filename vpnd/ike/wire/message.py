@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Final, TypeVar
 
-from vpnd.ike.wire.header import Header
-from vpnd.ike.wire.payloads import NotifyPayload, Payload, SkfPayload, SkPayload
+from vpnd.ike import iana
+from vpnd.ike.iana import NotifyType
+from vpnd.ike.wire.codec import BY_KIND, BY_TYPE
+from vpnd.ike.wire.errors import MalformedMessage
+from vpnd.ike.wire.header import CRITICAL, GENERIC_LENGTH, HEADER_LENGTH, Header, decode_header_and_type, encode_header, generic_header
+from vpnd.ike.wire.payloads import NotifyPayload, Payload, SkfPayload, SkPayload, UnknownPayload
+from vpnd.ike.wire.reader import Reader, Writer
+
+MAX_PAYLOADS: Final = 128  # of one message; room for a long certificate chain and every notification that exists
 
 P = TypeVar("P")
 
@@ -33,25 +40,116 @@ class Message:
         return tuple(payload for payload in self.payloads if isinstance(payload, NotifyPayload) and payload.type == notify_type)
 
     @property
+    def error(self) -> NotifyPayload | None:
+        """The first notification of an error."""
+        return next((payload for payload in self.payloads if isinstance(payload, NotifyPayload) and iana.is_error(payload.type)), None)
+
+    @property
     def encrypted(self) -> SkPayload | SkfPayload | None:
         last = self.payloads[-1] if self.payloads else None
         return last if isinstance(last, SkPayload | SkfPayload) else None
 
 
 def decode_message(data: bytes) -> Message:
-    """A datagram (without non-ESP marker) as a message. Raises MalformedMessage."""
-    raise NotImplementedError
+    """A datagram (without non-ESP marker) as a message. Raises MalformedMessage.
 
-
-def encode_message(message: Message) -> bytes:
-    raise NotImplementedError
+    Nothing here is authenticated: where the message ends with SK, an error in what precedes it may be a forger's.
+    """
+    header, first = decode_header_and_type(data)
+    return Message(header, _decode_chain(first, data[HEADER_LENGTH:], clear=True))
 
 
 def decode_payloads(first: int, data: bytes) -> tuple[Payload, ...]:
     """The payload chain inside an opened SK payload; `first` is the type of its first payload. Raises MalformedMessage."""
-    raise NotImplementedError
+    return _decode_chain(first, data, clear=False)
+
+
+def _decode_chain(payload_type: int, data: bytes, *, clear: bool) -> tuple[Payload, ...]:
+    reader = Reader(data, "message")
+    payloads: list[Payload] = []
+    while payload_type != iana.Payload.NONE:
+        if len(payloads) == MAX_PAYLOADS:
+            raise reader.fail(f"more than {MAX_PAYLOADS} payloads")
+        following, flags = reader.u8(), reader.u8()
+        with reader.restrict_to(reader.u16() - GENERIC_LENGTH, iana.name_of(iana.Payload, payload_type)):
+            payloads.append(_decode_payload(reader, payload_type, bool(flags & CRITICAL), following, clear))
+        # RFC 7296 section 3.14: SK is the last payload, and its next-payload field names the first one inside.
+        if isinstance(payloads[-1], SkPayload | SkfPayload):
+            break
+        payload_type = following
+    if reader.remaining:
+        raise reader.fail(f"{reader.remaining} octets after the last payload")
+    return tuple(payloads)
+
+
+def _decode_payload(reader: Reader, payload_type: int, critical: bool, following: int, clear: bool) -> Payload:
+    codec = BY_TYPE.get(payload_type)
+    if codec is not None:
+        return codec.decode(reader)
+    if payload_type in (iana.Payload.SK, iana.Payload.SKF):
+        if not clear:
+            raise reader.fail("inside an encrypted payload")
+        return _decode_encrypted(reader, payload_type, following)
+    # RFC 7296 section 2.5: the message is rejected for a critical payload that we do not know, others are skipped.
+    if critical:
+        raise MalformedMessage(
+            iana.name_of(iana.Payload, payload_type), "unknown and critical", NotifyType.UNSUPPORTED_CRITICAL_PAYLOAD, bytes((payload_type,))
+        )
+    return UnknownPayload(payload_type, reader.rest())
+
+
+def _decode_encrypted(reader: Reader, payload_type: int, first: int) -> SkPayload | SkfPayload:
+    if payload_type == iana.Payload.SK:
+        return SkPayload(first, reader.rest())
+    number, total = reader.u16(), reader.u16()
+    # RFC 7383 section 2.5: fragments are numbered from 1.
+    if not 1 <= number <= total:
+        raise reader.fail(f"fragment {number} of {total}")
+    return SkfPayload(first, number, total, reader.rest())
+
+
+def encode_message(message: Message) -> bytes:
+    """Raises ValueError for a payload too long for its length field."""
+    first, chain = encode_payloads(message.payloads)
+    return encode_header(message.header, first, HEADER_LENGTH + len(chain)) + chain
 
 
 def encode_payloads(payloads: Sequence[Payload]) -> tuple[int, bytes]:
-    """The type of the first payload (0 for none) and the chain."""
-    raise NotImplementedError
+    """The type of the first payload (0 for none) and the chain. Raises ValueError for a payload too long for its length field."""
+    types = [payload_type(payload) for payload in payloads]
+    parts: list[bytes] = []
+    for index, payload in enumerate(payloads):
+        body = _encode_body(payload)
+        last = payload.first if isinstance(payload, SkPayload | SkfPayload) else iana.Payload.NONE
+        following = types[index + 1] if index + 1 < len(types) else last
+        critical = isinstance(payload, UnknownPayload) and payload.critical
+        parts.append(generic_header(following, GENERIC_LENGTH + len(body), critical))
+        parts.append(body)
+    return (types[0] if types else iana.Payload.NONE), b"".join(parts)
+
+
+def payload_type(payload: Payload) -> int:
+    """Its number in the next-payload field before it."""
+    match payload:
+        case UnknownPayload():
+            return payload.type
+        case SkPayload():
+            return iana.Payload.SK
+        case SkfPayload():
+            return iana.Payload.SKF
+        case _:
+            return BY_KIND[type(payload)].payload_type
+
+
+def _encode_body(payload: Payload) -> bytes:
+    match payload:
+        case UnknownPayload():
+            return payload.data
+        case SkPayload():
+            return payload.body
+        case SkfPayload():
+            return payload.number.to_bytes(2, "big") + payload.total.to_bytes(2, "big") + payload.body
+        case _:
+            writer = Writer()
+            BY_KIND[type(payload)].encode(payload, writer)
+            return writer.bytes()

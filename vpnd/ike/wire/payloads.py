@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from kernel_shim.model import TrafficSelector
 from vpnd.ike.identity import Identity
-from vpnd.ike.proposal import Proposal
+from vpnd.ike.transform import Proposal
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,15 +80,16 @@ class VendorIdPayload:
 
 @dataclass(frozen=True, slots=True)
 class UnknownSelector:
-    """A traffic selector of a type other than IPv4 and IPv6 ranges, as it came."""
+    """A traffic selector that is no range of addresses and ports (other types, and OPAQUE ports), as it came."""
 
     type: int
+    protocol: int
     data: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class TsiPayload:
-    """`unknown` are the selectors of other types; they follow `selectors` when encoded."""
+    """`unknown` selectors follow `selectors` when encoded."""
 
     selectors: tuple[TrafficSelector, ...]
     unknown: tuple[UnknownSelector, ...] = ()
