@@ -8,9 +8,9 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from rich.console import Console
 from rich.table import Table
@@ -34,14 +34,15 @@ def chosen_groups(names: Sequence[str]) -> list[str]:
     return [group for group in GROUPS if not names or any(name.startswith(group) for name in names)]
 
 
-def measure(group: str) -> list[Row]:
-    """Its rows; a row without a figure when it could not be measured."""
+def measure(group: str) -> list[dict[str, Any]]:
+    """Its rows as the JSON has them; one without a figure when it could not be measured."""
     try:
-        rows: list[Row] = importlib.import_module(GROUPS[group]).run()
+        rows = importlib.import_module(GROUPS[group]).run()
     except Exception as error:
         traceback.print_exc()
-        return [Row(group, "", "high", None, note=f"not measured: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")]
-    return rows
+        first_line = str(error).partition("\n")[0]
+        rows = [Row(group, "", "high", None, note=f"not measured: {type(error).__name__}: {first_line}")]
+    return [row.as_json() if isinstance(row, Row) else {"machine": machine(), "note": "", **row} for row in rows]
 
 
 def _figure(value: float | None) -> str:
@@ -50,7 +51,7 @@ def _figure(value: float | None) -> str:
     return f"{value:,.0f}" if value == int(value) or abs(value) >= 1000 else f"{value:.3g}"
 
 
-def table(rows: Sequence[Row]) -> Table:
+def table(rows: Sequence[Mapping[str, Any]]) -> Table:
     shown = Table(title=machine(), title_justify="left")
     for name, justify in (("row", "left"), ("unit", "left"), ("ours", "right"), ("peer", "right"), ("ratio", "right"), ("floor", "right"), ("aim", "right")):
         shown.add_column(name, justify=justify)  # type: ignore[arg-type]
@@ -74,18 +75,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         groups = chosen_groups(names)
     except ValueError as error:
         parser.error(str(error))
-    rows: list[Row] = []
+    rows: list[dict[str, Any]] = []
     for group in groups:
         begin = time.monotonic()
         print(f"{group} ...", end=" ", file=sys.stderr, flush=True)
         measured = measure(group)
-        rows += [row for row in measured if not names or row.ours is None or any(row.name.startswith(name) for name in names)]
+        rows += [row for row in measured if not names or row["ours"] is None or any(row["name"].startswith(name) for name in names)]
         print(f"{time.monotonic() - begin:.0f} s", file=sys.stderr)
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps([row.as_json() for row in rows], indent=1) + "\n")
+    options.output.write_text(json.dumps(rows, indent=1) + "\n")
     Console(width=None if sys.stdout.isatty() else 160).print(table(rows))
-    print(f"{len(rows)} rows, {sum(row.met for row in rows)} met; {options.output}")
-    return 0 if all(row.ours is not None for row in rows) else 1
+    print(f"{len(rows)} rows, {sum(row['met'] for row in rows)} met; {options.output}")
+    return 0 if all(row["ours"] is not None for row in rows) else 1
 
 
 if __name__ == "__main__":

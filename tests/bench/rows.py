@@ -60,7 +60,8 @@ class Row:
             "floor": self.floor,
             "aim": self.aim,
             "met": self.met,
-            "runs": {"ours": list(self.runs_ours), "peer": list(self.runs_peer)},
+            "runs": list(self.runs_ours),
+            "peer_runs": list(self.runs_peer),
             "machine": machine(),
             "note": self.note,
         }

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
@@ -49,8 +51,9 @@ class Gateway(Daemon):
         self.main_config.write_text(
             "vpnd {\n"
             "  kernel = userspace\n"
-            f"  shim {{\n    socket = {self.shim_path}\n    start = {'yes' if self.shim_from_vpnd else 'no'}\n  }}\n"
-            f"  control {{\n    socket = {self.vici_path}\n  }}\n"
+            f"  shim_socket = {self.shim_path}\n"
+            f"  start_shim = {'yes' if self.shim_from_vpnd else 'no'}\n"
+            f"  control_socket = {self.vici_path}\n"
             f"{own}}}\n"
             f"include {self.config}\n"
         )
@@ -81,19 +84,27 @@ class Gateway(Daemon):
                 raise LabError(f"kernel-shim ended with status {self.shim.wait()}\n{self.shim.log()}")
 
     def start_vpnd(self) -> None:
-        """Start `vpnd run` and wait until it answers on its control socket."""
-        process = self.namespace.start([*VPND, "run", "--config", str(self.main_config)], f"vpnd-{self.directory.name}", env=self._environment())
-        self.vpnd = process
-
-        def ready() -> bool:
-            if not process.running:
-                raise LabError(f"vpnd ended with status {process.status}\n{self.log()}")
-            return self._answers()
-
-        try:
-            wait_until(ready, "vpnd's control socket", READY_SECONDS, 0.02)
-        except LabError as error:
-            raise LabError(f"{error}\n{self.log()}") from None
+        """Start `vpnd run` and wait until it notifies READY=1, as systemd does."""
+        path = self.directory / "notify.sock"
+        path.unlink(missing_ok=True)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+            notify.bind(str(path))
+            notify.settimeout(0.1)
+            self.vpnd = self.namespace.start(
+                [*VPND, "run", "--config", str(self.main_config)],
+                f"vpnd-{self.directory.name}",
+                env={**self._environment(), "NOTIFY_SOCKET": str(path)},
+            )
+            deadline = time.monotonic() + READY_SECONDS
+            while True:
+                try:
+                    if b"READY=1" in notify.recv(4096):
+                        return
+                except TimeoutError:
+                    if not self.vpnd.running:
+                        raise LabError(f"vpnd ended with status {self.vpnd.status}\n{self.log()}") from None
+                    if time.monotonic() > deadline:
+                        raise LabError(f"vpnd was not ready in {READY_SECONDS:g} s\n{self.log()}") from None
 
     def shim_pids(self) -> list[int]:
         """The shim's processes, whoever started them."""
