@@ -58,9 +58,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
     shown.add_column("met")
     shown.add_column("note")
     for row in rows:
-        sign = ">=" if row.better == "high" else "<="
-        marks = [f"{sign} {_figure(mark)}" if mark is not None else "-" for mark in (row.floor, row.aim)]
-        shown.add_row(row.name, row.unit, _figure(row.ours), _figure(row.peer), _figure(row.ratio), *marks, "[green]yes" if row.met else "[red]NO", row.note)
+        sign = ">=" if row["better"] == "high" else "<="
+        marks = [f"{sign} {_figure(row[mark])}" if row[mark] is not None else "-" for mark in ("floor", "aim")]
+        figures = [_figure(row[name]) for name in ("ours", "peer", "ratio")]
+        shown.add_row(row["name"], row["unit"], *figures, *marks, "[green]yes" if row["met"] else "[red]NO", row["note"])
     return shown
 
 

@@ -82,7 +82,7 @@ def run() -> list[Row]:
     rows = []
     for delay in DELAYS:
         suffix = f"-{delay * 1000:.0f}ms"
-        with pair(OURS, OURS, TRAPPED, relay=RelaySettings(delay=delay)) as link:
+        with pair(OURS, OURS, TRAPPED, relay=RelaySettings(delay=delay) if delay else None) as link:
             losses = lost(link, STREAM_RUNS)
             timed = connects(link, RUNS)
             leaks = link.leaks()
