@@ -1,10 +1,267 @@
-"""The process of the userspace kernel: one loop around the data plane, the PF_KEY server, the TUN and the sockets."""
+"""The process of the userspace kernel: one loop around the data plane, the PF_KEY server, the TUN and the sockets.
+
+1. poll, until the earliest deadline
+2. control: signals, address notices, key managers
+3. packets: error queues, ESP sockets, the TUN; the data plane flushes its batches
+4. path MTUs that sends and error queues learned
+5. deadlines that are due
+6. answers and events to the key managers
+"""
 
 from __future__ import annotations
 
+import gc
+import os
+import select
+import signal
+import socket
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Final
+
+import structlog
+
+from kernel_shim.dataplane.engine import Engine, EngineConfig
+from kernel_shim.io import settings as bounds
+from kernel_shim.io.capture import Capture
+from kernel_shim.io.captured import CapturedKernel, CapturedSockets
+from kernel_shim.io.counters import Counters
+from kernel_shim.io.listener import Listener
+from kernel_shim.io.logs import configure_logs
+from kernel_shim.io.privileges import drop_privileges
 from kernel_shim.io.settings import ShimSettings
+from kernel_shim.io.sink import EdgeSink
+from kernel_shim.io.sockets import EspSocket, UdpSockets
+from kernel_shim.io.tun import Tun
+from kernel_shim.model import Endpoint, KernelError
+from kernel_shim.pfkey.server import ServerSession
+
+MAX_PATH_REPORTS: Final = 1024  # path MTUs learned in one wake-up
+LONGEST_SLEEP: Final = 60.0  # seconds
+
+log = structlog.get_logger("kernel_shim")
+
+
+class Shim:
+    """Opens everything, or raises KernelError with nothing left behind."""
+
+    def __init__(self, settings: ShimSettings) -> None:
+        self._settings: Final = settings
+        self._poll: Final = select.epoll()
+        self._watched: set[int] = set()
+        self._handlers: dict[int, Callable[[int, float], None]] = {}
+        self._counters: Final = Counters()
+        self._mtus: dict[tuple[Endpoint, Endpoint], int] = {}
+        self._running = True
+        undo: list[Callable[[], None]] = [self._poll.close]
+        try:
+            # The socket's path first: it is what two shims that should be one meet at.
+            self._listener: Final = Listener(settings.socket, self._watch)
+            undo.append(self._listener.close)
+            self._tun: Final = Tun(settings.tun, settings.mtu)
+            undo.append(self._tun.close)
+            self._clear: Final = Tun(settings.clear_tun, settings.mtu)
+            undo.append(self._clear.close)
+            self._clear.allow_forwarding()
+            self._capture: Final = Capture(settings, self._tun)
+            undo.append(self._capture.remove_everything)
+            self._sockets: Final = UdpSockets(settings.mark, self._counters, self._learn_mtu)
+            self._sockets.on_bound = self._serve_esp
+            self._sockets.on_unbound = lambda esp: self._watch(esp.fileno(), 0)
+            sink = EdgeSink(self._tun, self._clear, self._sockets, self._counters)
+            epoch = time.time() - time.monotonic()
+            self._engine: Final = Engine(EngineConfig(epoch=epoch), os.urandom, sink)
+            self._kernel: Final = CapturedKernel(self._engine, self._capture, self._statistics)
+            provider = CapturedSockets(self._sockets.bind, self._sockets.unbind, self._capture)
+            self._session: Final = ServerSession(self._kernel, provider, is_local=self._capture.is_local)
+        except BaseException:
+            for step in reversed(undo):
+                step()
+            raise
+
+    # Watching
+
+    def _watch(self, descriptor: int, events: int) -> None:
+        if not events:
+            if descriptor in self._watched:
+                self._watched.discard(descriptor)
+                self._handlers.pop(descriptor, None)
+                with suppress(OSError):
+                    self._poll.unregister(descriptor)
+        elif descriptor in self._watched:
+            self._poll.modify(descriptor, events)
+        else:
+            self._watched.add(descriptor)
+            self._poll.register(descriptor, events)
+
+    def _serve_esp(self, esp: EspSocket) -> None:
+        def handle(events: int, now: float) -> None:
+            if events & select.EPOLLERR:
+                esp.read_errors()
+            engine = self._engine
+            local = esp.local
+            for batch in esp.receive(engine.inbound_buffer):
+                engine.inbound(local, batch.remote, batch.length, batch.segment_size, now)
+
+        self._handlers[esp.fileno()] = handle
+        self._watch(esp.fileno(), select.EPOLLIN)
+
+    def _read_tun(self, events: int, now: float) -> None:
+        engine = self._engine
+        buffer = engine.outbound_buffer
+        for _ in range(bounds.TUN_READS):
+            try:
+                length = self._tun.read_into(buffer)
+            except BlockingIOError:
+                return
+            except OSError as error:  # EBADFD: the interface was deleted under us
+                log.error("TUN lost", reason=error.strerror)
+                self._counters.add("io.tun.read.error")
+                self._watch(self._tun.fileno(), 0)
+                self._running = False
+                return
+            engine.outbound(length, now)
+
+    def _learn_mtu(self, local: Endpoint, remote: Endpoint, mtu: int) -> None:
+        # Kept until the data plane has finished what it was about: a sink never calls back.
+        if len(self._mtus) < MAX_PATH_REPORTS:
+            self._mtus[local, remote] = mtu
+
+    def _statistics(self) -> Mapping[str, int]:
+        return {**self._counters.values(), **self._device_losses(), **self._capture.statistics(), **self._session.statistics()}
+
+    def _device_losses(self) -> dict[str, int]:
+        """Packets that the TUN's own queue could not hold: our loss, although the kernel counts it."""
+        found = {}
+        for name, counter in ((self._tun.name, "io.tun.queue-full"), (self._clear.name, "io.bypass.queue-full")):
+            with suppress(OSError, ValueError), open(f"/sys/class/net/{name}/statistics/tx_dropped") as file:
+                found[counter] = int(file.read())
+        return found
+
+    # The loop
+
+    def run(self) -> None:
+        """Serve until a signal says to stop."""
+        wake, wake_write = socket.socketpair()
+        for end in (wake, wake_write):
+            end.setblocking(False)
+        signal.set_wakeup_fd(wake_write.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._stop)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        self._watch(wake.fileno(), select.EPOLLIN)
+        self._watch(self._capture.fileno(), select.EPOLLIN)
+        self._handlers[self._tun.fileno()] = self._read_tun
+        self._watch(self._tun.fileno(), select.EPOLLIN)
+        self._listener.listen(self._session)
+        self._announce()
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(50_000, 50, 100)
+        try:
+            while self._running:
+                self._turn(wake)
+        finally:
+            signal.set_wakeup_fd(-1)
+            wake.close()
+            wake_write.close()
+
+    def _stop(self, *_: object) -> None:
+        self._running = False
+
+    def _turn(self, wake: socket.socket) -> None:
+        ready = self._poll.poll(self._patience())
+        now = time.monotonic()
+        listener, handlers = self._listener, self._handlers
+        packets = []
+        for descriptor, events in ready:
+            if descriptor in handlers:
+                packets.append((descriptor, events))
+            elif listener.owns(descriptor):
+                listener.handle(descriptor, events, now)
+            elif descriptor == self._capture.fileno():
+                self._capture.refresh()
+            else:
+                with suppress(BlockingIOError):
+                    wake.recv(64)
+        for descriptor, events in packets:
+            handler = handlers.get(descriptor)
+            if handler is not None:  # unbound a moment ago
+                handler(events, now)
+        self._engine.flush(now)
+        if self._mtus:
+            learned, self._mtus = self._mtus, {}
+            for (local, remote), mtu in learned.items():
+                self._engine.path_mtu(local, remote, mtu, now)
+        self._tick(now)
+        listener.send_ready(now)
+
+    def _patience(self) -> float:
+        if self._listener.unfinished:
+            return 0.0
+        now = time.monotonic()
+        deadlines = [deadline for deadline in (self._engine.next_deadline(), self._session.next_deadline(), self._grace_ends()) if deadline is not None]
+        return min(max(0.0, min(deadlines) - now), LONGEST_SLEEP) if deadlines else LONGEST_SLEEP
+
+    def _grace_ends(self) -> float | None:
+        since = self._kernel.listened_since
+        return since + bounds.TAKEOVER_GRACE if self._capture.takeover and since is not None else None
+
+    def _tick(self, now: float) -> None:
+        deadline = self._engine.next_deadline()
+        if deadline is not None and deadline <= now:
+            self._engine.tick(now)
+            self._engine.flush(now)
+        deadline = self._session.next_deadline()
+        if deadline is not None and deadline <= now:
+            self._session.tick(now)
+        deadline = self._grace_ends()
+        if deadline is not None and deadline <= now:
+            self._capture.end_takeover()
+
+    def _announce(self) -> None:
+        log.info("ready", socket=str(self._settings.socket), tun=self._settings.tun, mtu=self._settings.mtu, takeover=self._capture.takeover)
+        descriptor = self._settings.ready_descriptor
+        if descriptor is not None:
+            with suppress(OSError):
+                os.write(descriptor, b"ready\n")
+                os.close(descriptor)
+        notify("READY=1")
+
+    def close(self) -> None:
+        """The orderly end: nothing of ours stays in the host."""
+        notify("STOPPING=1")
+        self._listener.close()
+        self._capture.remove_everything()
+        self._sockets.close()
+        self._clear.close()
+        self._tun.close()
+        self._poll.close()
+
+
+def notify(message: str) -> None:
+    """Tell systemd (sd_notify(3)); nothing happens outside it."""
+    path = os.environ.get("NOTIFY_SOCKET")
+    if not path:
+        return
+    with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
+        sender.sendto(message.encode(), "\0" + path[1:] if path.startswith("@") else path)
 
 
 def serve(settings: ShimSettings, log_level: str = "info") -> int:
     """Run until SIGTERM or SIGINT; the exit status."""
-    raise NotImplementedError
+    configure_logs(log_level)
+    try:
+        shim = Shim(settings)
+    except KernelError as error:
+        log.error("cannot start", reason=error.detail, errno=error.errno)
+        return 1
+    try:
+        if not settings.keep_privileges:
+            drop_privileges()
+        shim.run()
+    finally:
+        shim.close()
+    log.info("stopped")
+    return 0

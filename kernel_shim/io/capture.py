@@ -1,0 +1,271 @@
+"""Capture and fail closed: the one place that puts anything of ours into the host, and takes it away again.
+
+What is ours is known by number or name: routes and rules by `PROTOCOL_NUMBER` in our ranges, nftables by table name,
+sysctls by what the state file remembers. The state file tells the next start what a dead process left; that start keeps
+the `unreachable` twins and the guard until the key manager brought its policies back (`end_takeover`).
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import socket
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Any, Final
+
+import structlog
+
+from kernel_shim.io.capture_plan import CapturePlan, sides
+from kernel_shim.io.connected import Connected, HostFacts
+from kernel_shim.io.guard import COUNTER, GuardPlan
+from kernel_shim.io.nft import Nft
+from kernel_shim.io.routes import HostRoutes
+from kernel_shim.io.settings import ShimSettings
+from kernel_shim.io.tun import Tun, read_sysctl, write_sysctl
+from kernel_shim.model import Action, Direction, IPAddress, IPNetwork, KernelError, Policy
+
+STATE_VERSION: Final = 1
+RTMGRP_IPV4_IFADDR: Final = 0x10
+RTMGRP_IPV6_IFADDR: Final = 0x100
+NOTICE_BYTES: Final = 65_536
+NOTICE_READS: Final = 64
+REVERSE_PATH_MARK: Final = "ipv4/conf/all/src_valid_mark"
+
+log = structlog.get_logger("kernel_shim.capture")
+
+
+class Capture:
+    """Routes, rules, guard and sysctls of one shim. Requests raise KernelError and then leave things as they were."""
+
+    def __init__(self, settings: ShimSettings, tun: Tun) -> None:
+        self._settings: Final = settings
+        self._versions: Final = (4, 6) if os.path.isdir("/proc/sys/net/ipv6/conf") else (4,)
+        self._nft: Final = Nft()
+        self._routes: Final = HostRoutes(settings, tun.index)
+        self._connected: Final = Connected()
+        self._plan: Final = CapturePlan(self._connected)
+        self._bound: set[IPAddress] = set()
+        self._inside: dict[IPNetwork, frozenset[str]] = {}
+        self._old_tables: list[str] = []
+        self._sysctls: dict[str, str] = {}
+        self.takeover = False
+
+        previous = self._read_state()
+        ranges = {(settings.table, settings.rule_priority), *((entry["table"], entry["rule_priority"]) for entry in previous)}
+        for table, rule_priority in ranges:
+            self._routes.find(table, rule_priority)
+        for source, slot in list(self._routes.source_tables()):
+            self._plan.adopt(source, slot)
+            self.takeover = True
+        for entry in previous:
+            self._sysctls.update(entry["sysctls"])
+        self._guard: Final = GuardPlan(self._name_table(), interfaces=(settings.tun, settings.clear_tun), mark=settings.mark)
+        self._write_state()
+
+        self._nft.run(self._guard.create())
+        self._routes.install(self._versions)
+        self._allow_marked_reverse_path()
+        self._notices: Final = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
+        self._notices.bind((0, RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR))
+        self._refresh_host()
+
+    def fileno(self) -> int:
+        """Readable when an address of the host changed: then `refresh`."""
+        return self._notices.fileno()
+
+    def refresh(self) -> None:
+        """Follow the host's addresses: preferred sources, subnets on this side."""
+        for _ in range(NOTICE_READS):
+            try:
+                self._notices.recv(NOTICE_BYTES)
+            except BlockingIOError:
+                break
+            except OSError:  # ENOBUFS: notices were lost, and we look anyway
+                continue
+        try:
+            self._refresh_host()
+        except KernelError as error:
+            log.warning("addresses not followed", reason=error.detail)
+
+    def _refresh_host(self) -> None:
+        facts = HostFacts(self._routes.addresses(), frozenset(self._bound))
+        self._connected.set_host(facts)
+        self._routes.apply(self._plan.set_host(facts))
+        self._refresh_inside()
+
+    def _refresh_inside(self) -> None:
+        inside = self._connected.inside()
+        if inside != self._inside:
+            self._nft.run(self._guard.set_inside(inside))
+            self._inside = inside
+
+    def is_local(self, address: IPAddress) -> bool:
+        return address in self._bound or self._routes.is_local(address)
+
+    # Policies
+
+    def add(self, policy: Policy) -> None:
+        """Capture or guard what the policy is about; counted, so that policies may share prefixes."""
+        if policy.selector.version not in self._versions:
+            raise KernelError(errno.EAFNOSUPPORT, f"this host has no IPv{policy.selector.version}")
+        self._count_sides(policy, add=True)
+        try:
+            if CapturePlan.captures(policy):
+                changes = self._plan.add(policy)
+                try:
+                    self._routes.apply(changes)
+                except KernelError:
+                    self._undo(policy)
+                    raise
+            elif GuardPlan.guards(policy):
+                commands = self._guard.add(policy)
+                try:
+                    self._nft.run(commands)
+                except KernelError:
+                    self._guard.remove(policy)
+                    raise
+            self._follow_connected()
+        except KernelError:
+            self._count_sides(policy, add=False)
+            raise
+
+    def _undo(self, policy: Policy) -> None:
+        for change in self._plan.remove(policy):
+            with suppress(KernelError):
+                self._routes.apply((change,))
+
+    def remove(self, policies: Iterable[Policy]) -> None:
+        """Of policies that `add` took. What the kernel refuses to take away is logged and stays: too closed, never too open."""
+        commands: list[str] = []
+        for policy in policies:
+            self._count_sides(policy, add=False)
+            if CapturePlan.captures(policy):
+                self._undo(policy)
+            elif GuardPlan.guards(policy):
+                commands.append(self._guard.remove(policy))
+        try:
+            if commands:
+                self._nft.run("".join(commands))
+            self._follow_connected()
+        except KernelError as error:
+            log.warning("guard not reduced", reason=error.detail)
+
+    def _count_sides(self, policy: Policy, *, add: bool) -> None:
+        if policy.action is Action.BYPASS:
+            return
+        source, destination = sides(policy)
+        local, remote = (source, destination) if policy.direction is Direction.OUT else (destination, source)
+        (self._connected.add if add else self._connected.remove)(local, remote)
+
+    def _follow_connected(self) -> None:
+        self._routes.apply(self._plan.refresh())
+        self._refresh_inside()
+
+    # Local addresses of tunnels
+
+    def bound(self, address: IPAddress) -> None:
+        """IKE and ESP to this address pass the guard."""
+        if address not in self._bound:
+            self._nft.run(self._guard.bind(address))
+            self._bound.add(address)
+            self._refresh_host()
+
+    def unbound(self, address: IPAddress) -> None:
+        if address in self._bound:
+            self._bound.discard(address)
+            with suppress(KernelError):
+                self._nft.run(self._guard.unbind(address))
+            self._refresh_host()
+
+    # Life
+
+    def end_takeover(self) -> None:
+        """The key manager had its say: what it did not bring back goes."""
+        if not self.takeover and not self._old_tables:
+            return
+        self.takeover = False
+        try:
+            removed = self._routes.remove_stale()
+            for table in self._old_tables:
+                self._nft.run(f"delete table inet {table}\n")
+            self._old_tables = []
+            self._plan.release_adopted()
+            self._write_state()
+            log.info("takeover ended", removed=removed)
+        except KernelError as error:
+            log.warning("stale entries stay", reason=error.detail)
+
+    def statistics(self) -> dict[str, int]:
+        """`guard.clear-dropped.packets` and `.bytes`."""
+        text = ""
+        with suppress(KernelError):
+            text = self._nft.run(f"list counter inet {self._guard.table} {COUNTER}\n")
+        found = re.search(r"packets (\d+) bytes (\d+)", text)
+        return {"guard.clear-dropped.packets": int(found[1]), "guard.clear-dropped.bytes": int(found[2])} if found else {}
+
+    def remove_everything(self) -> None:
+        """The orderly end: the host as it was."""
+        self._routes.remove_all()
+        for table in (*self._old_tables, self._guard.table):
+            with suppress(KernelError):
+                self._nft.run(f"delete table inet {table}\n")
+        for name, value in self._sysctls.items():
+            write_sysctl(name, value)
+        self._settings.state_file.unlink(missing_ok=True)
+        self._close()
+
+    def _close(self) -> None:
+        self._notices.close()
+        self._routes.close()
+        self._nft.close()
+
+    def _name_table(self) -> str:
+        """A new table beside those that earlier processes left: theirs go on dropping until the takeover ends."""
+        stem = self._settings.guard_table
+        numbers = [int(found) for found in re.findall(rf"^table inet {re.escape(stem)}_(\d+)$", self._nft.run("list tables inet\n"), re.MULTILINE)]
+        self._old_tables = [f"{stem}_{number}" for number in numbers]
+        return f"{stem}_{max(numbers, default=0) + 1}"
+
+    def _allow_marked_reverse_path(self) -> None:
+        """Strict reverse path checks ask the routes for the peer's address; our mark, set by the guard, keeps them off the capture."""
+        names = os.listdir("/proc/sys/net/ipv4/conf")
+        if any(read_sysctl(f"ipv4/conf/{name}/rp_filter") == "1" for name in names):
+            value = read_sysctl(REVERSE_PATH_MARK)
+            if value == "0":
+                self._sysctls.setdefault(REVERSE_PATH_MARK, value)
+                self._write_state()
+                write_sysctl(REVERSE_PATH_MARK, "1")
+
+    def _read_state(self) -> list[dict[str, Any]]:
+        try:
+            entry = json.loads(self._settings.state_file.read_text())
+            if entry["version"] != STATE_VERSION or not isinstance(entry["sysctls"], dict):
+                raise ValueError("of another version")
+            int(entry["table"]), int(entry["rule_priority"])
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            log.warning("state file not usable", path=str(self._settings.state_file), reason=str(error))
+            return []
+        return [entry]
+
+    def _write_state(self) -> None:
+        entry = {
+            "version": STATE_VERSION,
+            "tun": self._settings.tun,
+            "table": self._settings.table,
+            "rule_priority": self._settings.rule_priority,
+            "guard": self._guard.table if hasattr(self, "_guard") else self._settings.guard_table,
+            "sysctls": self._sysctls,
+        }
+        path = self._settings.state_file
+        fresh = path.with_name(path.name + ".new")
+        try:
+            path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+            fresh.write_text(json.dumps(entry) + "\n")
+            fresh.replace(path)
+        except OSError as error:
+            raise KernelError(error.errno or errno.EIO, f"state file {path}: {error.strerror}") from error
