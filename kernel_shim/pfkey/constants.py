@@ -98,6 +98,7 @@ class ExtensionType(IntEnum):
     X_STATISTICS = 0x800A
     X_DUMP = 0x800B
     X_ERROR = 0x800C
+    X_ACQUIRE = 0x800D
 
 
 PRIVATE_EXTENSIONS: Final = 0x8000  # the first of our own extension types

@@ -6,6 +6,7 @@ of the Unix epoch (in a LIFETIME_CURRENT) or of an SA's life. Extensions that sh
 
 from __future__ import annotations
 
+import builtins
 import errno
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
@@ -200,14 +201,14 @@ class Message:
     pid: int = 0
     extensions: tuple[Extension, ...] = ()
 
-    def find(self, kind: type[_E], extension: ExtensionType | None = None) -> _E | None:
+    def find(self, kind: builtins.type[_E], extension: ExtensionType | None = None) -> _E | None:
         """The extension of that class and, where classes are shared, of that type."""
         for candidate in self.extensions:
             if isinstance(candidate, kind) and (extension is None or getattr(candidate, "type", None) is extension):
                 return candidate
         return None
 
-    def require(self, kind: type[_E], extension: ExtensionType | None = None) -> _E:
+    def require(self, kind: builtins.type[_E], extension: ExtensionType | None = None) -> _E:
         """As `find`; PfKeyError(EINVAL) when it is missing."""
         found = self.find(kind, extension)
         if found is None:

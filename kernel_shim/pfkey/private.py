@@ -29,7 +29,7 @@ class CapabilitiesExtension(Extension):
 
 @dataclass(frozen=True, slots=True)
 class SaExtension(Extension):
-    """What SA and the lifetimes have no room for. `acquire` names the ACQUIRE or GETSPI answered."""
+    """What SA and the lifetimes have no room for."""
 
     type: ClassVar[ExtensionType] = ExtensionType.X_SA
     direction: Direction
@@ -38,7 +38,14 @@ class SaExtension(Extension):
     replay_window: int = 0
     soft_packets: int = 0
     hard_packets: int = 0
-    acquire: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class AcquireReference(Extension):
+    """In GETSPI, ADD and UPDATE: the ACQUIRE that they answer, which frees sadb_msg_seq for matching replies."""
+
+    type: ClassVar[ExtensionType] = ExtensionType.X_ACQUIRE
+    sequence: int
 
 
 @dataclass(frozen=True, slots=True)

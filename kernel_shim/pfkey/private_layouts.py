@@ -23,6 +23,7 @@ from kernel_shim.pfkey.constants import (
 from kernel_shim.pfkey.layouts import Layout
 from kernel_shim.pfkey.messages import PfKeyError
 from kernel_shim.pfkey.private import (
+    AcquireReference,
     CapabilitiesExtension,
     DumpPosition,
     ErrorText,
@@ -44,6 +45,7 @@ _UNRESOLVED_OF: Final = {number: mode for mode, number in _UNRESOLVED.items()}
 _ENCAPSULATION, _ESN, _PORT_RANGES, _ADDRESS_RANGES, _SA_SELECTORS, _ACQUIRE_FLOW, _BINDS = (1 << bit for bit in range(7))
 _SA_ESN: Final = 1
 _TWO_SHORTS: Final = Struct("=HH")
+_COUNT: Final = Struct("=I")
 
 
 def read_hello(reader: Reader, _: ExtensionType) -> Hello:
@@ -58,7 +60,7 @@ _CAPABILITIES: Final = Struct("=IIBBBxIxxxx")
 _ALGORITHM: Final = Struct("=HHHH")
 
 
-def read_capabilities(reader: Reader, _: ExtensionType) -> CapabilitiesExtension:
+def read_capabilities(reader: Reader, _kind: ExtensionType) -> CapabilitiesExtension:
     flags, window, modes, unresolved, name_length, count = reader.take(_CAPABILITIES)
     if count > MAX_ALGORITHMS:
         raise reader.fail(f"{count} algorithms")
@@ -108,11 +110,11 @@ def write_capabilities(writer: Writer, extension: CapabilitiesExtension) -> None
     writer.pad()
 
 
-_SA: Final = Struct("=BBxxHHHHIIQQ")
+_SA: Final = Struct("=BBxxHHHHIxxxxQQ")
 
 
 def read_sa(reader: Reader, _: ExtensionType) -> SaExtension:
-    direction, flags, encryption, key_bits, integrity, icv, window, acquire, soft, hard = reader.take(_SA)
+    direction, flags, encryption, key_bits, integrity, icv, window, soft, hard = reader.take(_SA)
     if direction not in (Direction.IN, Direction.OUT):
         raise reader.fail(f"{direction}", "direction")
     if encryption not in _ENCRYPTIONS or integrity not in _INTEGRITIES:
@@ -120,7 +122,7 @@ def read_sa(reader: Reader, _: ExtensionType) -> SaExtension:
     algorithm = EspAlgorithm(_ENCRYPTIONS[encryption], key_bits, _INTEGRITIES[integrity])
     if icv != algorithm.icv_length:
         raise reader.fail(f"{icv} octets, {algorithm.icv_length} expected", "icv")
-    return SaExtension(Direction(direction), algorithm, bool(flags & _SA_ESN), window, soft, hard, acquire)
+    return SaExtension(Direction(direction), algorithm, bool(flags & _SA_ESN), window, soft, hard)
 
 
 def write_sa(writer: Writer, sa: SaExtension) -> None:
@@ -128,8 +130,16 @@ def write_sa(writer: Writer, sa: SaExtension) -> None:
     writer.put(
         _SA,
         *(sa.direction, sa.esn * _SA_ESN, it.encryption, it.key_bits, it.integrity, it.icv_length),
-        *(sa.replay_window, sa.acquire, sa.soft_packets, sa.hard_packets),
+        *(sa.replay_window, sa.soft_packets, sa.hard_packets),
     )
+
+
+def read_acquire(reader: Reader, _: ExtensionType) -> AcquireReference:
+    return AcquireReference(*reader.take(_COUNT))
+
+
+def write_acquire(writer: Writer, acquire: AcquireReference) -> None:
+    writer.put(_COUNT, acquire.sequence)
 
 
 _SA_STATUS: Final = Struct("=xxxxQQQQ")
@@ -217,11 +227,10 @@ def write_flow(writer: Writer, extension: FlowExtension) -> None:
     writer.address(flow.destination)
 
 
-_COUNT: Final = Struct("=I")
 _COUNTER: Final = Struct("=QH")
 
 
-def read_statistics(reader: Reader, _: ExtensionType) -> Statistics:
+def read_statistics(reader: Reader, _kind: ExtensionType) -> Statistics:
     (count,) = reader.take(_COUNT)
     if count > MAX_STATISTICS:
         raise reader.fail(f"{count} counters")
@@ -283,5 +292,6 @@ PRIVATE_LAYOUTS: Final[Mapping[ExtensionType, Layout]] = {
     ExtensionType.X_FLOW: Layout(read_flow, write_flow),
     ExtensionType.X_STATISTICS: Layout(read_statistics, write_statistics),
     ExtensionType.X_DUMP: Layout(read_dump, write_dump),
+    ExtensionType.X_ACQUIRE: Layout(read_acquire, write_acquire),
     ExtensionType.X_ERROR: Layout(read_error, write_error),
 }

@@ -26,65 +26,312 @@ in the middle of the data plane's work. `IkeSocketProvider.bind` of an address t
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NewType
+import errno
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Final, NewType
 
 from kernel_shim.kernel import IkeSocketProvider, Kernel
-from kernel_shim.model import IPAddress
+from kernel_shim.model import AcquireSequence, IPAddress, KernelError, KernelEvent, Policy, SaStatus
+from kernel_shim.pfkey.codec import Codec, header_of
+from kernel_shim.pfkey.constants import MAX_ERROR_TEXT, PRIVATE_VERSION, ExtensionType, MessageType, SaType
+from kernel_shim.pfkey.event_messages import event_message, proposal_of, supported_extensions
+from kernel_shim.pfkey.messages import Address, Extension, Message, PfKeyError
+from kernel_shim.pfkey.outbox import Dump, Outbox, Output
+from kernel_shim.pfkey.policy_messages import policy_extensions
+from kernel_shim.pfkey.private import CapabilitiesExtension, DumpPosition, ErrorText, Hello
+from kernel_shim.pfkey.requests import Answer, Requests
+from kernel_shim.pfkey.sa_messages import status_extensions
+
+__all__ = ["ACQUIRE_REPEAT", "MAX_CLIENTS", "MAX_REMEMBERED_REPLIES", "ClientId", "Output", "ServerSession"]
 
 ClientId = NewType("ClientId", int)
 
+MAX_CLIENTS: Final = 32  # key managers, monitors and tools
+MAX_REMEMBERED_REPLIES: Final = 128  # to repeated requests of one client; more than it keeps under way
+ACQUIRE_REPEAT: Final = 1.0  # s between two calls for ACQUIREs that did not fit
 
-@dataclass(frozen=True, slots=True)
-class Output:
-    """One datagram for a client, with the descriptors to pass along (SCM_RIGHTS)."""
+_DUMPS: Final = frozenset({MessageType.DUMP, MessageType.X_SPDDUMP})
+# These may be carried out again: the others are answered from memory when they are repeated.
+_REPEATABLE: Final = frozenset({MessageType.X_BIND, MessageType.X_UNBIND, MessageType.X_STATISTICS, MessageType.GET, MessageType.X_SPDGET})
 
-    data: bytes
-    descriptors: tuple[int, ...] = ()
+
+@dataclass(slots=True)
+class _Client:
+    id: ClientId
+    pid: int
+    uid: int
+    private: bool = False
+    registered: set[int] = field(default_factory=set)
+    outbox: Outbox = field(default_factory=Outbox)
+    current: Output | None = None  # given out by next_output, not yet sent
+    remembered: OrderedDict[tuple[int, int], tuple[bytes, Output]] = field(default_factory=OrderedDict)
+    acquires_due: float = 0.0  # when the kernel may be asked to repeat
+
+    @property
+    def listens(self) -> bool:
+        return SaType.ESP in self.registered
+
+    @property
+    def wants_acquires(self) -> bool:
+        return self.outbox.missed_acquires and self.outbox.acquires_drained
 
 
 class ServerSession:
     """`is_local` tells the direction of an SA that a client without our extensions adds; without it, UPDATE is inbound and ADD outbound."""
 
     def __init__(self, kernel: Kernel, sockets: IkeSocketProvider, *, is_local: Callable[[IPAddress], bool] | None = None) -> None:
-        raise NotImplementedError
+        self._kernel = kernel
+        self._codec = Codec()
+        self._requests = Requests(kernel, sockets, is_local, self.statistics)
+        self._clients: dict[ClientId, _Client] = {}
+        self._ready: set[ClientId] = set()
+        self._descriptors: dict[IPAddress, tuple[int, ...]] = {}
+        self._capabilities = kernel.capabilities()
+        self._proposal = proposal_of(self._capabilities)
+        self._malformed = self._refused = self._repeated = self._overruns = 0
+        kernel.subscribe(self._on_event)
+
+    # Connections
 
     def accept(self, client: ClientId, *, pid: int, uid: int, now: float) -> None:
-        """A new connection. KernelError(EMFILE) beyond `MAX_CLIENTS`; who may connect is the socket file's mode."""
-        raise NotImplementedError
-
-    def receive(self, client: ClientId, data: bytes, now: float) -> None:
-        """One datagram from a client. Never raises for what is in it: a malformed one is answered with its errno."""
-        raise NotImplementedError
-
-    def wants_read(self, client: ClientId) -> bool:
-        """False while the client leaves `MAX_QUEUED_REPLIES` replies unread."""
-        raise NotImplementedError
-
-    def take_ready(self) -> frozenset[ClientId]:
-        """The clients that got something to send since the last call."""
-        raise NotImplementedError
-
-    def next_output(self, client: ClientId, now: float) -> Output | None:
-        """What to send next; the same until `output_sent`. None for a client that is not connected."""
-        raise NotImplementedError
-
-    def output_sent(self, client: ClientId, now: float) -> None:
-        """The last `next_output` went into the socket."""
-        raise NotImplementedError
+        """A new connection. KernelError(EMFILE) beyond `MAX_CLIENTS`; who may connect is for the edge to say."""
+        if len(self._clients) >= MAX_CLIENTS:
+            raise KernelError(errno.EMFILE, f"more than {MAX_CLIENTS} PF_KEY clients")
+        self._clients[client] = _Client(client, pid, uid)
 
     def disconnect(self, client: ClientId, now: float) -> None:
         """The client is gone; its registrations go with it, its SAs, policies and IKE sockets stay."""
-        raise NotImplementedError
+        gone = self._clients.pop(client, None)
+        self._ready.discard(client)
+        if gone is None:
+            return
+        self._overruns += gone.outbox.overruns
+        if gone.listens and not any(other.listens for other in self._clients.values()):
+            self._kernel.key_manager_listens(False, now)
+
+    # Input
+
+    def wants_read(self, client: ClientId) -> bool:
+        """False while the client leaves `outbox.MAX_QUEUED_REPLIES` replies unread."""
+        it = self._clients.get(client)
+        return it is not None and not it.outbox.full
+
+    def receive(self, client: ClientId, data: bytes, now: float) -> None:
+        """One datagram from a client. Never raises for what is in it: a malformed one is answered with its errno."""
+        it = self._clients.get(client)
+        if it is None:
+            return
+        try:
+            message = self._codec.decode(data)
+        except PfKeyError as error:
+            self._malformed += 1
+            self._reply(it, self._refusal(it, header_of(data), error))
+            return
+        try:
+            self._serve(it, message, data, now)
+        except KernelError as error:
+            self._reply(it, self._refusal(it, message, error))
+
+    def _serve(self, client: _Client, message: Message, data: bytes, now: float) -> None:
+        if message.type == MessageType.REGISTER:
+            self._register(client, message, now)
+        elif message.type in _DUMPS:
+            self._start_dump(client, message)
+        elif message.type == MessageType.ACQUIRE:
+            self._acquire_failed(message, now)
+        else:
+            self._request(client, message, data, now)
+
+    def _request(self, client: _Client, message: Message, data: bytes, now: float) -> None:
+        """A client of ours uses a sadb_msg_seq once; the same message again is one whose reply came late."""
+        known = client.remembered.get((message.type, message.sequence))
+        if known is not None and known[0] == data:
+            self._repeated += 1
+            self._reply(client, known[1])
+            return
+        output = self._carry_out(client, message, now)
+        self._reply(client, output)
+        if client.private and message.type not in _REPEATABLE:
+            client.remembered[message.type, message.sequence] = (data, output)
+            if len(client.remembered) > MAX_REMEMBERED_REPLIES:
+                client.remembered.popitem(last=False)
+
+    def _carry_out(self, client: _Client, message: Message, now: float) -> Output:
+        try:
+            answer = self._requests.answer(message, now, private=client.private)
+        except KernelError as error:
+            return self._refusal(client, message, error)
+        if message.type == MessageType.X_BIND:
+            self._descriptors[message.require(Address, ExtensionType.ADDRESS_SRC).address] = answer.descriptors
+        elif message.type == MessageType.X_UNBIND:
+            self._forget_descriptors(message.require(Address, ExtensionType.ADDRESS_SRC).address)
+        if answer.notify:
+            self._notify_others(client, message, answer)
+        return Output(self._encode(message, answer.extensions(private=client.private)), answer.descriptors)
+
+    def _register(self, client: _Client, message: Message, now: float) -> None:
+        """RFC 2367 section 3.1.7. UNSPEC only asks what there is, as in Linux."""
+        if message.sa_type not in tuple(SaType):
+            raise PfKeyError("sadb_msg_satype", str(message.sa_type))
+        hello = message.find(Hello)
+        if message.sa_type in client.registered and hello is None:
+            raise KernelError(errno.EEXIST, f"already registered for {SaType(message.sa_type).name}")
+        extensions = list(supported_extensions(self._capabilities))
+        if hello is not None and hello.version >= PRIVATE_VERSION:
+            client.private = True
+            extensions += (Hello(PRIVATE_VERSION), CapabilitiesExtension(self._capabilities))
+        if message.sa_type != SaType.UNSPEC:
+            client.registered.add(message.sa_type)
+        self._reply(client, Output(self._encode(message, extensions)))
+        if message.sa_type == SaType.ESP:
+            self._kernel.key_manager_listens(True, now)
+
+    def _acquire_failed(self, message: Message, now: float) -> None:
+        """RFC 2367 section 3.1.6: a base header with an errno from the key manager. No reply; an ACQUIRE that is over is no error."""
+        if message.extensions:
+            raise KernelError(errno.EOPNOTSUPP, "ACQUIRE from a client with extensions")
+        sequence = AcquireSequence(message.sequence)
+        for client in self._clients.values():
+            client.outbox.forget_acquire(sequence)
+        try:
+            self._kernel.acquire_failed(sequence, message.errno or errno.EHOSTUNREACH, now)
+        except KernelError as error:
+            if error.errno != errno.ESRCH:
+                raise
+
+    def _start_dump(self, client: _Client, message: Message) -> None:
+        """Linux' EBUSY while one is under way; a client of ours may start another, which ends the first, or repeat its request."""
+        running = client.outbox.dump
+        if running is not None:
+            if not client.private:
+                raise KernelError(errno.EBUSY, "a dump is under way")
+            if (running.type, running.request) == (message.type, message.sequence):
+                return
+        entries: tuple[SaStatus | Policy, ...]
+        if message.type == MessageType.X_SPDDUMP:
+            entries = tuple(self._kernel.policies())
+        else:
+            entries = tuple(self._kernel.sas()) if message.sa_type in (SaType.UNSPEC, SaType.ESP) else ()
+        if not entries:
+            raise KernelError(errno.ENOENT, "nothing to dump")
+        client.outbox.dump = Dump(message.type, message.sequence, message.pid, entries)
+        self._ready.add(client.id)
+
+    # Output
+
+    def take_ready(self) -> frozenset[ClientId]:
+        """The clients that got something to send since the last call."""
+        ready, self._ready = frozenset(self._ready), set()
+        return ready
+
+    def next_output(self, client: ClientId, now: float) -> Output | None:
+        """What to send next; the same until `output_sent`. None for a client that is not connected."""
+        it = self._clients.get(client)
+        if it is None:
+            return None
+        if it.current is None:
+            it.current = self._next(it)
+        return it.current
+
+    def output_sent(self, client: ClientId, now: float) -> None:
+        """The last `next_output` went into the socket."""
+        it = self._clients.get(client)
+        if it is not None:
+            it.current = None
+
+    def _next(self, client: _Client) -> Output | None:
+        """Replies, then events and the dump in turns, then what others changed."""
+        outbox = client.outbox
+        if outbox.replies:
+            return outbox.replies.popleft()
+        if outbox.overrun:
+            outbox.overrun = False
+            if client.private:
+                return Output(self._codec.encode(Message(MessageType.X_OVERRUN, SaType.ESP)))
+        if outbox.dump is None or not outbox.dump_is_next:
+            event = outbox.next_event()
+            if event is not None:
+                outbox.dump_is_next = True
+                return Output(self._codec.encode(event_message(event, self._proposal, private=client.private)))
+        if outbox.dump is not None:
+            outbox.dump_is_next = False
+            return Output(self._next_of_dump(client, outbox.dump))
+        return Output(outbox.notices.popleft()) if outbox.notices else None
+
+    def _next_of_dump(self, client: _Client, dump: Dump) -> bytes:
+        """The last one has sadb_msg_seq 0 (RFC 2367 section 3.1.10), the others count up as Linux' do."""
+        entry = dump.entries[dump.position]
+        dump.position += 1
+        if dump.remaining == 0:
+            client.outbox.dump = None
+        write = status_extensions(entry, private=client.private) if isinstance(entry, SaStatus) else policy_extensions(entry, private=client.private)
+        extensions = (*write, DumpPosition(dump.request, dump.remaining)) if client.private else tuple(write)
+        sequence = dump.position if dump.remaining else 0
+        return self._codec.encode(Message(dump.type, SaType.ESP, 0, sequence, dump.pid, extensions))
+
+    def _encode(self, request: Message, extensions: Iterable[Extension], number: int = 0) -> bytes:
+        return self._codec.encode(replace(request, errno=number, extensions=tuple(extensions)))
+
+    def _reply(self, client: _Client, output: Output) -> None:
+        client.outbox.replies.append(output)
+        self._ready.add(client.id)
+
+    def _refusal(self, client: _Client, request: Message, error: KernelError) -> Output:
+        """As Linux' pfkey_error: the base header with the errno, to the one who asked."""
+        self._refused += 1
+        text = error.detail.encode(errors="replace")[:MAX_ERROR_TEXT].decode(errors="ignore")
+        return Output(self._encode(request, (ErrorText(text),) if client.private else (), error.errno & 0xFF))
+
+    def _notify_others(self, requester: _Client, message: Message, answer: Answer) -> None:
+        """RFC 2367 section 3.1: what changes the tables is sent to all; Linux does so for the SPD too."""
+        for other in self._clients.values():
+            if other is not requester:
+                other.outbox.add_notice(self._encode(message, answer.extensions(private=other.private)))
+                self._ready.add(other.id)
+
+    def _forget_descriptors(self, address: IPAddress) -> None:
+        """The provider closed them: their numbers may soon be others', and must not leave with a reply that still waits."""
+        closed = set(self._descriptors.pop(address, ()))
+
+        def checked(output: Output) -> Output:
+            if not closed & set(output.descriptors):
+                return output
+            return Output(self._encode(header_of(output.data), (), errno.EADDRNOTAVAIL))
+
+        for client in self._clients.values():
+            client.current = checked(client.current) if client.current is not None else None
+            for at, output in enumerate(client.outbox.replies):
+                client.outbox.replies[at] = checked(output)
+
+    # Events and time
+
+    def _on_event(self, event: KernelEvent) -> None:
+        for client in self._clients.values():
+            if client.listens:
+                client.outbox.add_event(event)
+                self._ready.add(client.id)
 
     def next_deadline(self) -> float | None:
-        """When `tick` is due (monotonic seconds)."""
-        raise NotImplementedError
+        """When `tick` is due (monotonic seconds): a client that missed ACQUIREs has room for them again."""
+        return min((client.acquires_due for client in self._clients.values() if client.wants_acquires), default=None)
 
     def tick(self, now: float) -> None:
-        raise NotImplementedError
+        for client in list(self._clients.values()):
+            if client.wants_acquires and now >= client.acquires_due:
+                client.outbox.missed_acquires = False
+                client.acquires_due = now + ACQUIRE_REPEAT
+                self._kernel.key_manager_listens(True, now)
 
     def statistics(self) -> dict[str, int]:
-        """Counters of the channel itself, names begin with `pfkey.`."""
-        raise NotImplementedError
+        """Counters of the channel itself; their names begin with `pfkey.`."""
+        clients = self._clients.values()
+        return {
+            "pfkey.clients": len(clients),
+            "pfkey.registered": sum(client.listens for client in clients),
+            "pfkey.malformed": self._malformed,
+            "pfkey.refused": self._refused,
+            "pfkey.repeated": self._repeated,
+            "pfkey.overruns": self._overruns + sum(client.outbox.overruns for client in clients),
+        }
