@@ -20,7 +20,7 @@ from vpnd.config.model import TsTemplate
 from vpnd.config.reader import integer, shown
 
 ANY_ADDRESS: Final = {"%any": None, "%any4": 4, "%any6": 6, "0.0.0.0": 4, "::": 6}  # noqa: S104
-_PROTOCOLS: Final = {  # /etc/protocols
+PROTOCOLS: Final = {  # /etc/protocols, protocols(5)
     "any": 0,
     "icmp": 1,
     "igmp": 2,
@@ -43,6 +43,7 @@ _PROTOCOLS: Final = {  # /etc/protocols
     "sctp": 132,
     "udplite": 136,
 }
+PROTOCOL_NAMES: Final = {number: name for name, number in reversed(PROTOCOLS.items())}  # of two names the first
 _PORTS: Final = {  # /etc/services, those that tunnels are restricted to
     "ftp": 21,
     "ssh": 22,
@@ -135,7 +136,7 @@ def _address(text: str) -> IPv4Address | IPv6Address:
 def _protocol_and_ports(text: str) -> tuple[int, PortRange]:
     name, _, ports = text.partition("/")
     name = name.strip().lower()
-    protocol = _PROTOCOLS[name] if name in _PROTOCOLS else integer(name, 0, 255) if name else ANY_PROTOCOL
+    protocol = PROTOCOLS[name] if name in PROTOCOLS else integer(name, 0, 255) if name else ANY_PROTOCOL
     ports = ports.strip().lower()
     if ports in ("", "any"):
         return protocol, ANY_PORT

@@ -56,7 +56,7 @@ def _kernel(text: str) -> KernelChoice:
     try:
         kernel = KernelChoice(text.lower())
     except ValueError:
-        raise ValueError(f"'{shown(text)}' is none of {', '.join(choice.value for choice in KernelChoice)}") from None
+        raise ValueError(f"'{shown(text)}' is not one of {', '.join(choice.value for choice in KernelChoice)}") from None
     if kernel is not KernelChoice.USERSPACE:
         raise ValueError(f"the kernel '{kernel.value}' is not implemented yet")
     return kernel

@@ -22,8 +22,18 @@ from vpnd.config.tree import Items, Node, Scalar, Section
 
 MAX_CREDENTIAL_FILES: Final = 10_000  # in one directory
 
-_LISTS: Final = frozenset(
-    ["local_addrs", "remote_addrs", "proposals", "esp_proposals", "ah_proposals", "local_ts", "remote_ts", "vips", "pools", "groups", "cert_policy"]
+_LISTS: Final = (
+    "local_addrs",
+    "remote_addrs",
+    "proposals",
+    "esp_proposals",
+    "ah_proposals",
+    "local_ts",
+    "remote_ts",
+    "vips",
+    "pools",
+    "groups",
+    "cert_policy",
 )
 _FILE_LISTS: Final = {"certs": "x509", "cacerts": "x509ca", "pubkeys": "pubkey"}  # option: directory
 _CERTIFICATE_DIRECTORIES: Final = {"x509": "NONE", "x509ca": "CA"}  # directory: flag

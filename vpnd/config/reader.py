@@ -201,7 +201,7 @@ def octets(text: str) -> int:
 
 def choice(text: str, choices: Mapping[str, T]) -> T:
     if (key := text.lower()) not in choices:
-        raise ValueError(f"'{shown(text)}' is none of {', '.join(choices)}{suggestion(key, list(choices))}")
+        raise ValueError(f"'{shown(text)}' is not one of {', '.join(choices)}{suggestion(key, list(choices))}")
     return choices[key]
 
 

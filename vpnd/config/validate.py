@@ -276,7 +276,7 @@ def _mode(text: str) -> str:
     if mode in _FOREIGN_MODES:
         raise ValueError(f"the mode '{mode}' is not implemented yet")
     if mode not in _MODES:
-        raise ValueError(f"'{shown(text)}' is none of {', '.join(_MODES)}")
+        raise ValueError(f"'{shown(text)}' is not one of {', '.join(_MODES)}")
     return mode
 
 
@@ -285,7 +285,7 @@ def _start_action(text: str, actions: dict[str, StartAction]) -> StartAction:
     if "|" in action or "," in action:
         raise ValueError(f"the combination '{shown(text)}' is not implemented yet")
     if action not in actions:
-        raise ValueError(f"'{shown(text)}' is none of {', '.join(actions)}")
+        raise ValueError(f"'{shown(text)}' is not one of {', '.join(actions)}")
     return actions[action]
 
 

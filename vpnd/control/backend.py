@@ -102,6 +102,7 @@ class PolicyStatus:
     mode: str  # strongSwan's: TUNNEL | TRANSPORT | PASS | DROP
     local_ts: Sequence[TrafficSelector]
     remote_ts: Sequence[TrafficSelector]
+    reqid: int = 0
 
 
 @dataclass(frozen=True, slots=True)

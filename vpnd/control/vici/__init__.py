@@ -1,0 +1,1 @@
+"""VICI, strongSwan's control protocol (src/libcharon/plugins/vici/README.md): codec, formats, commands, server."""
