@@ -76,8 +76,10 @@ class ViciClient:
         self.register(event)
         try:
             self._request(command, message, collect)
-        finally:
+        except CommandFailed:
             self._exchange(Packet(PacketType.EVENT_UNREGISTER, event), collect)
+            raise
+        self._exchange(Packet(PacketType.EVENT_UNREGISTER, event), collect)
         return found
 
     def register(self, *events: str) -> None:

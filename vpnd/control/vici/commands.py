@@ -20,7 +20,7 @@ from vpnd.control.vici.codec import TooLong
 Stream = Callable[[str, Section], Awaitable[None]]
 """Sends an event of the running command to its client, if that is registered for it."""
 
-Handler = Callable[[Section, Stream], Awaitable[Section]]
+Handler = Callable[[Section, Stream], Coroutine[object, object, Section]]
 
 INTERRUPTIBLE: Final = frozenset({"list-sas", "list-conns", "list-policies", "initiate", "terminate", "x-wait"})
 """Commands that end when their client goes away; what they have set in motion goes on."""
