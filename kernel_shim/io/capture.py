@@ -63,14 +63,17 @@ class Capture:
         for entry in previous:
             self._sysctls.update(entry["sysctls"])
         self._guard: Final = GuardPlan(self._name_table(), interfaces=(settings.tun, settings.clear_tun), mark=settings.mark)
-        self._write_state()
-
-        self._nft.run(self._guard.create())
-        self._routes.install(self._versions)
-        self._allow_marked_reverse_path()
         self._notices: Final = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
-        self._notices.bind((0, RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR))
-        self._refresh_host()
+        try:
+            self._write_state()
+            self._nft.run(self._guard.create())
+            self._routes.install(self._versions)
+            self._allow_marked_reverse_path()
+            self._notices.bind((0, RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR))
+            self._refresh_host()
+        except BaseException:
+            self.give_up()
+            raise
 
     def fileno(self) -> int:
         """Readable when an address of the host changed: then `refresh`."""
@@ -216,6 +219,13 @@ class Capture:
             write_sysctl(name, value)
         self._settings.state_file.unlink(missing_ok=True)
         self._close()
+
+    def give_up(self) -> None:
+        """A start that failed: what an earlier process left stays closed, else the host is as it was."""
+        if self.takeover:
+            self._close()
+        else:
+            self.remove_everything()
 
     def _close(self) -> None:
         self._notices.close()

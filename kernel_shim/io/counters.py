@@ -14,5 +14,8 @@ class Counters:
     def add(self, name: str, amount: int = 1) -> None:
         self._values[name] += amount
 
+    def value(self, name: str) -> int:
+        return self._values[name]
+
     def values(self) -> dict[str, int]:
         return dict(self._values)

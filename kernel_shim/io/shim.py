@@ -38,6 +38,7 @@ from kernel_shim.model import Endpoint, KernelError
 from kernel_shim.pfkey.server import ServerSession
 
 MAX_PATH_REPORTS: Final = 1024  # path MTUs learned in one wake-up
+LOGGED_ERRORS: Final = 100  # internal errors that are logged with their trace; all are counted
 LONGEST_SLEEP: Final = 60.0  # seconds
 
 log = structlog.get_logger("kernel_shim")
@@ -54,6 +55,7 @@ class Shim:
         self._counters: Final = Counters()
         self._mtus: dict[tuple[Endpoint, Endpoint], int] = {}
         self._running = True
+        self.failed = False
         undo: list[Callable[[], None]] = [self._poll.close]
         try:
             # The socket's path first: it is what two shims that should be one meet at.
@@ -65,7 +67,7 @@ class Shim:
             undo.append(self._clear.close)
             self._clear.allow_forwarding()
             self._capture: Final = Capture(settings, self._tun)
-            undo.append(self._capture.remove_everything)
+            undo.append(self._capture.give_up)
             self._sockets: Final = UdpSockets(settings.mark, self._counters, self._learn_mtu)
             self._sockets.on_bound = self._serve_esp
             self._sockets.on_unbound = lambda esp: self._watch(esp.fileno(), 0)
@@ -119,7 +121,7 @@ class Shim:
                 log.error("TUN lost", reason=error.strerror)
                 self._counters.add("io.tun.read.error")
                 self._watch(self._tun.fileno(), 0)
-                self._running = False
+                self._running, self.failed = False, True
                 return
             engine.outbound(length, now)
 
@@ -179,7 +181,7 @@ class Shim:
             if descriptor in handlers:
                 packets.append((descriptor, events))
             elif listener.owns(descriptor):
-                listener.handle(descriptor, events, now)
+                self._guarded(listener.handle, descriptor, events, now)
             elif descriptor == self._capture.fileno():
                 self._capture.refresh()
             else:
@@ -188,14 +190,23 @@ class Shim:
         for descriptor, events in packets:
             handler = handlers.get(descriptor)
             if handler is not None:  # unbound a moment ago
-                handler(events, now)
-        self._engine.flush(now)
+                self._guarded(handler, events, now)
+        self._guarded(self._engine.flush, now)
         if self._mtus:
             learned, self._mtus = self._mtus, {}
             for (local, remote), mtu in learned.items():
                 self._engine.path_mtu(local, remote, mtu, now)
         self._tick(now)
         listener.send_ready(now)
+
+    def _guarded(self, step: Callable[..., None], *arguments: object) -> None:
+        """A fault of ours in one batch must not end every tunnel."""
+        try:
+            step(*arguments)
+        except Exception:
+            self._counters.add("io.internal-errors")
+            if self._counters.value("io.internal-errors") <= LOGGED_ERRORS:
+                log.exception("internal error")
 
     def _patience(self) -> float:
         if self._listener.unfinished:
@@ -211,11 +222,11 @@ class Shim:
     def _tick(self, now: float) -> None:
         deadline = self._engine.next_deadline()
         if deadline is not None and deadline <= now:
-            self._engine.tick(now)
-            self._engine.flush(now)
+            self._guarded(self._engine.tick, now)
+            self._guarded(self._engine.flush, now)
         deadline = self._session.next_deadline()
         if deadline is not None and deadline <= now:
-            self._session.tick(now)
+            self._guarded(self._session.tick, now)
         deadline = self._grace_ends()
         if deadline is not None and deadline <= now:
             self._capture.end_takeover()
@@ -257,11 +268,13 @@ def serve(settings: ShimSettings, log_level: str = "info") -> int:
     except KernelError as error:
         log.error("cannot start", reason=error.detail, errno=error.errno)
         return 1
-    try:
-        if not settings.keep_privileges:
-            drop_privileges()
-        shim.run()
-    finally:
-        shim.close()
+    if not settings.keep_privileges:
+        drop_privileges()
+    # Anything but a signal leaves routes, rules and guard where they are: a dead shim means no traffic, never clear traffic.
+    shim.run()
+    if shim.failed:
+        log.error("stopped, the host stays closed")
+        return 1
+    shim.close()
     log.info("stopped")
     return 0
