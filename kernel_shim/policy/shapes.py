@@ -17,6 +17,11 @@ from kernel_shim.model import AddressRange, PortRange, Selector
 # A range of k bits needs up to 2k - 2 prefixes. One entry of the hash tables each; the shapes they add cost every lookup a probe.
 MAX_PREFIXES: Final = 32
 
+# Keys are multiplied by this before they are hashed. Python hashes an integer by its remainder modulo 2**61 - 1 and takes
+# the low bits, which are nearly all zero in masked flow numbers: tables of many policies would be one long collision.
+# Any odd number of about 60 bits without structure will do; a product by it is as unique as its factor.
+MIX: Final = 0x9E3779B97F4A7C1
+
 
 class Field(NamedTuple):
     """A field of the flow number: `number >> shift & (1 << width) - 1`."""
@@ -73,7 +78,7 @@ class Placement:
     With `interval` the keys alone do not decide, and `bounds` must match too.
     """
 
-    keys: tuple[tuple[int, int], ...]  # (mask, value)
+    keys: tuple[tuple[int, int], ...]  # (mask, value * MIX)
     interval: Interval | None = None
 
 
@@ -107,7 +112,7 @@ def place(selector: Selector) -> Placement:
         for part_mask, part_value in combination:
             mask |= part_mask
             value |= part_value
-        keys.append((mask, value))
+        keys.append((mask, value * MIX))
     return Placement(tuple(keys), interval)
 
 

@@ -15,7 +15,7 @@ from kernel_shim.model import Action, Direction, Flow, KernelError, Policy, Poli
 from kernel_shim.policy.bundle import Generations
 from kernel_shim.policy.flowkey import FULL_KEY_V4, FieldMask, FieldUsage, fields_of_policy, key_of_flow
 from kernel_shim.policy.shape_table import RANK_SHIFT, Entry, ShapeTable
-from kernel_shim.policy.shapes import LAYOUT_V4, LAYOUT_V6, identity_of
+from kernel_shim.policy.shapes import LAYOUT_V4, LAYOUT_V6, MIX, identity_of
 from kernel_shim.reasons import DropReason
 
 # Linux numbers policies in steps of 8 and has the direction in the low three bits (xfrm_gen_index, net/xfrm/xfrm_policy.c).
@@ -147,12 +147,12 @@ class SecurityPolicyDatabase:
         number = int.from_bytes(key, "big")
         if mark:
             number |= mark << mark_shift
-        best, best_rank, probes = None, _WORST_RANK, 0
+        best, best_rank, probes, mix = None, _WORST_RANK, 0, MIX
         for floor, mask, get in table.order or table.sort():
             if best_rank < floor:
                 break
             probes += 1
-            found = get(number & mask)
+            found = get((number & mask) * mix)
             if found is not None:
                 entry = found if type(found) is Entry else found.best(number)
                 if entry is not None and entry.rank < best_rank:
