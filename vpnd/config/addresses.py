@@ -72,6 +72,7 @@ _PORTS: Final = {  # /etc/services, those that tunnels are restricted to
     "ipsec-nat-t": 4500,
     "postgresql": 5432,
 }
+PORT_NAMES: Final = {number: name for name, number in reversed(_PORTS.items())}
 
 
 def parse_ike_address(text: str) -> str:

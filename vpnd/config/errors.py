@@ -42,7 +42,7 @@ class ConfigError(Exception):
         return ": ".join(part for part in (str(self.position) if self.position else "", self.path, self.message) if part)
 
 
-class ConfigErrors(Exception):
+class ConfigErrors(ConfigError):
     """All complaints about one configuration, in the order of the file; at least one."""
 
     def __init__(self, errors: Sequence[ConfigError]) -> None:

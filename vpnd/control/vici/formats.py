@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import socket
-import time
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from functools import lru_cache
 from importlib import metadata
 from typing import Final
@@ -13,7 +12,7 @@ from typing import Final
 from cryptography import x509
 
 from kernel_shim.model import ANY_PROTOCOL, PROTOCOL_ICMP, PROTOCOL_ICMPV6, Action, AddressRange, Mode, PortRange, TrafficSelector
-from vpnd.config.addresses import PROTOCOL_NAMES
+from vpnd.config.addresses import PORT_NAMES, PROTOCOL_NAMES
 from vpnd.config.model import AuthMethod, AuthRound, ChildConfig, ConnectionConfig, StartAction, TsTemplate
 from vpnd.config.tree import Items, Node, Scalar, Section
 from vpnd.control.backend import ChildState, ChildStatus, DaemonStats, IkeState, IkeStatus, LogLine, PolicyStatus
@@ -277,20 +276,12 @@ def _protocol_and_ports(protocol: int, ports: PortRange) -> str:
     if protocol in (PROTOCOL_ICMP, PROTOCOL_ICMPV6):
         shown = _icmp(ports.low) if ports.low == ports.high else f"{_icmp(ports.low)}-{_icmp(ports.high)}"
     else:
-        shown = _service(ports.low, name) if ports.low == ports.high else f"{ports.low}-{ports.high}"
+        shown = PORT_NAMES.get(ports.low, str(ports.low)) if ports.low == ports.high else f"{ports.low}-{ports.high}"
     return f"[{name}/{shown}]"
 
 
 def _icmp(port: int) -> str:
     return f"{port >> 8}({port & 0xFF})" if port & 0xFF else str(port >> 8)
-
-
-@lru_cache(maxsize=1024)
-def _service(port: int, protocol: str) -> str:
-    try:
-        return socket.getservbyport(port, protocol) if protocol != "0" else socket.getservbyport(port)
-    except OSError:
-        return str(port)
 
 
 # version, stats, log
@@ -313,7 +304,7 @@ def stats(figures: DaemonStats) -> Section:
     idle = {"critical": 0, "high": 0, "medium": 0, "low": 0}
     return Section.of(
         {
-            "uptime": {"running": _duration(int(figures.uptime)), "since": time.strftime("%b %d %H:%M:%S %Y", time.localtime(figures.since))},
+            "uptime": {"running": _duration(int(figures.uptime)), "since": datetime.fromtimestamp(figures.since).strftime("%b %d %H:%M:%S %Y")},
             "workers": {"total": 1, "idle": 0, "active": idle},
             "queues": idle,
             "scheduled": 0,

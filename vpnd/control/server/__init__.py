@@ -1,4 +1,4 @@
-"""The VICI server on a UNIX stream socket.
+"""The control server: VICI on a UNIX stream socket.
 
 A client's packets are carried out in order, one at a time, while its socket is read on, so that its end is noticed. Answers and the
 events of its own command wait for the client; events of the daemon never do: what a slow client does not take is dropped, and it is told.
@@ -19,11 +19,12 @@ from typing import Final
 
 import structlog
 
+from vpnd.config.model import DaemonConfig
 from vpnd.config.tree import Section
-from vpnd.control.backend import ChildUpDown, ControlBackend, DaemonEvent, IkeUpDown, LogLine
+from vpnd.control.backend import ChildUpDown, ControlBackend, ControlError, DaemonEvent, IkeUpDown, LogLine
+from vpnd.control.server.commands import EVENTS, Commands, failure
 from vpnd.control.vici import formats
 from vpnd.control.vici.codec import MalformedVici, Packet, PacketType, Segmenter, TooLong, decode_message, decode_packet, encode_message, encode_segment
-from vpnd.control.vici.commands import EVENTS, Commands, failure
 
 MAX_CLIENTS: Final = 128  # a segment and a backlog each
 MAX_PIPELINED: Final = 4  # packets of one client that wait for their turn; the protocol knows no more than one
@@ -34,7 +35,7 @@ STALL: Final = 60.0  # seconds for which an answer waits for a client that does 
 _log = structlog.get_logger("vpnd.control")
 
 
-class ControlSocketError(Exception):
+class ControlSocketError(ControlError):
     """The control socket cannot be opened; the text is for the user."""
 
 
@@ -42,15 +43,12 @@ class ClientStalled(ConnectionError):
     """A client does not read its answer."""
 
 
-class ViciServer:
-    """Serves one `ControlBackend`. `start` and `close` once each, on one event loop."""
+class ControlServer:
+    """Serves one `ControlBackend` where and as `config` says. `start` and `stop` once each, on one event loop."""
 
-    def __init__(self, backend: ControlBackend, path: Path, *, mode: int = 0o660, owner: str | None = None, group: str | None = None) -> None:
+    def __init__(self, backend: ControlBackend, config: DaemonConfig) -> None:
         self._backend = backend
-        self._path = path
-        self._mode = mode
-        self._owner = owner
-        self._group = group
+        self._config = config
         self._commands = Commands(backend)
         self._clients: set[_Client] = set()
         self._server: asyncio.Server | None = None
@@ -63,12 +61,13 @@ class ViciServer:
 
     async def start(self) -> None:
         """Raises ControlSocketError. A socket that nobody listens on any more is replaced."""
-        listening = _listen(self._path, self._mode, self._owner, self._group)
-        self._inode = os.stat(self._path).st_ino
+        config = self._config
+        listening = _listen(config.control_socket, config.control_mode, config.control_owner, config.control_group)
+        self._inode = os.stat(config.control_socket).st_ino
         self._unsubscribe = self._backend.subscribe(self._on_event)
         self._server = await asyncio.start_unix_server(self._on_client, sock=listening, limit=READ_SIZE)
 
-    async def close(self) -> None:
+    async def stop(self) -> None:
         """Ends all clients and their commands, and takes the socket away."""
         if self._unsubscribe:
             self._unsubscribe()
@@ -82,8 +81,8 @@ class ViciServer:
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._commands.close()
         with contextlib.suppress(OSError):
-            if os.stat(self._path).st_ino == self._inode:
-                os.unlink(self._path)
+            if os.stat(self._config.control_socket).st_ino == self._inode:
+                os.unlink(self._config.control_socket)
 
     async def _on_client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
@@ -96,7 +95,7 @@ class ViciServer:
         try:
             await client.run()
         except asyncio.CancelledError:
-            pass  # close() cancelled it; nobody waits for the result of this task
+            pass  # stop() cancelled it; nobody waits for the result of this task
         finally:
             self._clients.discard(client)
             await client.close()
