@@ -16,6 +16,7 @@ EDGES = (
     "kernel_shim.channel",
     "vpnd.app",
     "vpnd.cli",
+    "vpnd.control.client",
     "vpnd.control.server",
     "vpnd.io",
     "vpnd.telemetry",
