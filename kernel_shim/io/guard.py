@@ -75,7 +75,7 @@ class GuardPlan:
             "ip6 daddr ff02::/16 accept",
             "ip daddr 224.0.0.0/24 accept",
             "jump inside",
-            "jump policy",
+            "jump protected",
         ]
         lines = [
             f"add table {table}",
@@ -83,7 +83,7 @@ class GuardPlan:
             f"add set {table} local4 {{ type ipv4_addr; }}",
             f"add set {table} local6 {{ type ipv6_addr; }}",
             f"add chain {table} inside",
-            f"add chain {table} policy",
+            f"add chain {table} protected",
             f"add chain {table} prerouting {{ type filter hook prerouting priority raw; policy accept; }}",
             *(f"add rule {table} prerouting {rule}" for rule in rules),
         ]
@@ -152,9 +152,9 @@ class GuardPlan:
 
     def _rules(self) -> str:
         """The chain anew. Of equal priorities the older wins, as in the SPD."""
-        lines = [f"flush chain inet {self.table} policy"]
+        lines = [f"flush chain inet {self.table} protected"]
         for shape, members in sorted(self._shapes.items(), key=lambda item: (item[0].priority, item[1].number)):
-            lines.append(f"add rule inet {self.table} policy {_match(shape)} @shape{members.number} {_ports(shape)}{_verdict(shape.action)}")
+            lines.append(f"add rule inet {self.table} protected {_match(shape)} @shape{members.number} {_ports(shape)}{_verdict(shape.action)}")
         return "\n".join(lines) + "\n"
 
 

@@ -166,6 +166,8 @@ class HostRoutes:
             arguments["type"] = "unreachable"
         elif key.metric == THROW_METRIC:
             arguments["type"] = "throw"
+        elif key.version == 4:
+            arguments["scope"] = SCOPE_LINK
         self._call("route", "del", arguments)
         self._routes.discard(key)
         self._stale_routes.discard(key)
