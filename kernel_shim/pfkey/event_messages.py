@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Final
 
-from kernel_shim.algorithms import EncryptionId
+from kernel_shim.algorithms import EncryptionId, EspAlgorithm, IntegrityId
 from kernel_shim.model import (
     Acquire,
     AcquireSequence,
@@ -49,7 +49,7 @@ from kernel_shim.pfkey.messages import (
     Supported,
 )
 from kernel_shim.pfkey.private import FlowExtension, SelectorExtension
-from kernel_shim.pfkey.sa_messages import addresses, addresses_from, host_address, mode_from, sa_id_extensions, sa_id_from, unspecified
+from kernel_shim.pfkey.sa_messages import BASE_REPLAY_WINDOW, addresses, addresses_from, host_address, mode_from, sa_id_extensions, sa_id_from, unspecified
 
 _IV_LENGTH: Final = {EncryptionId.NULL: 0, EncryptionId.AES_CBC: 16}  # octets; 8 for the counter modes
 
@@ -193,3 +193,34 @@ def event_from(message: Message) -> KernelEvent | None:
 
 def _event(kind: MessageType, extensions: Iterable[Extension], sequence: int = 0) -> Message:
     return Message(kind, SaType.ESP, 0, sequence, 0, tuple(extensions))
+
+
+def plain_capabilities(message: Message) -> Capabilities:
+    """What a kernel without our extensions can do, from its reply to REGISTER.
+
+    No more than Linux' AF_KEY really does (net/key/af_key.c): no AEAD whatever SUPPORTED says, and no
+    HMAC-SHA2-256, which it cuts to 96 bits where RFC 4868 has 128.
+    """
+    auth, encrypt = (
+        {it.id: it for it in supported.algorithms} if (supported := message.find(Supported, kind)) is not None else {}
+        for kind in (ExtensionType.SUPPORTED_AUTH, ExtensionType.SUPPORTED_ENCRYPT)
+    )
+    algorithms = {
+        EspAlgorithm(encryption, bits, integrity)
+        for encryption in (EncryptionId.AES_CBC, EncryptionId.AES_CTR)
+        for bits in (128, 192, 256)
+        for integrity in (IntegrityId.HMAC_SHA1_96, IntegrityId.HMAC_SHA2_384_192, IntegrityId.HMAC_SHA2_512_256)
+        if (cipher := encrypt.get(ENCRYPT_OF_ENCRYPTION[encryption])) is not None
+        and cipher.minimum_bits <= bits <= cipher.maximum_bits
+        and AUTH_OF_INTEGRITY[integrity] in auth
+    }
+    return Capabilities(
+        name="pfkey",
+        algorithms=frozenset(algorithms),
+        esn=False,
+        maximum_replay_window=BASE_REPLAY_WINDOW,
+        port_ranges=False,
+        address_ranges=False,
+        sa_selectors=False,
+        acquire_flow=False,
+    )

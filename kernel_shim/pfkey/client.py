@@ -1,0 +1,283 @@
+"""The key manager's half of PF_KEY, without I/O: requests that all end, and events.
+
+`request` gives a ticket; what becomes of it is an event later: `Replied`, `Refused` or `TimedOut`. A reply is known by message type,
+sadb_msg_seq and sadb_msg_pid (RFC 2367 section 2.1), an entry of a dump by X_DUMP where our extensions are spoken. A request that is not answered
+for `REPLY_TIMEOUT` is sent again unchanged, `ATTEMPTS` times in all: the shim recognises it and does not carry it out twice.
+
+An edge drives it thus: send what `next_output` gives and say `output_sent`; pass datagrams to `receive`; call `tick` when
+`next_deadline` is due; then empty `next_event`. Descriptors in an event are the caller's to close.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections import deque
+from dataclasses import dataclass, field, replace
+from typing import Final, NewType
+
+from kernel_shim.model import KernelError, KernelEvent
+from kernel_shim.pfkey.codec import Codec, header_of
+from kernel_shim.pfkey.constants import LINUX, Dialect, MessageType
+from kernel_shim.pfkey.event_messages import event_from
+from kernel_shim.pfkey.messages import Message, PfKeyError
+from kernel_shim.pfkey.private import DumpPosition, ErrorText
+
+Ticket = NewType("Ticket", int)
+
+REPLY_TIMEOUT: Final = 5.0  # s without an answer, or without another entry of a dump
+ATTEMPTS: Final = 3
+MAX_UNDER_WAY: Final = 32  # requests sent and not answered; fewer than outbox.MAX_QUEUED_REPLIES, so that the shim always reads
+MAX_DUMP_ENTRIES: Final = 1_000_000
+MAX_OUTPUT: Final = 1024  # messages not yet sent
+MAX_EVENTS: Final = 65536  # not yet taken; at the bound `wants_read` is false
+
+_DUMPS: Final = frozenset({MessageType.DUMP, MessageType.X_SPDDUMP})
+
+
+@dataclass(frozen=True, slots=True)
+class Replied:
+    """`messages` is one, or all of a dump."""
+
+    ticket: Ticket
+    messages: tuple[Message, ...]
+    descriptors: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The kernel said no, or its reply was malformed (PfKeyError)."""
+
+    ticket: Ticket
+    error: KernelError
+
+
+@dataclass(frozen=True, slots=True)
+class TimedOut:
+    ticket: Ticket
+
+
+@dataclass(frozen=True, slots=True)
+class Reported:
+    """The kernel tells something of its own accord."""
+
+    event: KernelEvent
+
+
+@dataclass(frozen=True, slots=True)
+class Overrun:
+    """The kernel side had to forget events: look at the tables."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unclaimed:
+    """Descriptors came with a message that nobody waits for."""
+
+    descriptors: tuple[int, ...]
+
+
+SessionEvent = Replied | Refused | TimedOut | Reported | Overrun | Unclaimed
+
+
+@dataclass(slots=True)
+class _Request:
+    ticket: Ticket
+    type: int
+    sequence: int
+    data: bytes
+    deadline: float = 0.0
+    attempts: int = 0
+    entries: list[Message] = field(default_factory=list)  # of a dump
+    remaining: int | None = None  # what the last entry of a dump said
+
+
+class ClientSession:
+    """`pid` goes into sadb_msg_pid; `first_sequence` sets this session's numbers apart from those of another one of the same process."""
+
+    def __init__(self, pid: int, *, first_sequence: int = 1, dialect: Dialect = LINUX) -> None:
+        self._pid = pid
+        self._sequence = first_sequence
+        self._codec = Codec(dialect)
+        self._tickets = 0
+        self._waiting: deque[_Request] = deque()  # not yet sent, for MAX_UNDER_WAY; bounded by the callers that wait
+        self._under_way: dict[tuple[int, int], _Request] = {}
+        self._dump: _Request | None = None
+        self._output: deque[bytes] = deque()
+        self._events: deque[SessionEvent] = deque()
+        self.malformed = 0
+        self.repeated = 0
+
+    # Requests
+
+    def request(self, message: Message, now: float) -> Ticket:
+        """Sends `message` as soon as it may be; its sadb_msg_seq is set here unless it has one. PfKeyError when it cannot be encoded."""
+        sequence = message.sequence or self._next_sequence()
+        data = self._codec.encode(replace(message, sequence=sequence, pid=self._pid))
+        self._tickets += 1
+        request = _Request(Ticket(self._tickets), message.type, sequence, data)
+        self._waiting.append(request)
+        self._send_waiting(now)
+        return request.ticket
+
+    def notify(self, message: Message) -> None:
+        """Sends a message that has no reply; its sequence is its own. KernelError(ENOBUFS) when the kernel side has long not read."""
+        if len(self._output) >= MAX_OUTPUT:
+            raise KernelError(errno.ENOBUFS, "the kernel side does not read")
+        self._output.append(self._codec.encode(replace(message, pid=self._pid)))
+
+    def cancel(self, ticket: Ticket, now: float) -> None:
+        """Nobody waits any more; the request may have had its effect. A reply that comes later is dropped."""
+        for request in self._waiting:
+            if request.ticket == ticket:
+                self._waiting.remove(request)
+                return
+        for request in self._all_under_way():
+            if request.ticket == ticket:
+                self._finish(request, now)
+                return
+
+    def _next_sequence(self) -> int:
+        self._sequence = self._sequence % 0x7FFFFFFF + 1  # never 0, which ends a dump
+        return self._sequence
+
+    def _send_waiting(self, now: float) -> None:
+        """Oldest first; a dump waits for the one under way, and what came after it does not wait for it."""
+        held: list[_Request] = []
+        while self._waiting and len(self._under_way) < MAX_UNDER_WAY:
+            request = self._waiting.popleft()
+            key = (request.type, request.sequence)
+            if request.type in _DUMPS:
+                if self._dump is not None:
+                    held.append(request)
+                    continue
+                self._dump = request
+            elif key in self._under_way:
+                held.append(request)
+                continue
+            else:
+                self._under_way[key] = request
+            self._transmit(request, now)
+        self._waiting.extendleft(reversed(held))
+
+    def _transmit(self, request: _Request, now: float) -> None:
+        request.attempts += 1
+        request.deadline = now + REPLY_TIMEOUT
+        if request.data not in self._output:
+            self._output.append(request.data)
+
+    def _all_under_way(self) -> list[_Request]:
+        return [*self._under_way.values(), *([self._dump] if self._dump is not None else [])]
+
+    def _finish(self, request: _Request, now: float) -> None:
+        if request.data in self._output:
+            self._output.remove(request.data)  # it never left, and need not any more
+        if request is self._dump:
+            self._dump = None
+        else:
+            del self._under_way[request.type, request.sequence]
+        self._send_waiting(now)
+
+    # Output
+
+    def next_output(self) -> bytes | None:
+        """What to send next; the same until `output_sent`."""
+        return self._output[0] if self._output else None
+
+    def output_sent(self) -> None:
+        self._output.popleft()
+
+    # Input
+
+    def wants_read(self) -> bool:
+        return len(self._events) < MAX_EVENTS
+
+    def receive(self, data: bytes, descriptors: tuple[int, ...], now: float) -> None:
+        """One datagram of the kernel side. A malformed one is counted, and ends the request that it is the reply to."""
+        claimed = False
+        try:
+            claimed = self._receive(self._codec.decode(data), descriptors, now)
+        except PfKeyError as error:
+            self.malformed += 1
+            self._fail(header_of(data), error, now)
+        if descriptors and not claimed:
+            self._events.append(Unclaimed(descriptors))
+
+    def _receive(self, message: Message, descriptors: tuple[int, ...], now: float) -> bool:
+        if message.type == MessageType.X_OVERRUN:
+            self._events.append(Overrun())
+            return False
+        event = event_from(message)
+        if event is not None:
+            self._events.append(Reported(event))
+            return False
+        if message.pid != self._pid:
+            return False  # what another client did
+        if message.type in _DUMPS:
+            self._receive_dump(message, now)
+            return False
+        request = self._under_way.get((message.type, message.sequence))
+        if request is None:
+            return False
+        self._finish(request, now)
+        if message.errno:
+            self._events.append(Refused(request.ticket, _error_of(message)))
+            return False
+        self._events.append(Replied(request.ticket, (message,), descriptors))
+        return True
+
+    def _fail(self, header: Message, error: PfKeyError, now: float) -> None:
+        request = self._under_way.get((header.type, header.sequence))
+        if self._dump is not None and self._dump.type == header.type:
+            request = self._dump
+        if request is not None and header.pid == self._pid:
+            self._finish(request, now)
+            self._events.append(Refused(request.ticket, error))
+
+    def _receive_dump(self, message: Message, now: float) -> None:
+        dump, position = self._dump, message.find(DumpPosition)
+        if dump is None or dump.type != message.type or (position is not None and position.request != dump.sequence):
+            return
+        if message.errno:
+            # Linux has no empty dump; and its last entry may carry the errno of a failure.
+            if position is None and message.sequence not in (0, dump.sequence):
+                return
+            self._finish(dump, now)
+            is_empty = message.errno == errno.ENOENT and not dump.entries
+            self._events.append(Replied(dump.ticket, ()) if is_empty else Refused(dump.ticket, _error_of(message)))
+            return
+        if position is not None:
+            if dump.remaining is not None and position.remaining >= dump.remaining:
+                dump.entries.clear()  # the shim began anew
+            dump.remaining = position.remaining
+        dump.entries.append(message)
+        dump.deadline = now + REPLY_TIMEOUT
+        if message.sequence == 0:
+            self._finish(dump, now)
+            self._events.append(Replied(dump.ticket, tuple(dump.entries)))
+        elif len(dump.entries) >= MAX_DUMP_ENTRIES:
+            self._finish(dump, now)
+            self._events.append(Refused(dump.ticket, KernelError(errno.EMSGSIZE, f"a dump of more than {MAX_DUMP_ENTRIES} entries")))
+
+    def next_event(self) -> SessionEvent | None:
+        return self._events.popleft() if self._events else None
+
+    # Time
+
+    def next_deadline(self) -> float | None:
+        """When `tick` is due (monotonic seconds)."""
+        return min((request.deadline for request in self._all_under_way()), default=None)
+
+    def tick(self, now: float) -> None:
+        for request in self._all_under_way():
+            if now < request.deadline:
+                continue
+            if request.attempts < ATTEMPTS:
+                self.repeated += 1
+                self._transmit(request, now)
+            else:
+                self._finish(request, now)
+                self._events.append(TimedOut(request.ticket))
+
+
+def _error_of(message: Message) -> KernelError:
+    text = message.find(ErrorText)
+    return KernelError(message.errno, text.text if text is not None else "refused by the kernel")
