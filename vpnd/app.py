@@ -18,7 +18,7 @@ from kernel_shim.io.settings import DEFAULT_MARK
 from kernel_shim.model import Endpoint, IPAddress, KernelError
 from vpnd.auth.credentials import CredentialError, CredentialStore
 from vpnd.config import load
-from vpnd.config.errors import ConfigError
+from vpnd.config.errors import ConfigErrors
 from vpnd.config.model import DaemonConfig, KernelChoice, LoadedConfiguration
 from vpnd.control.backend import ControlError
 from vpnd.control.server import ControlServer
@@ -233,7 +233,7 @@ def run(config_path: Path) -> int:
     """Run the daemon until SIGTERM or SIGINT. The exit status: 0 after an orderly stop, 1 when it could not start."""
     try:
         loaded = load(config_path)
-    except ConfigError as error:
+    except ConfigErrors as error:
         print(error)
         return 1
     configure_logging(loaded.daemon.log_level, loaded.daemon.log_format.value)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 import structlog
 
@@ -31,6 +31,7 @@ from kernel_shim.model import (
     Selector,
     TrafficSelector,
 )
+from vpnd.background import Background
 from vpnd.config.model import ChildConfig, ConnectionConfig, StartAction, TsTemplate
 from vpnd.control.backend import ControlError
 from vpnd.ike.effects import ChildFailed, ChildSa, IkeClosed, Reason
@@ -80,7 +81,7 @@ class Demands:
         self._waiting: dict[ChildKey, list[asyncio.Future[None]]] = {}  # `wait` of the control socket
         self._retries: dict[ChildKey, asyncio.TimerHandle] = {}
         self._recovering: dict[ChildKey, asyncio.TimerHandle] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._background = Background()
         self._stopping = False
 
     # Traps and shunts
@@ -154,7 +155,7 @@ class Demands:
             demand = self._demands[key] = Demand(connection, child, flow)
             if acquire:
                 demand.acquires[acquire] = flow
-            self._spawn(self._pursue(key, demand))
+            self._background.start(self._pursue(key, demand))
         elif acquire and len(demand.acquires) < MAXIMUM_WAITING:
             demand.acquires[acquire] = flow
         return demand
@@ -197,14 +198,14 @@ class Demands:
         if reason is Reason.PEER_SILENT and (tries == 0 or demand.attempts < tries) and not self._stopping:
             demand.attempts += 1
             demand.entry = None
-            self._spawn(self._pursue(key, demand))
+            self._background.start(self._pursue(key, demand))
             return
         del self._demands[key]
         error = ChildNotUp(demand.child.name, reason, detail)
         for waiter in demand.waiters:
             if not waiter.done():
                 waiter.set_exception(error)
-        self._spawn(self._refuse(list(demand.acquires)))
+        self._background.start(self._refuse(list(demand.acquires)))
         if demand.child.start_action is StartAction.START and not self._stopping:
             self._retry_later(key, demand)
 
@@ -236,7 +237,7 @@ class Demands:
         key = (entry.sa.connection.name, child.name)
         if (recovery := self._recovering.pop(key, None)) is not None:
             recovery.cancel()
-            self._spawn(self._manager.kernel.release(("recovery", *key)))
+            self._background.start(self._manager.kernel.release(("recovery", *key)))
         for waiter in self._waiting.pop(key, []):
             if not waiter.done():
                 waiter.set_result(None)
@@ -252,7 +253,7 @@ class Demands:
             sequence, flow = next(iter(left.items()))
             if flow == demand.flow:
                 # the peer narrowed away the very flow that asked: asking again would yield the same
-                self._spawn(self._refuse(list(left)))
+                self._background.start(self._refuse(list(left)))
                 return
             following = self.demand(demand.connection, demand.child, flow=flow, acquire=sequence)
             following.acquires.update(left)
@@ -279,7 +280,7 @@ class Demands:
 
     def _give_up_recovery(self, key: ChildKey) -> None:
         self._recovering.pop(key, None)
-        self._spawn(self._manager.kernel.release(("recovery", *key)))
+        self._background.start(self._manager.kernel.release(("recovery", *key)))
 
     def child_failed(self, entry: Entry, effect: ChildFailed) -> None:
         key = (entry.sa.connection.name, effect.name)
@@ -323,7 +324,7 @@ class Demands:
         known = self._manager.child_of_reqid(event.reqid)
         connection = self._manager.connections.get(known[0]) if known else None
         if known is None or connection is None:
-            self._spawn(self._refuse([event.sequence]))
+            self._background.start(self._refuse([event.sequence]))
             return
         self._manager.say(f"creating acquire job for policy {event.flow or event.selector} with reqid {{{event.reqid}}}", group="KNL")
         self.demand(connection, known[1], flow=event.flow, acquire=event.sequence)
@@ -337,11 +338,6 @@ class Demands:
             handle.cancel()
         for key, demand in list(self._demands.items()):
             self._failed(key, demand, Reason.SHUTDOWN, "")
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
 
 def selectors(templates: Sequence[TsTemplate], address: IPAddress | None) -> list[TrafficSelector] | None:

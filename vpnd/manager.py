@@ -11,16 +11,17 @@ import asyncio
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Final, Protocol, TypeVar
+from typing import Final, Protocol, TypeVar
 
 import structlog
 
 from kernel_shim.channel.api import ChannelClosed
 from kernel_shim.model import Capabilities, Direction, Endpoint, IPAddress, KernelError, ReqId, SaId, SpiRequest
 from vpnd.auth.credentials import CredentialStore
+from vpnd.background import Background
 from vpnd.config.model import ChildConfig, ConnectionConfig
 from vpnd.control.backend import DaemonEvent, LogLine
 from vpnd.gate import Admitted, Gate, GateSettings, Refused, Reply
@@ -124,7 +125,7 @@ class Manager:
         self.listener: Listener | None = None
         self._idle = asyncio.Event()
         self._idle.set()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._background = Background()
 
     # IkeContext
 
@@ -484,12 +485,7 @@ class Manager:
         entry.owners.discard(child_id)
         owner = ("child", child_id)
         if self.kernel.has_claims(owner):
-            self._background(self.kernel.release(owner))
-
-    def _background(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+            self._background.start(self.kernel.release(owner))
 
 
 def _discard(index: dict[K, dict[int, Entry]], key: K, spi: int) -> None:

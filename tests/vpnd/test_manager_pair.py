@@ -1,0 +1,271 @@
+"""Two key managers in one process: real cores, a kernel in memory each, and a network that is a function call."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address, ip_address
+from pathlib import Path
+
+import pytest
+from vpnd_fakes import FakeChannel, FakeKernel
+
+from kernel_shim.channel.api import KernelChannel
+from kernel_shim.model import Acquire, AcquireSequence, Direction, Endpoint, Expire, Flow, Mode, PolicyIndex
+from vpnd.auth.credentials import CredentialStore
+from vpnd.config import load_text
+from vpnd.control.backend import ControlError, LogLine
+from vpnd.demands import Demands
+from vpnd.gate import GateSettings
+from vpnd.ike.context import IkeSettings, Retransmission
+from vpnd.kernel_side import KernelSide
+from vpnd.manager import Manager
+from vpnd.operations import Operations
+from vpnd.telemetry.counters import Counters
+
+CONFIG = """
+connections {{
+  site {{
+    local_addrs = {local}
+    remote_addrs = {remote}
+    proposals = aes128gcm16-prfsha256-x25519
+    local {{ auth = psk
+      id = {local_id} }}
+    remote {{ auth = psk
+      id = {remote_id} }}
+    children {{
+      net {{
+        local_ts = {local_ts}
+        remote_ts = {remote_ts}
+        esp_proposals = aes128gcm16
+        start_action = {start}
+      }}
+    }}
+  }}
+}}
+secrets {{ ike-1 {{
+  id-1 = a.example
+  id-2 = b.example
+  secret = "{secret}"
+}} }}
+"""
+
+A, B = ip_address("127.0.0.11"), ip_address("127.0.0.12")
+
+
+@dataclass
+class Network:
+    nodes: dict[object, Node] = field(default_factory=dict)
+    sent: list[bytes] = field(default_factory=list)
+    cut: bool = False
+
+    def carry(self, local: Endpoint, remote: Endpoint, data: bytes) -> None:
+        self.sent.append(data)
+        node = self.nodes.get(remote.address)
+        if node is not None and not self.cut:
+            asyncio.get_running_loop().call_soon(node.manager.datagram, remote, local, data)
+
+
+class Node:
+    def __init__(self, network: Network, config: str, address: object, *, gate: GateSettings | None = None) -> None:
+        self.network = network
+        self.kernel = FakeKernel()
+        self.channels: list[FakeChannel] = []
+        loaded = load_text(config, Path("/nonexistent"))
+        counters = Counters()
+        side = KernelSide(self._connect, counters)
+        settings = IkeSettings(retransmission=Retransmission(0.05, 1.2, 3))
+        self.manager = Manager(side, self, CredentialStore.of(loaded.configuration), settings, gate or GateSettings(), counters)
+        self.demands = Demands(self.manager, mark=1)
+        self.operations = Operations(self.manager, self.demands)
+        side.event = self.demands.kernel_event
+        side.lost = self.manager.sas_lost
+        self.configuration = loaded.configuration
+        self.lines: list[str] = []
+        self.manager.subscribe(lambda event: self.lines.append(event.text) if isinstance(event, LogLine) else None)
+        network.nodes[address] = self
+
+    async def _connect(self) -> KernelChannel:
+        self.channels.append(FakeChannel(self.kernel))
+        return self.channels[-1]
+
+    async def start(self) -> None:
+        await self.manager.kernel.open()
+        await self.operations.load(self.configuration)
+
+    def send(self, local: Endpoint, remote: Endpoint, data: bytes) -> None:
+        self.network.carry(local, remote, data)
+
+    def send_keepalive(self, local: Endpoint, remote: Endpoint) -> None:
+        pass
+
+    def spis(self, direction: Direction) -> set[int]:
+        return {sa.spi for sa in self.kernel.sas.values() if sa.direction is direction}
+
+    async def up(self) -> None:
+        async for _line in self.operations.initiate(child="net", ike=None, timeout=5.0):
+            pass
+
+    async def down(self, **what: object) -> None:
+        async for _line in self.operations.terminate(timeout=5.0, **what):  # type: ignore[arg-type]
+            pass
+
+
+def config(side: str, start: str = "none", secret: str = "between us") -> str:
+    near, far = ("a", "b") if side == "a" else ("b", "a")
+    address, network = {"a": A, "b": B}, {"a": "10.1.0.0/16", "b": "10.2.0.0/16"}
+    return CONFIG.format(
+        local=address[near],
+        remote=address[far],
+        local_id=f"{near}.example",
+        remote_id=f"{far}.example",
+        local_ts=network[near],
+        remote_ts=network[far],
+        start=start,
+        secret=secret,
+    )
+
+
+async def pair(start_a: str = "none", start_b: str = "none", secret_b: str = "between us") -> tuple[Node, Node, Network]:
+    network = Network()
+    a, b = Node(network, config("a", start_a), A), Node(network, config("b", start_b, secret_b), B)
+    await b.start()
+    await a.start()
+    return a, b, network
+
+
+async def until(condition: object) -> None:
+    async with asyncio.timeout(5):
+        while not condition():  # type: ignore[operator]
+            await asyncio.sleep(0.002)
+
+
+def mirrored(a: Node, b: Node, children: int = 1) -> bool:
+    """Both SADs hold the same SAs, in opposite directions."""
+    return (
+        a.spis(Direction.OUT) == b.spis(Direction.IN)
+        and a.spis(Direction.IN) == b.spis(Direction.OUT)
+        and len(a.spis(Direction.OUT)) == len(a.spis(Direction.IN)) == children
+    )
+
+
+async def test_an_acquire_brings_up_the_child_with_its_sequence_and_policies() -> None:
+    a, b, _ = await pair("trap", "trap")
+    out = [policy for policy in a.kernel.policies.values() if policy.direction is Direction.OUT]
+    flow = Flow(IPv4Address("10.1.0.1"), IPv4Address("10.2.0.9"), 17, 1, 2)
+    event = Acquire(AcquireSequence(77), PolicyIndex(8), out[0].templates[0].reqid, Mode.TUNNEL, A, B, out[0].selector, flow)
+    a.channels[-1].event(event)
+    a.channels[-1].event(event)  # said again while the negotiation is under way
+    await until(lambda: mirrored(a, b))
+    outbound = next(sa for sa in a.kernel.sas.values() if sa.direction is Direction.OUT)
+    assert outbound.acquire == 77
+    assert outbound.reqid == out[0].templates[0].reqid
+    assert len(a.kernel.policies) == len(b.kernel.policies) == 3
+    assert len(a.manager) == len(b.manager) == 1
+    peer = next(sa for sa in b.kernel.sas.values() if sa.spi == outbound.spi)
+    assert peer.encryption_key == outbound.encryption_key
+    assert b.kernel.requests.index("update_sa") < b.kernel.requests.index("add_sa"), "the SA in stands before the SA out"
+
+
+async def test_initiate_and_terminate_from_the_operator() -> None:
+    a, b, _ = await pair()
+    await a.up()
+    await until(lambda: mirrored(a, b))
+    (status,) = await a.operations.list_sas()
+    assert status.state.value == "ESTABLISHED"
+    assert [child.name for child in status.children] == ["net"]
+    await b.down(child="net")
+    await until(lambda: not a.kernel.sas and not b.kernel.sas)
+    assert not a.kernel.policies
+    assert not b.kernel.policies
+    await a.down(ike="site")
+    await until(lambda: len(a.manager) == len(b.manager) == 0)
+    with pytest.raises(ControlError, match="no matching"):
+        await a.down(ike="site")
+
+
+async def test_a_wrong_secret_fails_on_both_sides_and_says_who() -> None:
+    a, b, _network = await pair(secret_b="not ours")
+    with pytest.raises(ControlError):
+        await a.up()
+    await until(lambda: len(a.manager) == len(b.manager) == 0)
+    said = "\n".join(b.lines)
+    assert "a.example" in said
+    assert "site" in said
+    for text in (*a.lines, *b.lines):
+        assert "between us" not in text
+        assert "not ours" not in text
+    assert not a.kernel.sas
+    assert not b.kernel.sas
+
+
+async def test_a_failed_negotiation_answers_the_acquire() -> None:
+    a, _b, network = await pair("trap")
+    network.cut = True
+    reqid = next(iter(a.kernel.policies.values())).templates[0].reqid
+    a.channels[-1].event(Acquire(AcquireSequence(5), PolicyIndex(8), reqid, Mode.TUNNEL, A, B, None, None))
+    await until(lambda: "acquire_failed" in a.kernel.requests)
+    assert len(a.manager) == 0
+
+
+async def test_a_hard_expiry_leads_to_a_new_child() -> None:
+    a, b, _ = await pair()
+    await a.up()
+    await until(lambda: mirrored(a, b))
+    old = next(sa for sa in a.kernel.sas.values() if sa.direction is Direction.OUT)
+    del a.kernel.sas[old.id]
+    a.channels[-1].event(Expire(old.id, old.reqid, hard=True))
+    await until(lambda: mirrored(a, b) and old.spi not in a.spis(Direction.OUT))
+    assert len(a.kernel.policies) == 3
+
+
+async def test_a_kernel_that_lost_its_sas_gets_new_ones_never_the_old_keys() -> None:
+    a, b, _ = await pair("trap")
+    await a.up()
+    await until(lambda: mirrored(a, b))
+    old = set(a.kernel.sas.values())
+    a.kernel = FakeKernel()
+    a.kernel.next_spi = 0x9000
+    a.channels[-1].die()
+    await until(lambda: len(a.channels) == 2 and len(a.kernel.policies) == 3 and not b.kernel.sas)
+    await a.up()
+    await until(lambda: mirrored(a, b))
+    assert not {sa.encryption_key for sa in old} & {sa.encryption_key for sa in a.kernel.sas.values()}
+
+
+async def test_half_open_limits_ask_for_cookies_and_then_refuse() -> None:
+    network = Network()
+    b = Node(network, config("b"), B, gate=GateSettings(cookie_threshold=1, cookie_threshold_ip=0, block_threshold=0, limit=3))
+    await b.start()
+    nodes = []
+    for number in range(8):
+        a = Node(network, config("a"), ip_address(f"127.0.1.{number}"))
+        await a.start()
+        a.network = Network()  # what it sends is taken by hand
+        a.demands.demand(a.configuration.connections["site"], a.configuration.connections["site"].children["net"])
+        await until(lambda a=a: a.network.sent)
+        nodes.append(a)
+        b.manager.datagram(Endpoint(B, 500), Endpoint(ip_address(f"127.0.1.{number}"), 500), a.network.sent[0])
+    assert b.manager.half_open == 1, "from the first on a cookie is asked for, and nobody returned one"
+    assert b.manager.counters.snapshot()["ike_cookies_sent"] == 7
+
+
+async def test_wait_returns_when_somebody_else_brings_it_up() -> None:
+    a, b, _ = await pair()
+    waiting = asyncio.ensure_future(b.operations.wait("net", 5.0))
+    await a.up()
+    await waiting
+    with pytest.raises(ControlError, match="not found"):
+        await b.operations.wait("other", 1.0)
+
+
+async def test_initial_contact_replaces_what_a_restarted_peer_had() -> None:
+    a, b, network = await pair()
+    await a.up()
+    await until(lambda: mirrored(a, b))
+    reborn = Node(network, config("a"), A)
+    reborn.kernel.next_spi = 0x8000
+    await reborn.start()
+    await reborn.up()
+    await until(lambda: mirrored(reborn, b))
+    assert len(b.manager) == 1
