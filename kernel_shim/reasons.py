@@ -38,6 +38,23 @@ class DropReason(Enum):
     ACQUIRE_BACKOFF = "acquire_backoff"
     ACQUIRE_TABLE_FULL = "acquire_table_full"
 
+    # Outbound, on the way into an SA.
+    TOO_BIG = "too_big"  # over the path's MTU and not to be fragmented; the sender is told
+    OFFLOAD_INVALID = "offload_invalid"  # a virtio_net_hdr that does not fit its packet
+    TRANSPORT_FRAGMENT = "transport_fragment"  # RFC 4303 section 3.1.1: transport mode takes whole datagrams only
+    TTL_EXPIRED = "ttl_expired"  # from one tunnel into another
+
+    # Inbound, on the way out of an SA.
+    KEEPALIVE = "keepalive"  # RFC 3948 section 2.3
+    ESP_MALFORMED = "esp_malformed"
+    SA_UNKNOWN = "sa_unknown"
+    LARVAL_OVERFLOW = "larval_overflow"
+    LARVAL_GONE = "larval_gone"  # the larval SA that it waited for ended without keys
+    REPLAYED = "replayed"
+    ICV_MISMATCH = "icv_mismatch"
+    DUMMY = "dummy"  # RFC 4303 section 2.6
+    SELECTOR_MISMATCH = "selector_mismatch"  # the SA's own selectors do not cover it
+
     @property
     def text(self) -> str:
         """For a person: `policy discard`."""

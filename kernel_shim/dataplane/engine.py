@@ -2,37 +2,65 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from kernel_shim.dataplane.bundle import Bundle, Held
+from kernel_shim.dataplane.inbound import Admission, Inbound
+from kernel_shim.dataplane.mtu import PathMtus
+from kernel_shim.dataplane.outbound import TAIL_ROOM, Outbound
 from kernel_shim.dataplane.output import Sink
+from kernel_shim.dataplane.traffic import Traffic
+from kernel_shim.esp.cipher import SUPPORTED
 from kernel_shim.model import (
+    PROTOCOL_ESP,
     AcquireSequence,
+    Action,
     Capabilities,
     Direction,
     Endpoint,
+    KernelError,
     KernelEvent,
     Policy,
     PolicyIndex,
+    ReqId,
     SaId,
+    SaState,
     SaStatus,
     SecurityAssociation,
     Selector,
     SpiRequest,
+    Unresolved,
 )
+from kernel_shim.packet import virtio
+from kernel_shim.policy.acquire import AcquireTable
+from kernel_shim.policy.bundle import BundleCache, Generations
+from kernel_shim.policy.flowkey import FieldUsage, FlowKeys, fields_of_traffic_selectors
+from kernel_shim.policy.pending import PendingQueues
+from kernel_shim.policy.spd import SecurityPolicyDatabase
+from kernel_shim.reasons import DropReason
+from kernel_shim.sa.database import Sad, covers
+from kernel_shim.sa.entry import SaEntry
 
-FRAME_CAPACITY: Final = 10 + 65535  # a virtio_net_hdr and the largest IP packet
+FRAME_CAPACITY: Final = virtio.LENGTH + 65535  # a virtio_net_hdr and the largest IP packet
 DATAGRAM_CAPACITY: Final = 65535  # the most that one UDP_GRO receive yields
+
+DRAIN_SLICES: Final = 4  # slices of waiting packets sent between two looks at the sockets; about a millisecond
 
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """`epoch` is the Unix time at monotonic 0; `path_mtu` what a path is taken to carry before anything is known of it."""
+    """`epoch` is the Unix time at monotonic 0; `path_mtu` what a path is taken to carry before anything is known of it.
+
+    `udp_segmentation`: the TUN takes VIRTIO_NET_HDR_GSO_UDP_L4 (TUN_F_USO4 and USO6, Linux 6.2).
+    """
 
     epoch: float = 0.0
     path_mtu: int = 1500
     slot: int = 0
+    udp_segmentation: bool = False
 
 
 class Engine:
@@ -41,18 +69,60 @@ class Engine:
     The engine owns both read buffers, so that nothing is copied: the caller reads into `outbound_buffer` or
     `inbound_buffer`, then says how much; both are free for the next read when the call returns.
     After the reads of one wake-up the caller calls `flush`; until then packets may stay in open batches.
-    `now` is monotonic seconds.
+    `now` is monotonic seconds. `entropy` gives that many random bytes.
     """
 
     def __init__(self, config: EngineConfig, entropy: Callable[[int], bytes], sink: Sink) -> None:
-        self.outbound_buffer: memoryview = memoryview(bytearray(FRAME_CAPACITY))
-        self.inbound_buffer: memoryview = memoryview(bytearray(DATAGRAM_CAPACITY))
+        self._config: Final = config
+        self._now = 0.0
+        self._listeners: list[Callable[[KernelEvent], None]] = []
+        self._frame: Final = memoryview(bytearray(FRAME_CAPACITY + TAIL_ROOM))
+        self.outbound_buffer: Final = self._frame[:FRAME_CAPACITY]
+        self.inbound_buffer: Final = memoryview(bytearray(DATAGRAM_CAPACITY))
+        self._traffic: Final = Traffic()
+        self._generations: Final = Generations()
+        self._paths: Final = PathMtus(config.path_mtu)
+        self._spd: Final = SecurityPolicyDatabase(self._generations)
+        self._sad: Final = Sad(entropy, self._emit, self._generations.bump_sad, self._sa_gone, config.slot)
+        self._policies_of: dict[ReqId, set[PolicyIndex]] = {}
+        self._pending: Final[PendingQueues[Held]] = PendingQueues()
+        self._acquires: Final = AcquireTable()
+        self._fields: Final = {Direction.OUT: FieldUsage(), Direction.IN: FieldUsage()}
+        self._out_keys: Final = FlowKeys(self._fields[Direction.OUT].mask)
+        self._in_keys: Final = FlowKeys(self._fields[Direction.IN].mask)
+        self._bundles: Final[BundleCache[Bundle]] = BundleCache(self._generations, self._out_keys.mask)
+        self._admissions: Final[BundleCache[Admission]] = BundleCache(self._generations, self._in_keys.mask)
+        self._outbound: Final = Outbound(
+            sink,
+            self._traffic,
+            self._spd,
+            self._sad,
+            self._out_keys,
+            self._bundles,
+            self._pending,
+            self._acquires,
+            self._paths,
+            self._emit,
+        )
+        self._inbound: Final = Inbound(
+            self.inbound_buffer,
+            sink,
+            self._traffic,
+            self._spd,
+            self._sad,
+            self._in_keys,
+            self._admissions,
+            self._outbound,
+            self._emit,
+            udp_segmentation=config.udp_segmentation,
+        )
 
     # Packets
 
     def outbound(self, length: int, now: float) -> None:
         """Take the frame of `length` bytes that a TUN read put at the start of `outbound_buffer`. Never raises."""
-        raise NotImplementedError
+        self._now = now
+        self._outbound.take(self._frame, length, now)
 
     def inbound(self, local: Endpoint, remote: Endpoint, length: int, segment_size: int, now: float) -> None:
         """Take `length` bytes of UDP payload from `inbound_buffer`: datagrams of `segment_size` bytes, the last may be shorter.
@@ -60,87 +130,249 @@ class Engine:
         `segment_size` is what UDP_GRO says, `length` when it says nothing. `local` is the address and port it was received on.
         Never raises.
         """
-        raise NotImplementedError
+        self._now = now
+        self._inbound.take(local, remote, length, segment_size, now)
 
     def send(self, frame: bytes, now: float) -> None:
         """`outbound` of a frame that is elsewhere."""
-        raise NotImplementedError
+        self.outbound_buffer[: len(frame)] = frame
+        self.outbound(len(frame), now)
 
     def receive(self, local: Endpoint, remote: Endpoint, datagrams: bytes, segment_size: int, now: float) -> None:
         """`inbound` of datagrams that are elsewhere."""
-        raise NotImplementedError
+        self.inbound_buffer[: len(datagrams)] = datagrams
+        self.inbound(local, remote, len(datagrams), segment_size, now)
 
     def flush(self, now: float) -> None:
         """Send every batch that is open: the end of one wake-up."""
-        raise NotImplementedError
+        self._now = now
+        self._outbound.batches.flush_all()
 
     def path_mtu(self, local: Endpoint, remote: Endpoint, mtu: int, now: float) -> None:
         """The path from `local` to `remote` carries IP packets of `mtu` bytes (from an error queue or EMSGSIZE)."""
-        raise NotImplementedError
+        if self._paths.learn(local.address, remote.address, mtu, now):
+            self._generations.bump_route()
 
     def next_deadline(self) -> float | None:
         """When `tick` is due; None when nothing waits."""
-        raise NotImplementedError
+        if self._pending.has_ready:
+            return self._now
+        deadlines = (self._sad.next_deadline(), self._acquires.next_deadline(), self._pending.next_deadline(), self._paths.next_deadline())
+        return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
     def tick(self, now: float) -> None:
         """Do what is due: lifetimes, acquires to repeat, packets that waited too long, slices of a drain."""
-        raise NotImplementedError
+        self._now = now
+        self._sad.tick(now)
+        if self._paths.expire(now):
+            self._generations.bump_route()
+        self._poll_acquires(now)
+        self._outbound.lost(self._pending.expire(now), now)
+        self._out_keys.fragments.age(now)
+        self._in_keys.fragments.age(now)
+        self._drain(now)
 
-    # Kernel
+    # SAD
 
     def capabilities(self) -> Capabilities:
-        raise NotImplementedError
+        return Capabilities(name="userspace", algorithms=SUPPORTED, encapsulation_required=True, unresolved_modes=frozenset(Unresolved), binds_ike_sockets=True)
 
     def get_spi(self, request: SpiRequest, now: float) -> SaStatus:
-        raise NotImplementedError
+        self._now = now
+        entry = self._sad.reserve(request, now)
+        self._sa_came(entry)
+        return entry.status(self._config.epoch)
 
     def add_sa(self, sa: SecurityAssociation, now: float) -> SaStatus:
-        raise NotImplementedError
+        self._now = now
+        entry = self._sad.add(sa, now)
+        return self._installed(entry, now)
 
     def update_sa(self, sa: SecurityAssociation, now: float) -> SaStatus:
-        raise NotImplementedError
+        self._now = now
+        entry = self._sad.update(sa, now)
+        return self._installed(entry, now)
 
     def delete_sa(self, sa: SaId) -> SaStatus:
-        raise NotImplementedError
+        return self._sad.delete(sa).status(self._config.epoch)
 
     def get_sa(self, sa: SaId) -> SaStatus:
-        raise NotImplementedError
+        return self._sad.get(sa).status(self._config.epoch)
 
     def sas(self) -> Sequence[SaStatus]:
-        raise NotImplementedError
+        return [entry.status(self._config.epoch) for entry in self._sad]
 
     def flush_sas(self) -> int:
-        raise NotImplementedError
+        return self._sad.flush()
+
+    # SPD
 
     def add_policy(self, policy: Policy, now: float) -> Policy:
-        raise NotImplementedError
+        _check_policy(policy)
+        self._now = now
+        return self._policy_came(self._spd.add(policy), now)
 
     def update_policy(self, policy: Policy, now: float) -> Policy:
-        raise NotImplementedError
+        _check_policy(policy)
+        self._now = now
+        try:
+            self._policy_gone(self._spd.find(policy.direction, policy.selector), replaced=True)
+        except KernelError as error:
+            if error.errno != errno.ESRCH:
+                raise
+        return self._policy_came(self._spd.update(policy), now)
 
     def delete_policy(self, direction: Direction, selector: Selector) -> Policy:
-        raise NotImplementedError
+        return self._policy_gone(self._spd.delete(direction, selector))
 
     def delete_policy_index(self, direction: Direction, index: PolicyIndex) -> Policy:
-        raise NotImplementedError
+        return self._policy_gone(self._spd.delete_index(direction, index))
 
     def get_policy(self, direction: Direction, index: PolicyIndex) -> Policy:
-        raise NotImplementedError
+        return self._spd.get(direction, index)
 
     def policies(self) -> Sequence[Policy]:
-        raise NotImplementedError
+        return self._spd.snapshot()
 
     def flush_policies(self) -> int:
-        raise NotImplementedError
+        count = self._spd.flush()
+        self._policies_of.clear()
+        self._acquires.clear()
+        self._outbound.lost(self._pending.discard_all(DropReason.PENDING_POLICY_GONE), self._now)
+        self._refresh_masks()
+        return count
+
+    # Key manager
 
     def acquire_failed(self, sequence: AcquireSequence, errno: int, now: float) -> None:
-        raise NotImplementedError
+        self._now = now
+        peer = self._acquires.failed(sequence, now)
+        if peer is not None:
+            self._outbound.lost(self._pending.discard(peer, DropReason.ACQUIRE_FAILED), now)
 
     def key_manager_listens(self, listening: bool, now: float) -> None:
-        raise NotImplementedError
+        self._now = now
+        self._acquires.listening(listening, now)
+        self._poll_acquires(now)
 
     def subscribe(self, listener: Callable[[KernelEvent], None]) -> None:
-        raise NotImplementedError
+        self._listeners.append(listener)
 
     def statistics(self) -> Mapping[str, int]:
-        raise NotImplementedError
+        counts = self._traffic.statistics()
+        for reason, number in self._pending.drops.items():
+            counts[f"drop_{reason.value}"] += number
+        counts |= self._bundles.statistics() | self._pending.statistics() | self._acquires.statistics()
+        counts |= {f"admission_{name.removeprefix('bundle_')}": number for name, number in self._admissions.statistics().items()}
+        counts |= {"sas": len(self._sad), "policies": len(self._spd), "spd_lookups": self._spd.lookups, "spd_probes": self._spd.probes}
+        return counts
+
+    # Inside
+
+    def _emit(self, event: KernelEvent) -> None:
+        for listener in self._listeners:
+            listener(event)
+
+    def _installed(self, entry: SaEntry, now: float) -> SaStatus:
+        """An SA has keys: packets that came or waited for it go on."""
+        status = entry.status(self._config.epoch)
+        self._sa_came(entry)
+        if entry.sa.direction is Direction.IN:
+            waiting, entry.waiting, entry.waiting_octets = entry.waiting, [], 0
+            for early in waiting:
+                self._inbound.take_one(early.local, early.remote, memoryview(early.packet), now)
+            self._outbound.batches.flush_all()
+            return status
+        sa = entry.sa
+        wanted = self._acquires.peer(sa.acquire) if sa.acquire else None
+        if wanted is not None:
+            peer = self._acquires.satisfied(sa.acquire, covered=covers(sa, wanted[1]), now=now)
+            if peer is not None:
+                self._pending.ready(peer)
+        for index in self._policies_of.get(sa.reqid, ()):
+            self._pending.ready_policy(index)
+        self._drain(now)
+        return status
+
+    def _drain(self, now: float) -> None:
+        for _ in range(DRAIN_SLICES):
+            if not self._outbound.drain(now):
+                break
+        self._outbound.batches.flush_all()
+
+    def _poll_acquires(self, now: float) -> None:
+        due = self._acquires.poll(now)
+        for acquire in due.acquires:
+            self._emit(acquire)
+        for peer in due.timed_out:
+            self._outbound.lost(self._pending.discard(peer, DropReason.ACQUIRE_TIMEOUT), now)
+        for peer in due.retry:
+            self._outbound.ask_again(peer, now)
+
+    def _sa_came(self, entry: SaEntry) -> None:
+        """Flow keys must hold what the selectors of SAs read, too."""
+        sa = entry.sa
+        fields = fields_of_traffic_selectors(sa.source_selectors, sa.destination_selectors)
+        usage = self._fields[sa.direction]
+        if entry.fields is not None:
+            usage.remove(entry.fields)
+        usage.add(fields)
+        entry.fields = fields
+        self._refresh_masks()
+
+    def _sa_gone(self, entry: SaEntry) -> None:
+        if entry.state is SaState.DEAD and entry.waiting:
+            self._traffic.drop(DropReason.LARVAL_GONE, len(entry.waiting))
+            entry.waiting = []
+        if entry.fields is not None:
+            self._fields[entry.sa.direction].remove(entry.fields)
+            entry.fields = None
+        self._refresh_masks()
+
+    def _refresh_masks(self) -> None:
+        outbound = self._spd.fields_read(Direction.OUT)
+        if self._out_keys.set_mask(outbound | self._fields[Direction.OUT].mask):
+            self._bundles.set_mask(self._out_keys.mask)
+            cut = self._out_keys.cut
+            self._outbound.lost(self._pending.rekey(lambda held: cut(held.frame, virtio.LENGTH)), self._now)
+        # An inbound flow's fate hangs on the outbound policies as well: they say whether it goes into another tunnel.
+        inbound = self._spd.fields_read(Direction.IN) | self._spd.fields_read(Direction.FORWARD) | outbound
+        if self._in_keys.set_mask(inbound | self._fields[Direction.IN].mask):
+            self._admissions.set_mask(self._in_keys.mask)
+
+    def _policy_came(self, policy: Policy, now: float) -> Policy:
+        if policy.direction is Direction.OUT:
+            for template in policy.templates:
+                self._policies_of.setdefault(template.reqid, set()).add(policy.index)
+        self._refresh_masks()
+        self._pending.ready_all()
+        self._drain(now)
+        return policy
+
+    def _policy_gone(self, policy: Policy, *, replaced: bool = False) -> Policy:
+        if policy.direction is Direction.OUT:
+            for template in policy.templates:
+                indexes = self._policies_of.get(template.reqid)
+                if indexes is not None:
+                    indexes.discard(policy.index)
+                    if not indexes:
+                        del self._policies_of[template.reqid]
+            if not replaced:
+                self._acquires.forget_policy(policy.index)
+                self._pending.ready_policy(policy.index)
+        if not replaced:
+            self._refresh_masks()
+            self._drain(self._now)
+        return policy
+
+
+def _check_policy(policy: Policy) -> None:
+    """What the SPD takes and the pipelines could not carry out."""
+    if policy.action is not Action.PROTECT:
+        if policy.templates:
+            raise KernelError(errno.EINVAL, "templates on a policy that does not protect")
+        return
+    if len(policy.templates) != 1:
+        raise KernelError(errno.EINVAL, f"a policy with {len(policy.templates)} templates; one is supported")
+    if policy.templates[0].protocol != PROTOCOL_ESP:
+        raise KernelError(errno.EPROTONOSUPPORT, f"protocol {policy.templates[0].protocol}; only ESP is supported")

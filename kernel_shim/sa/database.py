@@ -81,8 +81,9 @@ class Sad:
         """The outbound SAs of `reqid`, newest last. Not to be changed."""
         return self._outbound.get(reqid, [])
 
-    def outbound_all(self) -> Iterator[SaEntry]:
-        return (entry for entries in self._outbound.values() for entry in entries)
+    def outbound_all(self) -> list[SaEntry]:
+        """Every outbound SA, newest last."""
+        return sorted((entry for entries in self._outbound.values() for entry in entries), key=lambda entry: entry.serial)
 
     # Changes
 
@@ -113,10 +114,10 @@ class Sad:
         entry = self.get(sa.id)
         if entry.state is SaState.LARVAL:
             cipher = self._cipher(sa)
-            waiting, octets = entry.waiting, entry.waiting_octets
-            self._remove(entry)
-            entry = SaEntry(sa, cipher, self._next_serial(), now)
-            entry.waiting, entry.waiting_octets = waiting, octets
+            larval, entry = entry, SaEntry(sa, cipher, self._next_serial(), now)
+            entry.waiting, entry.waiting_octets, larval.waiting = larval.waiting, larval.waiting_octets, []
+            self._remove(larval)
+            self._discarded(larval)
             self._insert(entry)
             return entry
         if sa.direction is not entry.sa.direction or sa.mode is not entry.sa.mode or not _same_keys(sa, entry.sa):

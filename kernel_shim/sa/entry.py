@@ -7,6 +7,7 @@ from typing import Final, NamedTuple
 from kernel_shim.esp.cipher import EspCipher
 from kernel_shim.esp.wire import EXTENDED_SEQUENCE_LIMIT, SEQUENCE_LIMIT
 from kernel_shim.model import PORT_NAT_T, Direction, Endpoint, Lifetime, SaState, SaStatus, SecurityAssociation, UdpEncapsulation
+from kernel_shim.policy.flowkey import FieldMask
 from kernel_shim.sa.replay import ReplayWindow
 
 UNLIMITED: Final = 1 << 128
@@ -33,6 +34,7 @@ class SaEntry:
     __slots__ = (
         "added",
         "cipher",
+        "fields",
         "hard_at",
         "hard_octets",
         "hard_packets",
@@ -51,6 +53,7 @@ class SaEntry:
         "soft_packets",
         "soft_sequence",
         "state",
+        "tag",
         "used",
         "waiting",
         "waiting_octets",
@@ -59,12 +62,14 @@ class SaEntry:
 
     def __init__(self, sa: SecurityAssociation, cipher: EspCipher | None, serial: int, now: float) -> None:
         self.serial: Final = serial
+        self.tag: Final = serial.to_bytes(8, "big")  # the serial as a part of cache keys
         self.octets = self.packets = 0
         self.added = now
         self.used: float | None = None
         self.sequence = 0
         self.state = SaState.LARVAL if cipher is None else SaState.MATURE
         self.cipher = cipher
+        self.fields: FieldMask | None = None  # what the SA's selectors read, while that is counted
         self.window = ReplayWindow(sa.replay_window, sa.esn)
         self.mapped_at = float("-inf")
         self.waiting: list[Waiting] = []

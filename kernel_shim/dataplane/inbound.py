@@ -1,0 +1,330 @@
+"""The way of an ESP datagram to the TUN.
+
+1. `take`         what one UDP_GRO receive gave: rows of one length, and a shorter last one
+2. `_find`        SPI and destination -> SA; a larval SA keeps the packet until its keys come
+3. `_open_rows`, `_open_one`  replay check, opening, replay update; rows with consecutive fresh numbers all at once
+4. `_authentic`   counters, lifetimes, the peer's new address
+5. `_deliver_rows`, `_deliver_one`  padding, next header; in transport mode a new IP header
+6. `_admit`       the SA's own selectors and the inbound SPD, remembered by flow and SA
+7. `_write`       joined with its neighbours to the TUN, or straight into another tunnel
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from kernel_shim.dataplane.outbound import TAIL_ROOM, Outbound
+from kernel_shim.dataplane.output import Sink
+from kernel_shim.dataplane.traffic import Traffic
+from kernel_shim.esp.rows import Rows, Workspace
+from kernel_shim.esp.wire import HEADER_FORMAT, TRAILER, strip
+from kernel_shim.model import Action, Direction, Endpoint, Mode, NewMapping
+from kernel_shim.packet import virtio
+from kernel_shim.packet.coalesce import Format, Joiner, format_of, runs
+from kernel_shim.packet.ip import IPV4_HEADER, IPV6_HEADER, NO_NEXT_HEADER, PROTOCOL_IPIP, PROTOCOL_IPV6, build_header, decrement_ttl
+from kernel_shim.policy.bundle import BundleCache
+from kernel_shim.policy.flowkey import FlowKeys, flow_of_key
+from kernel_shim.policy.spd import SecurityPolicyDatabase
+from kernel_shim.reasons import DropReason
+from kernel_shim.sa.database import Sad, covers
+from kernel_shim.sa.entry import SaEntry, Waiting
+
+# Limits of this implementation
+ROWS_FROM: Final = 3  # fewer packets than this are opened one by one
+MAPPING_SECONDS: Final = 1.0  # a peer's address is taken to have changed at most this often
+
+_BEGIN: Final = virtio.LENGTH
+_PREFIX_ROOM: Final = IPV6_HEADER  # room before an opened packet for the header that transport mode gives back
+_KEEPALIVE: Final = 0xFF
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """What becomes of a flow that comes out of an SA. `reason` None lets it in; `onward` sends it into another tunnel."""
+
+    reason: DropReason | None
+    onward: bool = False
+
+
+class Inbound:
+    def __init__(
+        self,
+        buffer: memoryview,
+        sink: Sink,
+        traffic: Traffic,
+        spd: SecurityPolicyDatabase,
+        sad: Sad,
+        keys: FlowKeys,
+        cache: BundleCache[Admission],
+        outbound: Outbound,
+        emit: Callable[[NewMapping], None],
+        *,
+        udp_segmentation: bool,
+    ) -> None:
+        self._sink, self._traffic, self._spd, self._sad = sink, traffic, spd, sad
+        self._keys, self._cache, self._outbound, self._emit = keys, cache, outbound, emit
+        self._udp_segmentation = udp_segmentation
+        self._buffer: Final = buffer
+        self._workspace: Final = Workspace(buffer)
+        self._single: Final = memoryview(bytearray(_BEGIN + _PREFIX_ROOM + 65535 + TAIL_ROOM))
+        self._row: Final = memoryview(bytearray(_BEGIN + _PREFIX_ROOM + 65535 + TAIL_ROOM))
+        self._joiner: Final = Joiner(TAIL_ROOM)
+
+    # 1. Take
+
+    def take(self, local: Endpoint, remote: Endpoint, length: int, segment: int, now: float) -> None:
+        """Datagrams at the start of the buffer that this pipeline was made with."""
+        buffer, done = self._buffer, 0
+        if not 0 < segment <= length:
+            segment = max(length, 1)
+        while length - done >= ROWS_FROM * segment:
+            if done:  # more rows than a layout has: the others move to where it begins
+                buffer[: length - done] = buffer[done:length]
+                length, done = length - done, 0
+            done = self._open_rows(local, remote, length, segment, now)
+            if not done:
+                break
+        for begin in range(done, length, segment):
+            self.take_one(local, remote, buffer[begin : min(begin + segment, length)], now)
+
+    def take_one(self, local: Endpoint, remote: Endpoint, packet: memoryview, now: float) -> None:
+        opened = self._open_one(local, remote, packet, now)
+        if opened is not None:
+            self._deliver_one(*opened, now)
+
+    # 2. Find
+
+    def _find(self, spi: int, local: Endpoint) -> SaEntry | None:
+        for entry in self._sad.inbound(spi):
+            if entry.local_seen is local:
+                return entry
+            if entry.local.address == local.address:
+                entry.local_seen = local
+                return entry
+        return None
+
+    def _hold(self, entry: SaEntry, local: Endpoint, remote: Endpoint, packet: memoryview) -> None:
+        if not entry.hold(Waiting(local, remote, bytes(packet))):
+            self._traffic.drop(DropReason.LARVAL_OVERFLOW)
+
+    # 3. Open
+
+    def _open_rows(self, local: Endpoint, remote: Endpoint, length: int, segment: int, now: float) -> int:
+        """Open rows of one SA with one check for all, and a shorter packet behind them; how many bytes that were.
+
+        0 when they must go one by one: another SA among them, a gap, an old number, a false ICV.
+        """
+        spi, low = HEADER_FORMAT.unpack_from(self._buffer) if segment >= HEADER_FORMAT.size else (0, 0)
+        entry = self._find(spi, local)
+        if entry is None or entry.cipher is None or not entry.usable or not entry.cipher.shape.plausible(segment):
+            return 0
+        rows = self._workspace.rows(segment, entry.cipher.shape)
+        count = min(length // segment, rows.capacity)
+        window, first = entry.window, entry.window.extend(low)
+        counting = rows.tables.counting[:count]
+        if (
+            first <= window.top
+            or first + count - 1 > entry.sequence_limit
+            or not (rows.wire_spis[:count] == spi).all()
+            or not (rows.wire_sequences[:count] == counting + np.uint64(low)).all()
+            or entry.packets + count > entry.hard_packets
+            or not entry.cipher.open_rows(rows, count, counting + np.uint64(first))
+        ):
+            self._traffic.batch_fallbacks += 1
+            return 0
+        window.accept_run(first, count)
+        octets = count * (rows.plaintext_length - TRAILER) - int(rows.trailers[:count, 0].sum(dtype=np.int64))
+        self._authentic(entry, local, remote, True, count, max(0, octets), now)
+        begin = end = count * segment
+        tail = None
+        if 0 < length - begin < segment:
+            end = length
+            tail = self._open_one(local, remote, self._buffer[begin:length], now)
+        self._deliver_rows(entry, rows, count, tail, now)
+        return end
+
+    def _open_one(self, local: Endpoint, remote: Endpoint, packet: memoryview, now: float) -> tuple[SaEntry, int, int] | None:
+        """Open one packet into `_single`: its SA, where the payload ends and its next header. None when it was dropped or kept."""
+        length, drop = len(packet), self._traffic.drop
+        if length < HEADER_FORMAT.size:
+            return drop(DropReason.KEEPALIVE if length == 1 and packet[0] == _KEEPALIVE else DropReason.ESP_MALFORMED)
+        spi, low = HEADER_FORMAT.unpack_from(packet)
+        entry = self._find(spi, local)
+        if entry is None:
+            return drop(DropReason.SA_UNKNOWN)
+        cipher = entry.cipher
+        if cipher is None:
+            self._hold(entry, local, remote, packet)
+            return None
+        if not cipher.shape.plausible(length):
+            return drop(DropReason.ESP_MALFORMED)
+        sequence = entry.window.extend(low)
+        if not entry.window.fresh(sequence):
+            return drop(DropReason.REPLAYED)
+        begin = _BEGIN + _PREFIX_ROOM
+        plaintext = self._single[begin : begin + length - cipher.shape.overhead]
+        if not cipher.open(sequence, packet, plaintext):
+            return drop(DropReason.ICV_MISMATCH)
+        newest = sequence > entry.window.top
+        entry.window.accept(sequence)
+        stripped = strip(plaintext)
+        self._authentic(entry, local, remote, newest, 1, stripped[0] if stripped else 0, now)
+        if stripped is None:
+            return drop(DropReason.ESP_MALFORMED)
+        return entry, begin + stripped[0], stripped[1]
+
+    # 4. Authentic
+
+    def _authentic(self, entry: SaEntry, local: Endpoint, remote: Endpoint, newest: bool, packets: int, octets: int, now: float) -> None:
+        self._traffic.in_packets += packets
+        self._traffic.in_octets += octets
+        # An old packet says where the peer was, not where it is.
+        if newest and remote is not entry.remote and now - entry.mapped_at >= MAPPING_SECONDS and remote != entry.remote:
+            old, entry.remote, entry.mapped_at = entry.remote, remote, now
+            self._emit(NewMapping(entry.sa.id, entry.sa.reqid, old, remote))
+        self._sad.charge(entry, packets, octets, now)
+
+    # 5. Deliver
+
+    def _deliver_one(self, entry: SaEntry, end: int, next_header: int, now: float) -> None:
+        """Deliver what `_open_one` left in `_single`, up to `end`."""
+        begin = _BEGIN + _PREFIX_ROOM
+        if next_header == NO_NEXT_HEADER:
+            return self._traffic.drop(DropReason.DUMMY)
+        self._deliver_packet(entry, self._single, begin, end, next_header, now)
+
+    def _deliver_packet(self, entry: SaEntry, buffer: memoryview, begin: int, end: int, next_header: int, now: float) -> None:
+        """Deliver the packet at `begin` to `end`; there is room for two headers before it and for a trailer behind."""
+        if entry.sa.mode is Mode.TRANSPORT:
+            header = self._prefix(entry, next_header, end - begin)
+            begin -= len(header)
+            buffer[begin : begin + len(header)] = header
+        else:
+            length = _inner_length(buffer[begin:end], next_header)
+            if length is None:
+                return self._traffic.drop(DropReason.ESP_MALFORMED)
+            end = begin + length
+        admission = self._admit(entry, buffer[begin:end])
+        if admission.reason is not None:
+            return self._traffic.drop(admission.reason)
+        buffer[begin - _BEGIN : begin] = virtio.NO_OFFLOAD
+        self._write(admission, buffer[begin - _BEGIN :], end - begin + _BEGIN, now)
+
+    def _deliver_rows(self, entry: SaEntry, rows: Rows, count: int, tail: tuple[SaEntry, int, int] | None, now: float) -> None:
+        """Deliver the first `count` rows, then the packet in `_single` that `tail` tells of."""
+        first = rows.plaintext_views[0]
+        stripped = strip(first)
+        form: Format | None = None
+        if stripped is not None:
+            length, next_header = stripped
+            if entry.sa.mode is Mode.TRANSPORT:
+                form = format_of(first, length, self._prefix(entry, next_header, length), udp=self._udp_segmentation)
+            elif next_header in (PROTOCOL_IPIP, PROTOCOL_IPV6) and length and first[0] >> 4 == (4 if next_header == PROTOCOL_IPIP else 6):
+                form = format_of(first, length, udp=self._udp_segmentation)
+        if form is None:
+            for row in range(count):
+                self._deliver_row(entry, rows.plaintext_views[row], now)
+        else:
+            for start, stop in runs(form, rows.plaintext[:count], rows.words[:count]):
+                if stop - start == 1 and (stop < count or tail is None):
+                    self._deliver_row(entry, rows.plaintext_views[start], now)
+                elif self._deliver_run(entry, form, rows, start, stop, tail if stop == count else None, now):
+                    tail = None
+        if tail is not None:
+            self._deliver_one(*tail, now)
+
+    def _deliver_run(self, entry: SaEntry, form: Format, rows: Rows, start: int, stop: int, tail: tuple[SaEntry, int, int] | None, now: float) -> bool:
+        """Deliver rows as one super-packet; whether the packet in `_single` went along."""
+        row = rows.plaintext_views[start][: form.length]
+        admission = self._admit(entry, memoryview(form.prefix + row) if form.prefix else row)
+        if admission.reason is not None:
+            self._traffic.drop(admission.reason, stop - start)
+            return False
+        joined = False
+        self._joiner.begin(form, rows.plaintext[start:stop])
+        if tail is not None and tail[0] is entry and tail[2] == rows.plaintext[start, -1]:
+            begin = _BEGIN + _PREFIX_ROOM
+            joined = self._joiner.append(self._single[begin : tail[1]])
+        if stop - start == 1 and not joined:
+            self._deliver_row(entry, rows.plaintext_views[start], now)
+            return False
+        length = len(self._joiner.frame())
+        self._write(admission, self._joiner.buffer, length, now)
+        return joined
+
+    def _deliver_row(self, entry: SaEntry, row: memoryview, now: float) -> None:
+        stripped = strip(row)
+        if stripped is None:
+            return self._traffic.drop(DropReason.ESP_MALFORMED)
+        length, next_header = stripped
+        if next_header == NO_NEXT_HEADER:
+            return self._traffic.drop(DropReason.DUMMY)
+        begin = _BEGIN + _PREFIX_ROOM
+        self._row[begin : begin + length] = row[:length]
+        self._deliver_packet(entry, self._row, begin, begin + length, next_header, now)
+
+    def _prefix(self, entry: SaEntry, next_header: int, length: int) -> bytes:
+        """The IP header of a transport mode packet: the addresses of the SA, for those of the outer header may be a NAT's."""
+        sa = entry.sa
+        return build_header(sa.source.version, sa.source.packed, sa.destination.packed, next_header, length)
+
+    # 6. Admit
+
+    def _admit(self, entry: SaEntry, packet: memoryview) -> Admission:
+        """RFC 4301 section 5.2 step 4, for one flow out of one SA."""
+        key = self._keys.cut(packet, 0)
+        if key is None:
+            return Admission(self._keys.reason)
+        name = entry.tag + key
+        admission = self._cache.get(name)
+        if admission is None:
+            full = self._keys.full_key(packet, 0)
+            if full is None:
+                return Admission(self._keys.reason)
+            admission = self._decide(entry, full)
+            self._cache.put(name, admission)
+        return admission
+
+    def _decide(self, entry: SaEntry, full: bytes) -> Admission:
+        flow, sa = flow_of_key(full), entry.sa
+        if not covers(sa, flow):
+            return Admission(DropReason.SELECTOR_MISMATCH)
+        reason = self._spd.check_inbound(full, sa.reqid, Direction.IN)
+        if reason is not None and self._spd.check_inbound(full, sa.reqid, Direction.FORWARD) is not None:
+            return Admission(reason)
+        onward = self._spd.lookup_key(Direction.OUT, full)
+        # Into the tunnel that it came out of it does not go back: that is a policy for everything, and the host's to route.
+        if onward is not None and onward.action is Action.PROTECT and onward.templates[0].reqid != sa.reqid:
+            return Admission(None, onward=True)
+        return Admission(None)
+
+    # 7. Write
+
+    def _write(self, admission: Admission, buffer: memoryview, length: int, now: float) -> None:
+        if not admission.onward:
+            self._traffic.in_writes += 1
+            return self._sink.write_tun(buffer[:length])
+        if not decrement_ttl(buffer[_BEGIN:length]):
+            self._traffic.drop(DropReason.TTL_EXPIRED)
+            return self._outbound.tell_time_exceeded(buffer[:length], now)
+        self._traffic.hairpinned += 1
+        self._outbound.take(buffer, length, now)
+
+
+def _inner_length(packet: memoryview, next_header: int) -> int | None:
+    """The length of a tunnelled packet without TFC padding (RFC 4303 section 2.7); None when it is none or cut off."""
+    if next_header == PROTOCOL_IPIP:
+        if len(packet) < IPV4_HEADER or packet[0] >> 4 != 4:
+            return None
+        length = packet[2] << 8 | packet[3]
+    elif next_header == PROTOCOL_IPV6:
+        if len(packet) < IPV6_HEADER or packet[0] >> 4 != 6:
+            return None
+        length = IPV6_HEADER + (packet[4] << 8 | packet[5])
+    else:
+        return None
+    return length if IPV4_HEADER <= length <= len(packet) else None

@@ -1,0 +1,383 @@
+"""The way of a packet from the TUN into an ESP datagram.
+
+1. `take`       the frame: finish its checksum, or read it as a super-packet; cut its flow key
+2. `_waits`     a flow that has packets waiting gets this one behind them
+3. `_resolve`   bundle cache; on a miss SPD and SAD, and a new bundle
+4. `_unresolved` no SA: wait and ask for one, or be dropped with a reason
+5. `_protect`   the path's MTU: too big, or cut into fragments; then single packets or rows of a super-packet
+6. `_seal_one`, `_seal_super`  sequence numbers, sealing, out
+
+`drain` takes packets that waited through 3, 5 and 6 when their SA came.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from kernel_shim.dataplane.batch import Batches
+from kernel_shim.dataplane.bundle import Bundle, Held, inner_limit
+from kernel_shim.dataplane.mtu import PathMtus
+from kernel_shim.dataplane.output import Sink
+from kernel_shim.dataplane.traffic import Traffic
+from kernel_shim.esp.rows import Workspace
+from kernel_shim.esp.wire import trailer
+from kernel_shim.model import Acquire, Action, Direction, Flow, Level, Policy, SaState, Template, Unresolved
+from kernel_shim.packet import virtio
+from kernel_shim.packet.fragment import fragments
+from kernel_shim.packet.icmp import IcmpError, RateLimit, error_packet
+from kernel_shim.packet.ip import IPV4_HEADER, IPV6_HEADER, PROTOCOL_IPIP, PROTOCOL_IPV6, Malformed, layout
+from kernel_shim.packet.segment import SuperPacket, complete_checksum, fill_rows, read_super, segment, segments
+from kernel_shim.packet.virtio import VnetHeader
+from kernel_shim.policy.acquire import AcquireTable, Need
+from kernel_shim.policy.bundle import BundleCache
+from kernel_shim.policy.flowkey import FlowKeys, flow_of_key
+from kernel_shim.policy.peer import PeerKey, peer_of
+from kernel_shim.policy.pending import Dropped, PendingQueues, Run
+from kernel_shim.policy.spd import SecurityPolicyDatabase
+from kernel_shim.reasons import DropReason
+from kernel_shim.sa.database import Sad, covers
+from kernel_shim.sa.entry import SaEntry
+
+TAIL_ROOM: Final = 32  # bytes behind a frame that sealing in place may write: the longest ESP trailer is 17
+
+_BEGIN: Final = virtio.LENGTH
+_NEXT_HEADER: Final = {4: PROTOCOL_IPIP, 6: PROTOCOL_IPV6}
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A protected flow without an SA."""
+
+    policy: Policy
+    template: Template
+    flow: Flow
+
+    @property
+    def peer(self) -> PeerKey:
+        return peer_of(self.policy, self.template, self.flow)
+
+
+class Outbound:
+    def __init__(
+        self,
+        sink: Sink,
+        traffic: Traffic,
+        spd: SecurityPolicyDatabase,
+        sad: Sad,
+        keys: FlowKeys,
+        cache: BundleCache[Bundle],
+        pending: PendingQueues[Held],
+        acquires: AcquireTable,
+        paths: PathMtus,
+        emit: Callable[[Acquire], None],
+    ) -> None:
+        self._sink, self._traffic, self._spd, self._sad = sink, traffic, spd, sad
+        self._keys, self._cache, self._pending, self._acquires = keys, cache, pending, acquires
+        self._paths, self._emit = paths, emit
+        self.batches: Final = Batches(sink, traffic)
+        self._workspace: Final = Workspace()
+        self._errors: Final = RateLimit()
+        self._scratch: Final = memoryview(bytearray(_BEGIN + 65535 + TAIL_ROOM))
+        self._piece: Final = memoryview(bytearray(65535 + TAIL_ROOM))
+
+    # 1. Take
+
+    def take(self, frame: memoryview, length: int, now: float) -> None:
+        """`frame` is writable and has TAIL_ROOM bytes behind `length`; it is free again on return."""
+        view = frame[:length]
+        big: SuperPacket | None = None
+        if length < _BEGIN + IPV4_HEADER:
+            return self._traffic.drop(DropReason.HEADER_TRUNCATED)
+        if view[1]:
+            try:
+                big = read_super(VnetHeader.unpack(view), view[_BEGIN:])
+            except Malformed:
+                return self._traffic.drop(DropReason.OFFLOAD_INVALID)
+        elif view[0] & virtio.NEEDS_CHECKSUM:
+            if not complete_checksum(VnetHeader.unpack(view), view[_BEGIN:]):
+                return self._traffic.drop(DropReason.OFFLOAD_INVALID)
+            view[0] = 0
+        key = self._keys.cut(view, _BEGIN)
+        if key is None:
+            return self._traffic.drop(self._keys.reason, big.segments if big else 1)
+        # 2. Waits
+        if self._pending.flows and key in self._pending.flows:
+            return self._wait_behind(key, view, big, now)
+        bundle = self._cache.get(key)
+        if bundle is None:
+            found = self._resolve(key, view)
+            if isinstance(found, Wanted):
+                return self._unresolved(found, key, view, big, now)
+            if found is None:
+                return self._traffic.drop(self._keys.reason, big.segments if big else 1)
+            bundle = found
+        self._go(bundle, frame, length, big, now)
+
+    def _wait_behind(self, key: bytes, view: memoryview, big: SuperPacket | None, now: float) -> None:
+        count = big.segments if big else 1
+        reason = self._pending.join(key, Held(bytes(view), count), len(view), count, now)
+        if reason is not None:
+            self._unreachable(view, now)
+
+    # 3. Resolve
+
+    def _resolve(self, key: bytes, view: bytes | memoryview) -> Bundle | Wanted | None:
+        """A bundle, now in the cache; a wish for an SA; None when the packet cannot be looked up, `keys.reason` says why."""
+        full = self._keys.full_key(view, _BEGIN)
+        if full is None:
+            return None
+        policy = self._spd.lookup_key(Direction.OUT, full)
+        if policy is None or policy.action is Action.BYPASS:
+            # What no policy names is here only because it shares a capture route with what one does.
+            bundle = Bundle(Action.BYPASS, policy)
+        elif policy.action is Action.DISCARD:
+            bundle = Bundle(Action.DISCARD, policy)
+        else:
+            template, flow = policy.templates[0], flow_of_key(full)
+            entry = self.select(template, flow)
+            if entry is None:
+                return Wanted(policy, template, flow)
+            bundle = Bundle(Action.PROTECT, policy, entry, inner_limit(entry, self._paths, flow.source.version))
+        self._cache.put(key, bundle)
+        return bundle
+
+    def select(self, template: Template, flow: Flow) -> SaEntry | None:
+        """The newest mature SA that the template asks for and that covers the flow; a dying one when there is no other."""
+        destination = template.destination or flow.destination
+        dying = None
+        for entry in reversed(self._sad.outbound(template.reqid) if template.reqid else self._sad.outbound_all()):
+            sa = entry.sa
+            if sa.mode is not template.mode or sa.destination != destination or (template.source or sa.source) != sa.source or not covers(sa, flow):
+                continue
+            if entry.state is SaState.MATURE:
+                return entry
+            if dying is None and entry.usable:
+                dying = entry
+        return dying
+
+    # 4. Unresolved
+
+    def _unresolved(self, wanted: Wanted, key: bytes, view: memoryview, big: SuperPacket | None, now: float) -> None:
+        count = big.segments if big else 1
+        policy = wanted.policy
+        need = self._ask(wanted, now)
+        if wanted.template.level is Level.USE:
+            self._traffic.bypassed += count
+            return self._sink.bypass(view)
+        if policy.unresolved is not Unresolved.BLOCK and need in (Need.BACKING_OFF, Need.TABLE_FULL):
+            self._traffic.drop(DropReason.ACQUIRE_BACKOFF if need is Need.BACKING_OFF else DropReason.ACQUIRE_TABLE_FULL, count)
+            return self._unreachable(view, now)
+        reason = self._pending.offer(wanted.peer, key, Held(bytes(view), count), len(view), count, policy.unresolved, now)
+        if reason is not None and reason is not DropReason.UNRESOLVED_DROP:
+            self._unreachable(view, now)
+
+    def _ask(self, wanted: Wanted, now: float) -> Need:
+        need, acquire = self._acquires.need(wanted.peer, wanted.policy, wanted.template, wanted.flow, now)
+        if acquire is not None:
+            self._emit(acquire)
+        return need
+
+    def ask_again(self, peer: PeerKey, now: float) -> None:
+        """A peer may be asked for again, and packets still wait for it."""
+        held = self._pending.head(peer)
+        if held is not None:
+            full = self._keys.full_key(held.frame, _BEGIN)
+            found = self._resolve(full, held.frame) if full is not None else None
+            if isinstance(found, Wanted):
+                self._ask(found, now)
+            else:
+                self._pending.ready(peer)
+
+    # 5. Protect
+
+    def _go(self, bundle: Bundle, frame: memoryview, length: int, big: SuperPacket | None, now: float) -> None:
+        if bundle.action is Action.PROTECT:
+            return self._protect(bundle, frame, length, big, now)
+        count = big.segments if big else 1
+        if bundle.action is Action.DISCARD:
+            return self._traffic.drop(DropReason.POLICY_DISCARD, count)
+        self._traffic.bypassed += count
+        self._sink.bypass(frame[:length])
+
+    def _protect(self, bundle: Bundle, frame: memoryview, length: int, big: SuperPacket | None, now: float) -> None:
+        entry = bundle.entry
+        assert entry is not None
+        size = big.segment_length if big else length - _BEGIN
+        if size > bundle.limit:
+            return self._too_big(bundle, frame, length, big, now)
+        if not entry.room(big.segments if big else 1):
+            self._sad.expire_hard(entry)
+            return self.take(frame, length, now)
+        if big:
+            self._seal_super(bundle, entry, big, now)
+        else:
+            self._seal_one(bundle, entry, frame, _BEGIN, length, now)
+
+    def _too_big(self, bundle: Bundle, frame: memoryview, length: int, big: SuperPacket | None, now: float) -> None:
+        """RFC 4301 section 8.2: tell the sender, or fragment what may be fragmented."""
+        packet = frame[_BEGIN:length]
+        parsed = layout(packet)
+        if parsed.dont_fragment or bundle.limit < IPV4_HEADER + 8:
+            if big:
+                packet = memoryview(segment(big, 0, big.segments - 1))
+            self._traffic.drop(DropReason.TOO_BIG, big.segments if big else 1)
+            return self._tell(IcmpError.TOO_BIG, packet, now, bundle.limit)
+        if bundle.transport:
+            # RFC 4303 section 3.1.1: transport mode takes whole datagrams, and its outer packet may not be fragmented here.
+            return self._traffic.drop(DropReason.TRANSPORT_FRAGMENT, big.segments if big else 1)
+        for whole in segments(big) if big else (packet,):
+            for piece in fragments(whole, layout(whole), bundle.limit):
+                self._traffic.fragments_made += 1
+                entry = bundle.entry
+                assert entry is not None
+                if not entry.room(1):
+                    self._sad.expire_hard(entry)
+                    return self._traffic.drop(DropReason.TOO_BIG)
+                self._piece[: len(piece)] = piece
+                self._seal_one(bundle, entry, self._piece, 0, len(piece), now)
+
+    # 6. Seal
+
+    def _seal_one(self, bundle: Bundle, entry: SaEntry, frame: memoryview, begin: int, end: int, now: float) -> None:
+        cipher = entry.cipher
+        assert cipher is not None
+        first = frame[begin]
+        next_header = PROTOCOL_IPIP if first >> 4 == 4 else PROTOCOL_IPV6
+        if bundle.transport:
+            if first >> 4 == 4:
+                if (frame[begin + 6] << 8 | frame[begin + 7]) & 0x3FFF:
+                    return self._traffic.drop(DropReason.TRANSPORT_FRAGMENT)
+                next_header, end = frame[begin + 9], begin + (frame[begin + 2] << 8 | frame[begin + 3])
+                begin += (first & 15) << 2
+            else:
+                next_header, begin = frame[begin + 6], begin + IPV6_HEADER
+        shape = cipher.shape
+        length = end - begin
+        tail = trailer(length, shape.alignment, next_header)
+        stop = end + len(tail)
+        frame[end:stop] = tail
+        entry.sequence += 1
+        cipher.seal(entry.sequence, frame[begin:stop], self.batches.slot(entry, shape.overhead + stop - begin))
+        self._traffic.out_packets += 1
+        self._traffic.out_octets += length
+        self._sad.charge(entry, 1, length, now)
+
+    def _seal_super(self, bundle: Bundle, entry: SaEntry, big: SuperPacket, now: float) -> None:
+        cipher = entry.cipher
+        assert cipher is not None
+        self.batches.flush(entry)
+        shape = cipher.shape
+        strip = big.upper if bundle.transport else 0
+        next_header = big.protocol if bundle.transport else _NEXT_HEADER[big.version]
+        length = big.segment_length - strip
+        rows = self._workspace.rows(shape.sealed(length), shape)
+        tail = trailer(length, shape.alignment, next_header)
+        total, done = big.segments, 0
+        full = (len(big.packet) - big.header) // big.size
+        wire = rows.wire_buffer
+        while done < full:
+            count = min(full - done, rows.capacity)
+            fill_rows(big, done, rows.plaintext[:count], rows.words[:count], strip, tail)
+            cipher.seal_rows(rows, count, entry.sequence + 1)
+            entry.sequence += count
+            done += count
+            end = count * rows.wire_length
+            if done == full < total and count < rows.capacity:
+                end = self._seal_rest(entry, big, strip, next_header, wire, end)
+                done = total
+            self._traffic.out_sends += 1
+            self._sink.send_esp(entry.local, entry.remote, wire[:end], rows.wire_length)
+        if done < total:
+            end = self._seal_rest(entry, big, strip, next_header, wire, 0)
+            self._traffic.out_sends += 1
+            self._sink.send_esp(entry.local, entry.remote, wire[:end], end)
+        octets = len(big.packet) - big.header + total * (big.header - strip)
+        self._traffic.out_packets += total
+        self._traffic.out_octets += octets
+        self._sad.charge(entry, total, octets, now)
+
+    def _seal_rest(self, entry: SaEntry, big: SuperPacket, strip: int, next_header: int, wire: memoryview, begin: int) -> int:
+        """Seal the last, shorter segment at `begin` of `wire`; where it ends."""
+        cipher = entry.cipher
+        assert cipher is not None
+        last = big.segments - 1
+        packet = segment(big, last, last)[strip:]
+        packet += trailer(len(packet), cipher.shape.alignment, next_header)
+        end = begin + cipher.shape.overhead + len(packet)
+        entry.sequence += 1
+        cipher.seal(entry.sequence, memoryview(packet), wire[begin:end])
+        return end
+
+    # Packets that waited
+
+    def drain(self, now: float) -> bool:
+        """Work off one slice of what waits for an SA that came; whether there is more."""
+        run = self._pending.next_run()
+        if run is None:
+            return False
+        frame = run.packets[0].frame
+        bundle = self._cache.get(run.flow)
+        found: Bundle | Wanted | None = bundle if bundle is not None else self._resolve(run.flow, frame)
+        if found is None:
+            self.lost(self._pending.drop(run, self._keys.reason), now)
+        elif isinstance(found, Wanted):
+            self._ask(found, now)
+            if found.peer == run.key:
+                self._pending.keep(run)
+            else:
+                self._pending.move(run, found.peer, found.policy.unresolved)
+        elif found.action is Action.DISCARD:
+            self.lost(self._pending.drop(run, DropReason.POLICY_DISCARD), now)
+        elif found.policy is None:
+            # It waited because it was to be protected: that its policy is gone does not let it out in clear.
+            self.lost(self._pending.drop(run, DropReason.PENDING_POLICY_GONE), now)
+        else:
+            self._acquires.resolved(run.key)
+            self._send_run(run, found, now)
+        return True
+
+    def _send_run(self, run: Run[Held], bundle: Bundle, now: float) -> None:
+        """All packets of the run, or as many as the SA's lifetime allows; the others come again."""
+        entry = bundle.entry
+        if entry is not None:
+            fitting, segments_so_far = 0, 0
+            for held in run.packets:
+                segments_so_far += held.segments
+                if not entry.room(segments_so_far):
+                    break
+                fitting += 1
+            if not fitting:
+                return self._sad.expire_hard(entry)
+            run = Run(run.key, run.flow, run.packets[:fitting], run.waiting[:fitting])
+        for held in self._pending.take(run):
+            length = len(held.frame)
+            self._scratch[:length] = held.frame
+            big = read_super(VnetHeader.unpack(held.frame), self._scratch[_BEGIN:length]) if held.frame[1] else None
+            self._go(bundle, self._scratch, length, big, now)
+
+    def lost(self, dropped: list[Dropped[Held]], now: float) -> None:
+        """Tell the senders of packets that waited in vain."""
+        for item in dropped:
+            self._unreachable(memoryview(item.packet.frame), now)
+
+    # ICMP
+
+    def _unreachable(self, view: memoryview, now: float) -> None:
+        self._tell(IcmpError.HOST_UNREACHABLE, view[_BEGIN:], now)
+
+    def tell_time_exceeded(self, view: memoryview, now: float) -> None:
+        self._tell(IcmpError.TIME_EXCEEDED, view[_BEGIN:], now)
+
+    def _tell(self, error: IcmpError, packet: memoryview, now: float, mtu: int = 0) -> None:
+        try:
+            parsed = layout(packet)
+        except Malformed:
+            return
+        message = error_packet(error, packet, parsed, mtu)
+        if message is None or not self._errors.allow(now):
+            self._traffic.icmp_suppressed += 1
+            return
+        self._traffic.icmp_errors += 1
+        self._sink.write_tun(memoryview(virtio.NO_OFFLOAD + message))
