@@ -15,7 +15,7 @@ from lab.pairing import OURS, Pair, pair
 from lab.process import LabError
 from lab.relay import RelaySettings
 from lab.traffic import UdpStream, tcp_connect, tcp_server, udp_sink
-from lab.tunnel import Tunnel
+from lab.tunnel import Side, Tunnel
 
 from bench.rows import Row, median_row
 
@@ -57,11 +57,12 @@ def exchange_seconds(packets: list[WirePacket]) -> float:
 def connects(link: Pair, runs: int) -> list[Connect]:
     """connect() into the trapped policy, `runs` times from scratch."""
     results = []
-    with tcp_server(link.sites.b.host, link.host_b) as port:
+    near, far, target = link.ends(Side.A)
+    with tcp_server(far, target) as port:
         for _ in range(runs):
             _down(link)
             seen = len(link.capture.packets())
-            seconds = tcp_connect(link.sites.a.host, link.host_b, port)
+            seconds = tcp_connect(near, target, port)
             results.append(Connect(seconds, exchange_seconds(link.capture.packets()[seen:])))
     return results
 
@@ -69,10 +70,11 @@ def connects(link: Pair, runs: int) -> list[Connect]:
 def lost(link: Pair, runs: int) -> list[float]:
     """Packets lost of a stream into the trapped policy, `runs` times from scratch."""
     losses = []
+    near, far, target = link.ends(Side.A)
     for _ in range(runs):
         _down(link)
-        with udp_sink(link.sites.b.host, link.host_b) as sink:
-            stream = UdpStream(link.sites.a.host, [(link.host_b, sink.port)], count=STREAM_PACKETS, rate=STREAM_RATE)
+        with udp_sink(far, target) as sink:
+            stream = UdpStream(near, [(target, sink.port)], count=STREAM_PACKETS, rate=STREAM_RATE)
             sent = stream.wait()
             losses.append(float(sent.sent - sink.expect(sent.sent, timeout=2.0).received))
     return losses

@@ -9,7 +9,7 @@ from lab.namespaces import Namespace
 from lab.pairing import OURS, STRONGSWAN, DaemonFactory, Pair, pair
 from lab.process import wait_until
 from lab.traffic import IPAddress
-from lab.tunnel import Tunnel
+from lab.tunnel import Side, Tunnel
 
 from bench.rows import Row, median_row
 
@@ -33,7 +33,7 @@ def iperf(sender: Namespace, receiver: Namespace, target: IPAddress, *, seconds:
 
 
 def _stream(link: Pair, number: int) -> float:
-    return iperf(link.sites.a.host, link.sites.b.host, link.host_b, seconds=SECONDS, name=str(number))
+    return iperf(*link.ends(Side.A), seconds=SECONDS, name=str(number))
 
 
 def _measure(factory: DaemonFactory, number: int) -> float:

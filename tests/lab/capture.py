@@ -62,6 +62,11 @@ class WirePacket:
         return self.protocol == socket.IPPROTO_UDP and 4500 in (self.source_port, self.destination_port) and len(self.payload) > 12 and not self.is_ike
 
     @property
+    def is_keepalive(self) -> bool:
+        """RFC 3948 section 2.3."""
+        return self.protocol == socket.IPPROTO_UDP and 4500 in (self.source_port, self.destination_port) and self.payload[8:] == b"\xff"
+
+    @property
     def ike_exchange(self) -> tuple[int, bool] | None:
         """Exchange type and whether it is a response (RFC 7296 section 3.1); None when this is not IKE."""
         if not self.is_ike:

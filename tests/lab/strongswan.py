@@ -77,12 +77,18 @@ swanctl {{
     def _environment(self) -> dict[str, str]:
         return {**os.environ, "STRONGSWAN_CONF": str(self.directory / "strongswan.conf"), "SWANCTL_DIR": str(self.directory)}
 
-    def start(self) -> None:
+    def prepare(self) -> None:
+        """What `swanctl` and charon need in the directory; for one who only wants `swanctl`."""
         if missing():
             raise LabError(f"strongSwan is incomplete: {missing()} (make peers installs it)")
+        self.directory.mkdir(parents=True, exist_ok=True)
         self._write_settings()
-        charon = str(shutil.copy(CHARON, self.directory / "charon"))
-        shutil.copy(SWANCTL, self.directory / "swanctl")
+        for program in (CHARON, SWANCTL):
+            shutil.copy(program, self.directory)
+
+    def start(self) -> None:
+        self.prepare()
+        charon = str(self.directory / CHARON.name)
         self.vici_path.unlink(missing_ok=True)
         process = self.namespace.start(["sh", "-c", 'mount -t tmpfs tmpfs /run && exec "$0"', charon], f"charon-{self.directory.name}", env=self._environment())
         self._process = process
@@ -97,17 +103,9 @@ swanctl {{
 
     def swanctl(self, *arguments: str, uri: Path | None = None) -> str:
         """Run swanctl with `arguments`, against this daemon or another's socket; its output. LabError when it fails."""
-        done = self.namespace.run(
-            [
-                "env",
-                *(f"{key}={value}" for key, value in self._environment().items() if key in ("STRONGSWAN_CONF", "SWANCTL_DIR")),
-                str(self.directory / "swanctl"),
-                *arguments,
-                "--uri",
-                f"unix://{uri or self.vici_path}",
-            ],
-            check=False,
-        )
+        environment = [f"{name}={self._environment()[name]}" for name in ("STRONGSWAN_CONF", "SWANCTL_DIR")]
+        program = str(self.directory / SWANCTL.name)
+        done = self.namespace.run(["env", *environment, program, *arguments, "--uri", f"unix://{uri or self.vici_path}"], check=False)
         if done.returncode:
             raise LabError(f"swanctl {' '.join(arguments)}: status {done.returncode}\n{done.stdout}{done.stderr}\n{self.log()[-4000:]}")
         return done.stdout + done.stderr

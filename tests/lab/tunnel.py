@@ -42,7 +42,7 @@ class Tunnel:
     """One connection with one child. `credentials` None is PSK. Traffic selectors empty: the site's networks (`dynamic` in transport mode).
 
     `connection_options` and `child_options` are further lines of the section, the same for both sides;
-    `options_a` and `options_b` further child lines of one side.
+    `options_a` and `options_b` further child lines of one side. What ends in `_b` (`ts_b_at_b`: B's own `local_ts`) differs at B, where given.
     """
 
     proposals: str = "aes128gcm16-prfsha256-x25519"
@@ -60,6 +60,12 @@ class Tunnel:
     child_options: Mapping[str, str] = field(default_factory=dict)
     options_a: Mapping[str, str] = field(default_factory=dict)
     options_b: Mapping[str, str] = field(default_factory=dict)
+    proposals_b: str = ""
+    secret_b: str = ""
+    credentials_b: Credentials | None = None
+    ts_b_at_b: str = ""
+    dpd_a: str = ""  # dpd_delay of A
+    dpd_b: str = ""
 
     def _selector(self, site: Site, given: str) -> str:
         if given:
@@ -77,21 +83,23 @@ class Tunnel:
         near, far = (sites.a, sites.b) if side is Side.A else (sites.b, sites.a)
         near_name, far_name = (NAME_A, NAME_B) if side is Side.A else (NAME_B, NAME_A)
         near_ts, far_ts = self._selector(sites.a, self.ts_a), self._selector(sites.b, self.ts_b)
+        proposals, secret, credentials = self.proposals, self.secret, self.credentials
         if side is Side.B:
-            near_ts, far_ts = far_ts, near_ts
-        start, more = (self.start_a, self.options_a) if side is Side.A else (self.start_b, self.options_b)
+            near_ts, far_ts = self.ts_b_at_b or far_ts, near_ts
+            proposals, secret, credentials = self.proposals_b or proposals, self.secret_b or secret, self.credentials_b or credentials
+        start, more, dpd = (self.start_a, self.options_a, self.dpd_a) if side is Side.A else (self.start_b, self.options_b, self.dpd_b)
 
-        auth = "psk" if self.credentials is None else "pubkey"
+        auth = "psk" if credentials is None else "pubkey"
         local = [f"auth = {auth}", f"id = {near_name}"]
         remote = [f"auth = {auth}", f"id = {far_name}"]
         secrets = ""
-        if self.credentials is None:
-            secrets = f'secrets {{\n  ike-lab {{\n    id-a = {NAME_A}\n    id-b = {NAME_B}\n    secret = "{self.secret}"\n  }}\n}}\n'
+        if credentials is None:
+            secrets = f'secrets {{\n  ike-lab {{\n    id-a = {NAME_A}\n    id-b = {NAME_B}\n    secret = "{secret}"\n  }}\n}}\n'
         else:
-            own = self.credentials.a if side is Side.A else self.credentials.b
+            own = credentials.a if side is Side.A else credentials.b
             for folder, name, data in (
                 ("x509", "own.pem", own.certificate_pem),
-                ("x509ca", "ca.pem", self.credentials.authority.credential.certificate_pem),
+                ("x509ca", "ca.pem", credentials.authority.credential.certificate_pem),
                 ("private", "own.pem", own.key_pem),
             ):
                 (directory / folder).mkdir(exist_ok=True)
@@ -102,8 +110,9 @@ class Tunnel:
             "version": "2",
             "local_addrs": self._outer(near),
             "remote_addrs": self._outer(far),
-            "proposals": self.proposals,
+            "proposals": proposals,
             "encap": "yes",
+            **({"dpd_delay": dpd} if dpd else {}),
             **self.connection_options,
         }
         child = {
