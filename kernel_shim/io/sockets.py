@@ -30,6 +30,7 @@ IP_PMTUDISC_DO: Final = 2
 IPV6_MTU: Final = 24
 IPV6_MTU_DISCOVER: Final = 23
 IPV6_RECVERR: Final = 25
+SO_EE_ORIGIN_LOCAL: Final = 1  # without a port; the send that failed has reported it
 EXTENDED_ERROR: Final = struct.Struct("=IBBBBII")  # errno, origin, type, code, padding, info, data
 
 CMSG_BYTES: Final = 64
@@ -206,8 +207,8 @@ class EspSocket:
             for level, kind, data in control:
                 if (level, kind) not in ((socket.IPPROTO_IP, IP_RECVERR), (socket.IPPROTO_IPV6, IPV6_RECVERR)) or len(data) < EXTENDED_ERROR.size:
                     continue
-                number, _, _, _, _, mtu, _ = EXTENDED_ERROR.unpack_from(data)
-                if number == errno.EMSGSIZE and address:
+                number, origin, _, _, _, mtu, _ = EXTENDED_ERROR.unpack_from(data)
+                if number == errno.EMSGSIZE and origin != SO_EE_ORIGIN_LOCAL and address:
                     self._mtu(Endpoint(ip_address(address[0]), address[1]), mtu)
 
     def _report_mtu(self, remote: Endpoint) -> None:

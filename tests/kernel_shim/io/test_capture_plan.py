@@ -41,7 +41,7 @@ class Host:
         self.connected = Connected()
         self.plan = CapturePlan(self.connected)
         self.rules: set[Rule] = set()
-        self.routes: dict[tuple[int, IPNetwork], Route] = {}
+        self.routes: dict[tuple[int, IPNetwork, Kind], Route] = {}
         facts = HostFacts(addresses, frozenset({ip_address(bound)}))
         self.connected.set_host(facts)
         self.apply(self.plan.set_host(facts))
@@ -51,9 +51,9 @@ class Host:
             if isinstance(item, Rule):
                 (self.rules.add if put else self.rules.remove)(item)
             elif put:
-                self.routes[item.table, item.destination] = item
+                self.routes[item.table, item.destination, item.kind] = item
             else:
-                del self.routes[item.table, item.destination]
+                del self.routes[item.table, item.destination, item.kind]
 
     def add(self, added: Policy) -> None:
         self.connected.add(added.selector.source.prefixes(), added.selector.destination.prefixes())
@@ -79,10 +79,10 @@ class Host:
             if not applies and not (rule.source is not None and rule.source.prefixlen == 0):
                 continue
             found = [
-                route for (table, network), route in self.routes.items() if table == rule.table and network.version == target.version and target in network
+                route for (table, network, _), route in self.routes.items() if table == rule.table and network.version == target.version and target in network
             ]
             if found:
-                best = max(found, key=lambda route: route.destination.prefixlen)
+                best = max(found, key=lambda route: (route.destination.prefixlen, route.kind is Kind.CAPTURE))
                 if best.kind is Kind.CAPTURE:
                     return best
         return None
