@@ -137,6 +137,14 @@ class ChildFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class ChildDenied:
+    """For the log: the peer asked for a CHILD_SA and does not get it; the IKE SA stands."""
+
+    reason: Reason
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class AuthenticationRejected:
     """For the log: we refused the peer (or could not authenticate ourselves). `why` is safe to print."""
 
@@ -164,6 +172,7 @@ Effect = (
     | ChildEstablished
     | ChildClosed
     | ChildFailed
+    | ChildDenied
     | AuthenticationRejected
     | InitialContact
 )

@@ -1,6 +1,6 @@
 """What the exchanges of an IKE SA share: its state, and the vocabulary in which an exchange is written.
 
-An exchange of ours is a generator that reads top-down. It yields what it waits for (`AllocateSpi`, `Ask`, `KeepWaiting`)
+An exchange of ours is a generator that reads top-down. It yields what it waits for (`AllocateSpi`, `Ask`, `KeepWaiting`, `Tell`)
 and is resumed with the answer. `vpnd.ike.sa` drives it: message ids, retransmissions and time-outs are no concern of it.
 An exchange of the peer's is a generator too; it may wait for an SPI and returns a `Response`.
 """
@@ -15,20 +15,22 @@ from kernel_shim.model import Endpoint, SaId, Spi
 from vpnd.config.model import ConnectionConfig
 from vpnd.ike.context import ChildRequest, IkeContext
 from vpnd.ike.crypto.sk import SkCipher
-from vpnd.ike.effects import AllocateSpi, ChildClosed, ChildEstablished, ChildFailed, ChildSa, Effect, IkeClosed, IkeEstablished, InstallSa, Reason, RemoveSa
-from vpnd.ike.iana import NotifyType
+from vpnd.ike.effects import AllocateSpi, ChildClosed, ChildEstablished, ChildFailed, Effect, IkeClosed, IkeEstablished, InstallSa, Reason, RemoveSa
+from vpnd.ike.iana import CertEncoding, NotifyType
 from vpnd.ike.identity import Identity
 from vpnd.ike.keymat import IkeKeys, IkeSuite
 from vpnd.ike.nat import detect
 from vpnd.ike.proposal import Proposal
-from vpnd.ike.state import Child, ChildSaState, IkeSaState
+from vpnd.ike.state import Child, IkeSaState
 from vpnd.ike.wire.header import IkeSpi
 from vpnd.ike.wire.message import Message
-from vpnd.ike.wire.payloads import NotifyPayload, Payload
+from vpnd.ike.wire.payloads import CertReqPayload, NotifyPayload, Payload
 
 T = TypeVar("T")
 
 NONCE_LENGTH: Final = 32  # octets; RFC 7296 section 2.10 asks for half the PRF's key at least
+
+MAX_AUTHORITIES: Final = 256  # hashes of a CERTREQ that are looked at
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,15 @@ class KeepWaiting:
     detail: str = ""
 
 
-Steps = Generator["AllocateSpi | Ask | KeepWaiting", object, T]
+@dataclass(frozen=True, slots=True)
+class Tell:
+    """Send a request whose answer nobody waits for, because the IKE SA ends here."""
+
+    exchange: int
+    payloads: Sequence[Payload]
+
+
+Steps = Generator["AllocateSpi | Ask | KeepWaiting | Tell", object, T]
 
 
 @dataclass(slots=True)
@@ -112,11 +122,14 @@ class Session:
         # for the exchanges
         self.now = now
         self.crypto: IkeCrypto | None = None
+        self.received = b""  # the datagram that is being dealt with
         self.init_request = b""
         self.init_response = b""
         self.nonce_i = b""
         self.nonce_r = b""
         self.peer_hashes: tuple[int, ...] = ()  # the peer's SIGNATURE_HASH_ALGORITHMS
+        self.peer_asks_certificate = False
+        self.peer_authorities: frozenset[bytes] = frozenset()  # SHA-1 of the public keys that its CERTREQ names
         self.queue: list[Task] = []
         self.active: Task | None = None
         self.held: set[SaId] = set()  # larval SPIs that belong to no CHILD_SA yet
@@ -180,6 +193,14 @@ class Session:
         self.nat_local, self.nat_remote = found or (False, False)
         self.nat_fake = self.nat_supported and self.force_encapsulation
 
+    def notice_certificate_requests(self, message: Message) -> None:
+        # RFC 7296 section 3.7: a run of hashes of 20 octets
+        for payload in message.all(CertReqPayload):
+            if payload.encoding == CertEncoding.X509_SIGNATURE:
+                self.peer_asks_certificate = True
+                data = payload.data[: 20 * MAX_AUTHORITIES]
+                self.peer_authorities |= {data[at : at + 20] for at in range(0, len(data), 20)}
+
     def established(self) -> None:
         self.state = IkeSaState.ESTABLISHED
         self.established_at = self.now
@@ -241,13 +262,6 @@ class Session:
         """The CHILD_SA whose SPI the peer says: that of its own inbound SA."""
         number = int.from_bytes(spi, "big")
         return next((child for child in self.children.values() if child.sa.outbound.spi == number), None)
-
-    def child_of(self, child_id: int) -> ChildSa | None:
-        child = self.children.get(child_id)
-        return child.sa if child else None
-
-    def deleting(self, child: Child) -> None:
-        child.state = ChildSaState.DELETING
 
     def random(self) -> float:
         """In [0, 1)."""

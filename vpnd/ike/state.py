@@ -38,6 +38,7 @@ class Child:
     config: ChildConfig
     proposal: Proposal
     installed_at: float
+    initiator: bool  # of the exchange that made it
     state: ChildSaState = ChildSaState.INSTALLED
 
 

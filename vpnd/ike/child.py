@@ -1,0 +1,332 @@
+"""The negotiation of a CHILD_SA, as IKE_AUTH and CREATE_CHILD_SA share it (RFC 7296 sections 1.2, 1.3.1 and 2.9), and the SAs that come of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from kernel_shim.algorithms import EspAlgorithm
+from kernel_shim.model import (
+    AcquireSequence,
+    Action,
+    AddressRange,
+    Direction,
+    IPAddress,
+    Lifetime,
+    Mode,
+    ReqId,
+    SaId,
+    SecurityAssociation,
+    Spi,
+    UdpEncapsulation,
+)
+from kernel_shim.secret import Secret
+from vpnd.config.model import ChildConfig
+from vpnd.ike.context import ChildRequest
+from vpnd.ike.effects import NO_ACQUIRE, AllocateSpi, ChildSa, Reason
+from vpnd.ike.iana import NotifyType, ProtocolId
+from vpnd.ike.keymat import child_keys
+from vpnd.ike.narrowing import Selectors, narrow, of_flow, paired, resolve, substituted
+from vpnd.ike.narrowing import within as only_narrows
+from vpnd.ike.proposal import Proposal, accept, number_proposals, select
+from vpnd.ike.proposal import within as within_kernel
+from vpnd.ike.session import Session, Steps, allocate
+from vpnd.ike.state import Child
+from vpnd.ike.wire.message import Message
+from vpnd.ike.wire.payloads import NotifyPayload, Payload, SaPayload, TsiPayload, TsrPayload
+
+SPI_LENGTH: Final = 4
+SMALLEST_SPI: Final = 256  # RFC 4303 section 2.1: 0 to 255 are reserved
+
+
+class ChildRefused(Exception):
+    """There will be no CHILD_SA. `notify` and `data` say so to the peer, `reason` and `detail` to us."""
+
+    def __init__(self, reason: Reason, notify: int, data: bytes = b"", detail: str = "") -> None:
+        super().__init__(detail or reason.value)
+        self.reason, self.notify, self.data, self.detail = reason, notify, data, detail
+
+    @property
+    def payload(self) -> NotifyPayload:
+        return NotifyPayload(self.notify, self.data)
+
+
+@dataclass(frozen=True, slots=True)
+class Keying:
+    """What the keys of a CHILD_SA come from. `initiator`: the exchange that makes it is ours."""
+
+    nonce_i: bytes
+    nonce_r: bytes
+    initiator: bool
+    shared: Secret | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Agreed:
+    """What both sides know once the answer stands."""
+
+    config: ChildConfig
+    proposal: Proposal
+    algorithm: EspAlgorithm
+    reqid: int
+    mode: Mode
+    local_ts: Selectors
+    remote_ts: Selectors
+    spi_out: Spi
+    acquire: AcquireSequence = NO_ACQUIRE
+
+
+# Ours to ask
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    request: ChildRequest
+    reqid: int
+    proposals: tuple[Proposal, ...]
+    local_ts: Selectors
+    remote_ts: Selectors
+    spi: SaId
+
+    def payloads(self) -> list[Payload]:
+        """SA, TSi, TSr and notifications; RFC 7296 section 1.3.1."""
+        payloads: list[Payload] = [SaPayload(self.proposals), TsiPayload(self.local_ts), TsrPayload(self.remote_ts)]
+        if self.request.child.mode is Mode.TRANSPORT:
+            payloads.append(NotifyPayload(NotifyType.USE_TRANSPORT_MODE))
+        # RFC 7296 section 1.3.1: our kernels do not take TFC padding away
+        payloads.append(NotifyPayload(NotifyType.ESP_TFC_PADDING_NOT_SUPPORTED))
+        return payloads
+
+
+def reqid_of(session: Session, request: ChildRequest) -> int:
+    return request.reqid or request.child.reqid or session.context.reqid(session.connection, request.child)
+
+
+def allocation(session: Session, config: ChildConfig, reqid: int, acquire: AcquireSequence = NO_ACQUIRE) -> AllocateSpi:
+    session.tokens += 1
+    return AllocateSpi(session.tokens, config.name, session.local, session.remote, config.mode, reqid, acquire)
+
+
+def make_offer(session: Session, request: ChildRequest, *, key_exchange: bool) -> Steps[Offer]:
+    """Reserve an SPI and say what we want. Raises ChildRefused."""
+    child = request.child
+    proposals = _usable(session, child, key_exchange=key_exchange)
+    if not proposals:
+        raise ChildRefused(Reason.NO_PROPOSAL_CHOSEN, NotifyType.NO_PROPOSAL_CHOSEN, detail="the kernel supports none of the ESP proposals")
+    check_encapsulation(session)
+    local_ts, remote_ts = resolve(child.local_ts, session.local.address), resolve(child.remote_ts, session.remote.address)
+    # RFC 7296 section 2.9: the packet that asked goes first
+    first = of_flow(request.flow, local_ts, remote_ts) if request.flow is not None else None
+    if first is not None:
+        local_ts, remote_ts = (first[0], *local_ts), (first[1], *remote_ts)
+    reqid = reqid_of(session, request)
+    spi = yield from allocate(session, allocation(session, child, reqid, request.acquire))
+    if spi is None:
+        raise ChildRefused(Reason.KERNEL_REFUSED, NotifyType.TEMPORARY_FAILURE, detail="no SPI")
+    return Offer(request, reqid, number_proposals(proposals, spi.spi.to_bytes(SPI_LENGTH, "big")), local_ts, remote_ts, spi)
+
+
+def read_answer(session: Session, offer: Offer, message: Message) -> Agreed:
+    """What the peer made of our offer. Raises ChildRefused for what only a faulty peer answers."""
+    sa, tsi, tsr = message.first(SaPayload), message.first(TsiPayload), message.first(TsrPayload)
+    if sa is None or tsi is None or tsr is None:
+        raise ChildRefused(Reason.INVALID_SYNTAX, NotifyType.INVALID_SYNTAX, detail="the peer's answer has no SA, TSi or TSr")
+    chosen = accept(offer.proposals, sa.proposals)
+    if chosen is None:
+        raise ChildRefused(Reason.NO_PROPOSAL_CHOSEN, NotifyType.NO_PROPOSAL_CHOSEN, detail="the peer chose what was not proposed")
+    # RFC 7296 section 2.9: an answer narrows, it never widens
+    pair = paired(tsi.selectors, tsr.selectors)
+    if pair is None or not only_narrows(tsi.selectors, offer.local_ts) or not only_narrows(tsr.selectors, offer.remote_ts):
+        raise ChildRefused(Reason.TS_UNACCEPTABLE, NotifyType.TS_UNACCEPTABLE, detail="the peer's selectors are not within ours")
+    mode = Mode.TRANSPORT if message.notify(NotifyType.USE_TRANSPORT_MODE) else Mode.TUNNEL
+    # RFC 7296 section 1.3.1: a responder may decline transport mode; our policies ask for exactly one mode
+    if mode is not offer.request.child.mode:
+        raise ChildRefused(Reason.NO_PROPOSAL_CHOSEN, NotifyType.NO_PROPOSAL_CHOSEN, detail="the peer declined the mode")
+    spi, algorithm = _peer_spi(chosen), _algorithm(chosen)
+    return Agreed(offer.request.child, chosen, algorithm, offer.reqid, mode, pair[0], pair[1], spi, offer.request.acquire)
+
+
+# The peer's to ask
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the peer wants, and which of our children that is."""
+
+    agreed: Agreed
+    tsi: Selectors  # as they go back
+    tsr: Selectors
+
+
+def choose(session: Session, message: Message, *, key_exchange: bool, ke_group: int | None = None, like: Child | None = None) -> Asked:
+    """The child configuration for a peer's request, narrowed. `like` is the CHILD_SA that it replaces. Raises ChildRefused."""
+    sa, tsi, tsr = message.first(SaPayload), message.first(TsiPayload), message.first(TsrPayload)
+    if sa is None or tsi is None or tsr is None:
+        raise ChildRefused(Reason.INVALID_SYNTAX, NotifyType.INVALID_SYNTAX, detail="no SA, TSi or TSr")
+    check_encapsulation(session)
+    offered = tuple(proposal for proposal in sa.proposals if proposal.protocol == ProtocolId.ESP and len(proposal.spi) == SPI_LENGTH)
+    transport = message.notify(NotifyType.USE_TRANSPORT_MODE) is not None
+    asked_local, asked_remote = _seen_from_here(session, tsr.selectors, tsi.selectors) if transport else (tsr.selectors, tsi.selectors)
+
+    best: tuple[tuple[bool, ...], Asked] | None = None
+    refusal = ChildRefused(Reason.TS_UNACCEPTABLE, NotifyType.TS_UNACCEPTABLE, detail=f"{_show(tsi.selectors)} === {_show(tsr.selectors)}")
+    for config in [like.config] if like else session.connection.children.values():
+        if config.action is not Action.PROTECT:
+            continue
+        local_ts = narrow(asked_local, resolve(config.local_ts, session.local.address))
+        remote_ts = narrow(asked_remote, resolve(config.remote_ts, session.remote.address))
+        pair = paired(local_ts, remote_ts)
+        if pair is None:
+            continue
+        mode = Mode.TRANSPORT if transport and config.mode is Mode.TRANSPORT else Mode.TUNNEL
+        # RFC 7296 section 1.3.1: whether transport mode comes about is the responder's choice; our policies ask for exactly one mode
+        if mode is not config.mode or (mode is Mode.TRANSPORT and not _between_hosts(session, pair)):
+            refusal = ChildRefused(Reason.NO_PROPOSAL_CHOSEN, NotifyType.NO_PROPOSAL_CHOSEN, detail=f"{config.name} is for the other mode")
+            continue
+        usable = _usable(session, config, key_exchange=key_exchange)
+        chosen = select(usable, offered, prefer_configured=True, group=ke_group)
+        if chosen is None:
+            refusal = ChildRefused(Reason.NO_PROPOSAL_CHOSEN, NotifyType.NO_PROPOSAL_CHOSEN, detail=f"none of the peer's ESP proposals fits {config.name}")
+            continue
+        # RFC 7296 section 2.9: the peer's first selectors tell what it needs most; then what it gets in full
+        first = any(ours.contains(asked_local[0]) for ours in pair[0]) and any(ours.contains(asked_remote[0]) for ours in pair[1])
+        whole = only_narrows(asked_local, pair[0]) and only_narrows(asked_remote, pair[1])
+        score = (first, whole)
+        if best is None or score > best[0]:
+            reqid = like.sa.reqid if like else config.reqid or session.context.reqid(session.connection, config)
+            agreed = Agreed(config, chosen, _algorithm(chosen), reqid, mode, pair[0], pair[1], _peer_spi(chosen))
+            back_local, back_remote = _seen_from_there(session, pair, tsr.selectors, tsi.selectors) if mode is Mode.TRANSPORT else pair
+            best = score, Asked(agreed, back_remote, back_local)
+    if best is None:
+        raise refusal
+    return best[1]
+
+
+def answer_payloads(asked: Asked, spi: SaId) -> list[Payload]:
+    """SA, TSi, TSr and notifications."""
+    payloads: list[Payload] = [SaPayload((asked.agreed.proposal.with_spi(spi.spi.to_bytes(SPI_LENGTH, "big")),)), TsiPayload(asked.tsi), TsrPayload(asked.tsr)]
+    if asked.agreed.mode is Mode.TRANSPORT:
+        payloads.append(NotifyPayload(NotifyType.USE_TRANSPORT_MODE))
+    payloads.append(NotifyPayload(NotifyType.ESP_TFC_PADDING_NOT_SUPPORTED))
+    return payloads
+
+
+# What comes of it
+
+
+def build(session: Session, agreed: Agreed, spi_in: SaId, keying: Keying) -> Child:
+    """Both SAs, with keys (RFC 7296 section 2.17)."""
+    crypto, config, algorithm = session.keys, agreed.config, agreed.algorithm
+    keys = child_keys(crypto.suite.prf, crypto.keys.d, algorithm, keying.nonce_i, keying.nonce_r, keying.shared)
+    first, second = (keys.initiator_encryption, keys.initiator_integrity), (keys.responder_encryption, keys.responder_integrity)
+    own, peers = (first, second) if keying.initiator else (second, first)
+    soft, hard = _lifetimes(session, config)
+    local, remote, encapsulated = session.local, session.remote, session.encapsulated
+
+    def one(direction: Direction, spi: Spi, pair: tuple[Secret, Secret]) -> SecurityAssociation:
+        inbound = direction is Direction.IN
+        source, destination = (remote, local) if inbound else (local, remote)
+        return SecurityAssociation(
+            spi=spi,
+            source=source.address,
+            destination=destination.address,
+            direction=direction,
+            mode=agreed.mode,
+            reqid=ReqId(agreed.reqid),
+            algorithm=algorithm,
+            encryption_key=pair[0],
+            integrity_key=pair[1],
+            encapsulation=UdpEncapsulation(source.port, destination.port) if encapsulated else None,
+            replay_window=min(config.replay_window, session.context.capabilities.maximum_replay_window),
+            esn=agreed.proposal.esn,
+            soft=soft,
+            hard=hard,
+            source_selectors=agreed.remote_ts if inbound else agreed.local_ts,
+            destination_selectors=agreed.local_ts if inbound else agreed.remote_ts,
+            acquire=agreed.acquire,
+        )
+
+    sa = ChildSa(
+        id=session.context.new_child_id(),
+        name=config.name,
+        reqid=agreed.reqid,
+        mode=agreed.mode,
+        local_ts=agreed.local_ts,
+        remote_ts=agreed.remote_ts,
+        inbound=one(Direction.IN, spi_in.spi, peers),
+        outbound=one(Direction.OUT, agreed.spi_out, own),
+        encapsulated=encapsulated,
+    )
+    return Child(sa, config, agreed.proposal, session.now, keying.initiator)
+
+
+def check_encapsulation(session: Session) -> None:
+    if session.context.capabilities.encapsulation_required and not session.encapsulated:
+        detail = "the kernel needs UDP encapsulation, and the peer does not do NAT traversal"
+        raise ChildRefused(Reason.KERNEL_REFUSED, NotifyType.NO_PROPOSAL_CHOSEN, detail=detail)
+
+
+def _usable(session: Session, config: ChildConfig, *, key_exchange: bool) -> tuple[Proposal, ...]:
+    proposals: Sequence[Proposal] = within_kernel(config.esp_proposals, session.context.capabilities)
+    # RFC 7296 section 1.2: IKE_AUTH has no KE payload, so its CHILD_SA has no key exchange transform
+    return tuple(proposals) if key_exchange else tuple(proposal.without_key_exchange() for proposal in proposals)
+
+
+def _peer_spi(chosen: Proposal) -> Spi:
+    spi = int.from_bytes(chosen.spi, "big")
+    if len(chosen.spi) != SPI_LENGTH or spi < SMALLEST_SPI:
+        raise ChildRefused(Reason.INVALID_SYNTAX, NotifyType.INVALID_SYNTAX, detail="the peer's SPI is reserved")
+    return Spi(spi)
+
+
+def _algorithm(chosen: Proposal) -> EspAlgorithm:
+    try:
+        return chosen.esp_algorithm()
+    except ValueError as error:
+        raise ChildRefused(Reason.NO_PROPOSAL_CHOSEN, NotifyType.NO_PROPOSAL_CHOSEN, detail="not an algorithm that kernels know") from error
+
+
+def _lifetimes(session: Session, config: ChildConfig) -> tuple[Lifetime, Lifetime]:
+    """A random part comes off the soft lifetime, so that tunnels made together are not renewed together (RFC 7296 section 2.8)."""
+
+    def earlier(value: float, spread: float) -> int:
+        return max(1, round(value - spread * session.random())) if value else 0
+
+    soft = Lifetime(
+        earlier(config.rekey_time, config.rand_time), earlier(config.rekey_bytes, config.rand_bytes), earlier(config.rekey_packets, config.rand_packets)
+    )
+    return soft, Lifetime(round(config.life_time), config.life_bytes, config.life_packets)
+
+
+def _between_hosts(session: Session, pair: tuple[Selectors, Selectors]) -> bool:
+    """RFC 4301 section 4.1: transport mode is for the traffic of the two hosts themselves."""
+    local, remote = AddressRange.host(session.local.address), AddressRange.host(session.remote.address)
+    return all(selector.addresses == local for selector in pair[0]) and all(selector.addresses == remote for selector in pair[1])
+
+
+def _seen_from_here(session: Session, local_ts: Selectors, remote_ts: Selectors) -> tuple[Selectors, Selectors]:
+    # RFC 7296 section 2.23.1: addresses that a NAT changed become those that we see
+    if session.nat_local:
+        local_ts = substituted(local_ts, None, session.local.address)
+    if session.nat_remote:
+        remote_ts = substituted(remote_ts, None, session.remote.address)
+    return local_ts, remote_ts
+
+
+def _seen_from_there(session: Session, pair: tuple[Selectors, Selectors], local_ts: Selectors, remote_ts: Selectors) -> tuple[Selectors, Selectors]:
+    # RFC 7296 section 2.23.1: the answer carries the peer's view again
+    local, remote = pair
+    if session.nat_local and (theirs := _host(local_ts)) is not None:
+        local = substituted(local, session.local.address, theirs)
+    if session.nat_remote and (theirs := _host(remote_ts)) is not None:
+        remote = substituted(remote, session.remote.address, theirs)
+    return local, remote
+
+
+def _host(selectors: Selectors) -> IPAddress | None:
+    return next((selector.addresses.first for selector in selectors if selector.addresses.first == selector.addresses.last), None)
+
+
+def _show(selectors: Selectors) -> str:
+    return " ".join(str(selector) for selector in selectors[:4])

@@ -1,0 +1,157 @@
+"""IKE_AUTH (RFC 7296 section 1.2): both sides prove who they are, and the first CHILD_SA comes along."""
+
+from __future__ import annotations
+
+from vpnd.ike.authenticate import NoCredentials, PeerRefused, check, expected_identity, fitting, own_credentials, own_payloads, sends_certificate
+from vpnd.ike.child import ChildRefused, Keying, Offer, choose, make_offer, read_answer
+from vpnd.ike.context import ChildRequest
+from vpnd.ike.effects import AuthenticationRejected, ChildDenied, IkeClosed, InitialContact, Reason
+from vpnd.ike.exchanges.create_child_sa import bring_up, finish
+from vpnd.ike.exchanges.ike_sa_init import certificate_requests
+from vpnd.ike.exchanges.informational import delete_spi
+from vpnd.ike.iana import Exchange, NotifyType
+from vpnd.ike.identity import Identity
+from vpnd.ike.session import Ask, Response, Session, Steps, Task, Tell, ask, first_error, reason_of
+from vpnd.ike.wire.message import Message
+from vpnd.ike.wire.payloads import AuthPayload, IdiPayload, IdrPayload, NotifyPayload, Payload, SaPayload, TsiPayload, TsrPayload
+
+# Initiator
+
+
+def initiate(session: Session, task: Task) -> Steps[None]:
+    """After IKE_SA_INIT; `task` carries the first CHILD_SA along."""
+    connection = session.connection
+    task.name = "IKE_AUTH"
+    waiting = next((queued for queued in session.queue if queued.child is not None), None)
+    if task.child is None and waiting is not None:
+        session.queue.remove(waiting)
+        task.child = waiting.child
+    if task.child is None:
+        child = next(iter(connection.children.values()), None)
+        task.child = ChildRequest(child) if child else None
+    try:
+        own = own_credentials(session, None, None)
+    except NoCredentials as error:
+        session.emit(AuthenticationRejected(connection.name, None, f"cannot authenticate ourselves: {error}"))
+        session.close(Reason.NO_CREDENTIALS, f"{connection.name}: {error}")
+        return
+    session.local_id = own.identity
+    offer: Offer | None = None
+    try:
+        offer = (yield from make_offer(session, task.child, key_exchange=False)) if task.child else None
+        authentication = own_payloads(session, own, certificate=sends_certificate(session))
+    except ChildRefused as refused:
+        # RFC 7296 section 1.2: IKE_AUTH brings a CHILD_SA up, so without one there is nothing to ask
+        session.fail_child(task, refused.reason, refused.detail)
+        session.close(refused.reason, f"{connection.name}: {refused.detail}")
+        return
+    except NoCredentials as error:
+        session.emit(AuthenticationRejected(connection.name, None, f"cannot authenticate ourselves: {error}"))
+        session.close(Reason.NO_CREDENTIALS, f"{connection.name}: {error}")
+        return
+
+    # HDR, SK {IDi, [CERT,] [CERTREQ,] [IDr,] AUTH, SAi2, TSi, TSr} -->   <-- HDR, SK {IDr, [CERT,] AUTH, SAr2, TSi, TSr}
+    expected = expected_identity(connection)
+    *certificates, auth = authentication
+    payloads: list[Payload] = [IdiPayload(own.identity), *certificates]
+    # RFC 7296 section 2.4: only when it is true
+    if session.context.settings.initial_contact and session.context.first_contact(connection):
+        payloads.append(NotifyPayload(NotifyType.INITIAL_CONTACT))
+    payloads += certificate_requests(session.context, (connection,))
+    payloads += [IdrPayload(expected)] if expected else []
+    payloads += [auth, *(offer.payloads() if offer else ())]
+    response = yield from ask(Ask(Exchange.IKE_AUTH, tuple(payloads)))
+
+    idr, error_notify = response.first(IdrPayload), first_error(response)
+    if idr is None or response.first(AuthPayload) is None:
+        # RFC 7296 section 2.21.2: without AUTH, an error is about the IKE SA
+        reason = reason_of(error_notify) if error_notify else Reason.INVALID_SYNTAX
+        if reason is Reason.PEER_AUTHENTICATION_FAILED:
+            session.emit(AuthenticationRejected(connection.name, expected, f"peer {session.remote} refused our identity {own.identity}"))
+        session.close(reason, f"{session.describe()} answered IKE_AUTH of {own.identity} with {error_notify.type if error_notify else 'no AUTH'}")
+        return
+    session.remote_id = idr.identity
+    try:
+        check(session, connection, idr.identity, own.identity, response)
+    except PeerRefused as error:
+        session.emit(AuthenticationRejected(connection.name, idr.identity, f"peer {session.remote}: {error}"))
+        # RFC 7296 section 2.21.2: the peer thinks that it stands; it is told in an exchange of its own, and not waited for
+        yield Tell(Exchange.INFORMATIONAL, (NotifyPayload(NotifyType.AUTHENTICATION_FAILED),))
+        session.close(Reason.AUTHENTICATION_FAILED, f"{session.describe()}: {error}")
+        return
+    session.established()
+    if offer is not None:
+        _take_child(session, task, offer, response, error_notify)
+
+
+def _take_child(session: Session, task: Task, offer: Offer, response: Message, error: NotifyPayload | None) -> None:
+    try:
+        # RFC 7296 section 1.2: the IKE SA stands without its CHILD_SA
+        if error is not None:
+            raise ChildRefused(reason_of(error), 0, detail=f"peer answered with notification {error.type}")
+        try:
+            agreed = read_answer(session, offer, response)
+        except ChildRefused:
+            # RFC 7296 section 2.9: the peer may think that the CHILD_SA stands
+            delete_spi(session, offer.spi.spi)
+            raise
+    except ChildRefused as refused:
+        session.give_back(offer.spi)
+        session.fail_child(task, refused.reason, refused.detail)
+        return
+    finish(session, task, agreed, offer, Keying(session.nonce_i, session.nonce_r, True))
+
+
+# Responder
+
+
+def respond(session: Session, request: Message) -> Steps[Response]:
+    idi, idr, auth = request.first(IdiPayload), request.first(IdrPayload), request.first(AuthPayload)
+    if idi is None:
+        return _refuse(session, None, None, Reason.INVALID_SYNTAX, "no IDi payload", NotifyType.INVALID_SYNTAX)
+    session.notice_certificate_requests(request)
+    asked = idr.identity if idr else None
+    # RFC 7296 section 2.16: without AUTH the initiator wants EAP
+    if auth is None:
+        return _refuse(session, None, idi.identity, Reason.AUTHENTICATION_FAILED, "the peer wants EAP")
+    connection = fitting(session, idi.identity, asked, auth.method)
+    if connection is None:
+        why = f"no connection for this identity{f' and ours being {asked}' if asked else ''} with authentication method {auth.method}"
+        return _refuse(session, None, idi.identity, Reason.NO_MATCHING_CONNECTION, why)
+    session.connection = connection
+    session.remote_id = idi.identity
+    try:
+        own = own_credentials(session, asked, idi.identity)
+        session.local_id = own.identity
+        check(session, connection, idi.identity, own.identity, request)
+        *certificates, own_auth = own_payloads(session, own, certificate=sends_certificate(session))
+    except NoCredentials as error:
+        return _refuse(session, connection.name, idi.identity, Reason.NO_CREDENTIALS, f"cannot authenticate ourselves: {error}")
+    except PeerRefused as error:
+        return _refuse(session, connection.name, idi.identity, Reason.AUTHENTICATION_FAILED, str(error))
+    session.candidates = (connection,)
+    session.established()
+    if request.notify(NotifyType.INITIAL_CONTACT) is not None:
+        session.emit(InitialContact(own.identity, idi.identity))
+    base: tuple[Payload, ...] = (IdrPayload(own.identity), *certificates, own_auth)
+
+    # RFC 6023: an IKE SA without a CHILD_SA
+    if request.first(SaPayload) is None and request.first(TsiPayload) is None and request.first(TsrPayload) is None:
+        return Response(base)
+    try:
+        asked_child = choose(session, request, key_exchange=False)
+        child, payloads = yield from bring_up(session, asked_child, Keying(session.nonce_i, session.nonce_r, False))
+    except ChildRefused as refused:
+        # RFC 7296 section 1.2: failing to make the CHILD_SA does not undo the IKE SA
+        session.emit(ChildDenied(refused.reason, refused.detail))
+        return Response((*base, refused.payload))
+    return Response((*base, *payloads), child, (*base, NotifyPayload(NotifyType.TEMPORARY_FAILURE)))
+
+
+def _refuse(
+    session: Session, connection: str | None, peer: Identity | None, reason: Reason, why: str, notify: int = NotifyType.AUTHENTICATION_FAILED
+) -> Response:
+    # RFC 7296 section 2.21.2: an error in IKE_AUTH ends the IKE SA, and its answer says so
+    session.remote_id = peer
+    session.emit(AuthenticationRejected(connection, peer, f"peer {session.remote}: {why}"))
+    return Response((NotifyPayload(notify),), close=IkeClosed(reason, f"{session.describe()}: {why}"))

@@ -1,0 +1,229 @@
+"""IKE_SA_INIT (RFC 7296 section 1.2): algorithms, key exchange, nonces, NAT detection. Nothing here is authenticated yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final, TypeVar
+
+from kernel_shim.model import Endpoint
+from kernel_shim.secret import Secret
+from vpnd.auth.signature import SUPPORTED_HASHES
+from vpnd.config.model import AuthMethod, ConnectionConfig
+from vpnd.ike.context import IkeContext
+from vpnd.ike.cookie import COOKIE_MAXIMUM, NONCE_MAXIMUM, NONCE_MINIMUM, stateless_reply
+from vpnd.ike.crypto.dh import KeyExchange, group, implemented_groups
+from vpnd.ike.effects import AuthenticationRejected, Effect, Reason, Send
+from vpnd.ike.iana import CertEncoding, Exchange, NotifyType
+from vpnd.ike.keymat import IkeSuite, ike_keys, skeyseed
+from vpnd.ike.nat import HASH_LENGTH, detection_payloads, floated
+from vpnd.ike.proposal import Proposal, accept, number_proposals, select
+from vpnd.ike.session import NONCE_LENGTH, Ask, IkeCrypto, KeepWaiting, Session, Steps, ask, first_error, reason_of
+from vpnd.ike.state import IkeSaState
+from vpnd.ike.wire.errors import MalformedMessage
+from vpnd.ike.wire.header import NO_SPI, Header, MessageId
+from vpnd.ike.wire.message import Message, decode_message, encode_message
+from vpnd.ike.wire.payloads import CertReqPayload, KePayload, NoncePayload, NotifyPayload, Payload, SaPayload, UnknownPayload, VendorIdPayload
+
+MAX_REQUESTED: Final = 256  # authorities that a CERTREQ names; more would not fit a datagram
+MAX_RESTARTS: Final = 4  # cookies and other groups that one attempt answers; they come from anybody
+
+
+# Initiator
+
+
+def initiate(session: Session) -> Steps[bool]:
+    """Until keys stand; False when there is no common ground and the IKE SA is closed."""
+    context, proposals = session.context, number_proposals(session.connection.proposals)
+    groups = [number for proposal in proposals for number in proposal.groups if number in implemented_groups()]
+    if not groups:
+        session.close(Reason.NO_PROPOSAL_CHOSEN, f"{session.connection.name}: no key exchange method of the configuration is implemented")
+        return False
+    session.state = IkeSaState.CONNECTING
+    session.nonce_i = context.entropy(NONCE_LENGTH)
+    fake = context.entropy(HASH_LENGTH) if session.force_encapsulation else None
+    exchange = group(groups[0]).initiate(context.entropy)
+    cookie: bytes | None = None
+    tried = {exchange.group}
+    restarts = 0
+
+    request = Ask(Exchange.IKE_SA_INIT, plain=_request(session, proposals, exchange, fake, cookie))
+    waiting: Ask | KeepWaiting = request
+    while True:
+        # HDR, SAi1, KEi, Ni, ... -->   <-- HDR, SAr1, KEr, Nr, [CERTREQ]
+        response = yield from ask(waiting)
+        wanted = response.notify(NotifyType.COOKIE)
+        other = response.notify(NotifyType.INVALID_KE_PAYLOAD)
+        # RFC 7296 section 2.6: the cookie first, everything else unchanged
+        if wanted is not None and response.first(SaPayload) is None:
+            if not 1 <= len(wanted.data) <= COOKIE_MAXIMUM or wanted.data == cookie or restarts >= MAX_RESTARTS:
+                waiting = KeepWaiting()
+                continue
+            cookie, restarts = wanted.data, restarts + 1
+        # RFC 7296 section 1.2: another group, only one that we proposed and only once; the cookie stays (section 2.6.1)
+        elif other is not None:
+            number = int.from_bytes(other.data, "big")
+            if number not in groups or number in tried or restarts >= MAX_RESTARTS:
+                waiting = KeepWaiting(Reason.INVALID_KE_PAYLOAD, f"{session.connection.name}: peer {session.remote} wants group {number}")
+                continue
+            exchange, restarts = group(number).initiate(context.entropy), restarts + 1
+            tried.add(number)
+        else:
+            refusal = _complete(session, proposals, exchange, response)
+            if refusal is None:
+                return True
+            waiting = refusal
+            continue
+        waiting = Ask(Exchange.IKE_SA_INIT, plain=_request(session, proposals, exchange, fake, cookie))
+
+
+def _request(session: Session, proposals: Sequence[Proposal], exchange: KeyExchange, fake: bytes | None, cookie: bytes | None) -> bytes:
+    payloads: list[Payload] = [NotifyPayload(NotifyType.COOKIE, cookie)] if cookie is not None else []
+    payloads += [SaPayload(tuple(proposals)), KePayload(exchange.group, exchange.public), NoncePayload(session.nonce_i)]
+    payloads += _capabilities(session.context, session.wire_spi_i, NO_SPI, session.local, session.remote, fake)
+    header = Header(session.wire_spi_i, NO_SPI, Exchange.IKE_SA_INIT, MessageId(0), initiator=True, response=False)
+    session.init_request = encode_message(Message(header, tuple(payloads)))
+    return session.init_request
+
+
+def _capabilities(context: IkeContext, spi_i: bytes, spi_r: bytes, local: Endpoint, remote: Endpoint, fake: bytes | None) -> list[Payload]:
+    # RFC 7427 section 4
+    hashes = b"".join(number.to_bytes(2, "big") for number in SUPPORTED_HASHES)
+    payloads: list[Payload] = [*detection_payloads(spi_i, spi_r, local, remote, fake), NotifyPayload(NotifyType.SIGNATURE_HASH_ALGORITHMS, hashes)]
+    if context.settings.vendor_id:
+        payloads.append(VendorIdPayload(context.settings.vendor_id))
+    return payloads
+
+
+def _complete(session: Session, proposals: Sequence[Proposal], exchange: KeyExchange, response: Message) -> KeepWaiting | None:
+    """Take the keys from a response, or say why it is none."""
+    who = f"{session.connection.name}: peer {session.remote}"
+    error = first_error(response)
+    # RFC 7296 section 2.21.1: an unprotected error is a hint, no more
+    if error is not None:
+        return KeepWaiting(reason_of(error), f"{who} refused IKE_SA_INIT with notification {error.type}")
+    sa, ke, nonce = response.first(SaPayload), response.first(KePayload), response.first(NoncePayload)
+    if sa is None or ke is None or nonce is None or not NONCE_MINIMUM <= len(nonce.data) <= NONCE_MAXIMUM or response.header.responder_spi == NO_SPI:
+        return KeepWaiting(Reason.INVALID_SYNTAX, f"{who} sent an incomplete IKE_SA_INIT response")
+    chosen = accept(proposals, sa.proposals)
+    if chosen is None or ke.group != exchange.group or ke.group not in chosen.groups:
+        return KeepWaiting(Reason.NO_PROPOSAL_CHOSEN, f"{who} chose what was not proposed")
+    try:
+        shared, suite = exchange.complete(ke.data), IkeSuite.of(chosen)
+    except (MalformedMessage, ValueError):
+        return KeepWaiting(Reason.INVALID_SYNTAX, f"{who} sent an invalid public value")
+    session.spi_remote = int.from_bytes(response.header.responder_spi, "big")
+    session.nonce_r = nonce.data
+    session.proposal = chosen
+    _derive(session, suite, shared)
+    _features(session, response, session.local, session.remote, response.header.responder_spi)
+    session.init_response = session.received
+    session.notice_certificate_requests(response)
+    # RFC 7296 section 2.23: a NAT, real or pretended, moves us to port 4500
+    if session.nat_local or session.nat_remote or session.nat_fake:
+        session.local, session.remote = floated(session.local), floated(session.remote)
+    return None
+
+
+def _derive(session: Session, suite: IkeSuite, shared: Secret) -> None:
+    seed = skeyseed(suite.prf, session.nonce_i, session.nonce_r, shared)
+    keys = ike_keys(suite, seed, session.nonce_i, session.nonce_r, session.wire_spi_i, session.wire_spi_r)
+    session.crypto = IkeCrypto.of(suite, keys, session.initiator)
+
+
+def _features(session: Session, message: Message, local: Endpoint, remote: Endpoint, spi_r: bytes) -> None:
+    session.notice_nat(message, session.wire_spi_i, spi_r, local, remote)
+    hashes = message.notify(NotifyType.SIGNATURE_HASH_ALGORITHMS)
+    data = hashes.data if hashes else b""
+    session.peer_hashes = tuple(int.from_bytes(data[at : at + 2], "big") for at in range(0, len(data) - 1, 2))
+
+
+# Responder
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    connection: ConnectionConfig
+    candidates: tuple[ConnectionConfig, ...]
+    proposal: Proposal
+
+
+S = TypeVar("S", bound=Session)
+
+
+def respond(
+    make: Callable[[ConnectionConfig], S], context: IkeContext, datagram: bytes, local: Endpoint, remote: Endpoint, now: float
+) -> tuple[S | None, list[Effect]]:
+    """The IKE SA, opened by `make`, with its answer; or a refusal that leaves no state."""
+    try:
+        request = decode_message(datagram)
+    except MalformedMessage:
+        # RFC 7296 section 2.21.1: what is not syntactically right and not protected is dropped
+        return None, []
+    header = request.header
+    opens = header.exchange == Exchange.IKE_SA_INIT and header.initiator and not header.response and header.message_id == 0
+    if not opens or header.initiator_spi == NO_SPI or header.responder_spi != NO_SPI:
+        return None, []
+
+    def refuse(notify: int, data: bytes = b"", why: str = "") -> tuple[None, list[Effect]]:
+        reject: list[Effect] = [AuthenticationRejected(None, None, f"{remote}: {why}")] if why else []
+        return None, [*reject, Send(local, remote, stateless_reply(header, notify, data))]
+
+    # RFC 7296 section 2.5
+    unknown = next((payload for payload in request.payloads if isinstance(payload, UnknownPayload) and payload.critical), None)
+    if unknown is not None:
+        return refuse(NotifyType.UNSUPPORTED_CRITICAL_PAYLOAD, bytes([unknown.type]))
+    sa, ke, nonce = request.first(SaPayload), request.first(KePayload), request.first(NoncePayload)
+    if sa is None or ke is None or nonce is None or not NONCE_MINIMUM <= len(nonce.data) <= NONCE_MAXIMUM:
+        return refuse(NotifyType.INVALID_SYNTAX)
+    candidates = context.candidates(local, remote)
+    if not candidates:
+        return refuse(NotifyType.NO_PROPOSAL_CHOSEN, why="no connection for these addresses")
+    choice = _choose(candidates, sa.proposals, ke.group)
+    if choice is None:
+        return refuse(NotifyType.NO_PROPOSAL_CHOSEN, why="no proposal of the peer is acceptable")
+    chosen_group = choice.proposal.groups[0]
+    # RFC 7296 section 1.2: the group that we chose, in two octets
+    if ke.group != chosen_group:
+        return refuse(NotifyType.INVALID_KE_PAYLOAD, chosen_group.to_bytes(2, "big"))
+    try:
+        public, shared = group(chosen_group).respond(ke.data, context.entropy)
+        suite = IkeSuite.of(choice.proposal)
+    except MalformedMessage as error:
+        return refuse(error.notify, error.data)
+    except (KeyError, ValueError):
+        return refuse(NotifyType.NO_PROPOSAL_CHOSEN, why="the chosen proposal is not implemented")
+
+    session = make(choice.connection)
+    session.state = IkeSaState.CONNECTING
+    session.candidates = choice.candidates
+    session.spi_remote = int.from_bytes(header.initiator_spi, "big")
+    session.nonce_i, session.nonce_r = nonce.data, context.entropy(NONCE_LENGTH)
+    session.proposal = choice.proposal
+    session.init_request = datagram
+    _features(session, request, local, remote, NO_SPI)
+    _derive(session, suite, shared)
+    fake = context.entropy(HASH_LENGTH) if session.nat_fake else None
+    payloads: list[Payload] = [SaPayload((choice.proposal,)), KePayload(chosen_group, public), NoncePayload(session.nonce_r)]
+    payloads += _capabilities(context, session.wire_spi_i, session.wire_spi_r, local, remote, fake)
+    payloads += certificate_requests(context, choice.candidates)
+    reply = Header(session.wire_spi_i, session.wire_spi_r, Exchange.IKE_SA_INIT, MessageId(0), initiator=False, response=True)
+    session.init_response = encode_message(Message(reply, tuple(payloads)))
+    return session, [Send(local, remote, session.init_response)]
+
+
+def _choose(candidates: Sequence[ConnectionConfig], offered: Sequence[Proposal], ke_group: int) -> _Choice | None:
+    """The best connection with an acceptable proposal; the others that could live with that proposal stay candidates."""
+    for connection in candidates:
+        proposal = select(connection.proposals, offered, prefer_configured=True, group=ke_group)
+        if proposal is not None and proposal.groups:
+            fitting = tuple(other for other in candidates if other is connection or select(other.proposals, (proposal,)) is not None)
+            return _Choice(connection, fitting, proposal)
+    return None
+
+
+def certificate_requests(context: IkeContext, connections: Sequence[ConnectionConfig]) -> list[Payload]:
+    """RFC 7296 section 3.7: a CERTREQ with our authorities, if one of these connections has its peer sign."""
+    authorities = [authority.public_key_hash for authority in context.credentials.authorities]
+    asks = any(connection.send_certreq and any(round.auth is AuthMethod.PUBKEY for round in connection.remote) for connection in connections)
+    return [CertReqPayload(CertEncoding.X509_SIGNATURE, b"".join(authorities[:MAX_REQUESTED]))] if asks and authorities else []

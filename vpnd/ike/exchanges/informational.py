@@ -1,0 +1,77 @@
+"""INFORMATIONAL (RFC 7296 section 1.4): liveness, deletion of CHILD_SAs and of the IKE SA, late errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+from kernel_shim.model import Spi
+from vpnd.ike.effects import IkeClosed, Reason
+from vpnd.ike.iana import Exchange, NotifyType, ProtocolId
+from vpnd.ike.session import Ask, Response, Session, Steps, Task, ask
+from vpnd.ike.state import MAX_TASKS, ChildSaState
+from vpnd.ike.wire.message import Message
+from vpnd.ike.wire.payloads import DeletePayload, Payload
+
+SPI_LENGTH: Final = 4
+DELETE_TRIES: Final = 2  # copies of a DELETE: our side is torn down anyway, so an unreachable peer is not waited for long
+
+# Initiator
+
+
+def probe(session: Session) -> Steps[None]:
+    """RFC 7296 section 2.4: an empty request; any answer is a sign of life, and no answer closes the IKE SA."""
+    yield from ask(Ask(Exchange.INFORMATIONAL))
+
+
+def delete_child(session: Session, spi: Spi, child_id: int | None, reason: Reason) -> Steps[None]:
+    """RFC 7296 section 1.4.1: delete by the SPI of our inbound SA; the peer's answer deletes the other direction."""
+    payload = DeletePayload(ProtocolId.ESP, (spi.to_bytes(SPI_LENGTH, "big"),))
+    yield from ask(Ask(Exchange.INFORMATIONAL, (payload,)))
+    child = session.children.get(child_id) if child_id is not None else None
+    if child is not None:
+        session.close_child(child, reason)
+
+
+def delete_spi(session: Session, spi: Spi) -> None:
+    """Queue the deletion of a CHILD_SA that stands only at the peer."""
+    if len(session.queue) < MAX_TASKS:
+        session.queue.append(Task("CHILD_DELETE", delete_child(session, spi, None, Reason.DELETED)))
+
+
+def delete_ike(session: Session, reason: Reason) -> Steps[None]:
+    """RFC 7296 section 1.4.1: the IKE SA takes its CHILD_SAs along."""
+    yield from ask(Ask(Exchange.INFORMATIONAL, (DeletePayload(ProtocolId.IKE),), tries=DELETE_TRIES))
+    session.close(reason, session.describe())
+
+
+# Responder
+
+
+def respond(session: Session, request: Message) -> Steps[Response]:
+    """Answer the peer's INFORMATIONAL; it needs nothing from the kernel first."""
+    yield from ()
+    # RFC 7296 section 2.21.2: the initiator refused our authentication after we had finished
+    if request.notify(NotifyType.AUTHENTICATION_FAILED) is not None:
+        return Response(close=IkeClosed(Reason.PEER_AUTHENTICATION_FAILED, session.describe()))
+    deletes = request.all(DeletePayload)
+    # RFC 7296 section 1.4.1: the IKE SA; the answer is empty
+    if any(payload.protocol == ProtocolId.IKE for payload in deletes):
+        return Response(close=IkeClosed(Reason.PEER_DELETED, session.describe()))
+    answer = list(_delete(session, (spi for payload in deletes if payload.protocol == ProtocolId.ESP for spi in payload.spis)))
+    payloads: tuple[Payload, ...] = (DeletePayload(ProtocolId.ESP, tuple(answer)),) if answer else ()
+    # RFC 7296 section 1.4: what is not known is ignored, and the answer may be empty
+    return Response(payloads)
+
+
+def _delete(session: Session, spis: Iterable[bytes]) -> Iterable[bytes]:
+    """Close the peer's CHILD_SAs; the SPIs of our inbound SAs go into the answer."""
+    for spi in spis:
+        child = session.child_by_outbound(spi)
+        if child is None:
+            continue
+        state = child.state
+        session.close_child(child, Reason.REPLACED if state is ChildSaState.REKEYED else Reason.PEER_DELETED)
+        # RFC 7296 section 1.4.1: when both delete at once, our own request has said it already
+        if state is not ChildSaState.DELETING:
+            yield child.sa.inbound.spi.to_bytes(SPI_LENGTH, "big")
