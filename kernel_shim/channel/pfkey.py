@@ -57,12 +57,14 @@ CONNECT_PAUSE: Final = 0.05  # s
 class PfKeyChannel:
     """A `KernelChannel` to the shim that listens at `path`. `open` raises ConnectionRefusedError or FileNotFoundError when none does.
 
+    `listens` False is for tools: the kernel does not take them for a key manager and sends no ACQUIRE or EXPIRE.
     `extensions` False keeps to what every PF_KEY kernel understands; what that cannot say is then refused by name.
     A channel is opened once.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, extensions: bool = True) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, listens: bool = True, extensions: bool = True) -> None:
         self._path = os.fspath(path)
+        self._listens = listens
         self._ask_for_extensions = extensions
         self._private = False
         self._capabilities: Capabilities | None = None
@@ -101,7 +103,8 @@ class PfKeyChannel:
         self._loop.add_reader(self._socket, self._readable)
         try:
             hello = (Hello(),) if self._ask_for_extensions else ()
-            (reply,) = (await self._request(MessageType.REGISTER, hello)).messages
+            sa_type = SaType.ESP if self._listens else SaType.UNSPEC
+            (reply,) = (await self._request(MessageType.REGISTER, hello, sa_type=sa_type)).messages
         except BaseException:
             await self.close()
             raise
@@ -235,9 +238,9 @@ class PfKeyChannel:
         _close_all(replied.descriptors)
         return replied.messages[0]
 
-    async def _request(self, kind: MessageType, extensions: Iterable[Extension], sequence: int = 0) -> Replied:
+    async def _request(self, kind: MessageType, extensions: Iterable[Extension], sequence: int = 0, *, sa_type: SaType = SaType.ESP) -> Replied:
         self._require_open()
-        ticket = self._session.request(Message(kind, SaType.ESP, sequence=sequence, extensions=tuple(extensions)), self._loop.time())
+        ticket = self._session.request(Message(kind, sa_type, sequence=sequence, extensions=tuple(extensions)), self._loop.time())
         future: asyncio.Future[Replied] = self._loop.create_future()
         self._futures[ticket] = future
         self._pump()
