@@ -1,0 +1,242 @@
+"""`vpnctl`: ask a running daemon, over its control socket."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import shtab
+
+from vpnd.cli import tables
+from vpnd.config.model import DaemonConfig
+from vpnd.config.reader import shown
+from vpnd.config.tree import Section
+from vpnd.control.client import CommandFailed, ControlUnavailable, ViciClient
+from vpnd.control.vici.formats import metadata_version
+
+DEFAULT_SOCKET: Final = DaemonConfig().control_socket
+ANSWER_TIMEOUT: Final = 30.0  # s for an answer that needs no exchange with a peer
+GRACE: Final = 5.0  # s beyond a time-out that the daemon itself keeps
+
+EXIT_OK: Final = 0
+EXIT_FAILED: Final = 1  # the daemon said no, or time is over
+EXIT_USAGE: Final = 2
+EXIT_UNAVAILABLE: Final = 3  # no daemon, no permission, or it went away
+
+Report = dict[str, Any]
+
+
+def parser() -> argparse.ArgumentParser:
+    """The grammar of the command line; completion and tests read it."""
+    top = argparse.ArgumentParser(
+        prog="vpnctl",
+        description="Ask a running vpnd. Exit status 0: done; 1: the daemon says no, or time is over; 2: asked wrongly; 3: no daemon.",
+    )
+    top.add_argument("--version", action="version", version=f"vpnctl {metadata_version()}")
+    shtab.add_argument_to(top, "--print-completion", help="print a completion script for a shell")
+    _common(top, defaults=True)
+    commands = top.add_subparsers(dest="command", required=True)
+
+    def command(name: str, help_text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=help_text, description=help_text)
+        _common(added, defaults=False)
+        return added
+
+    command("status", "the daemon in a few lines")
+    sas = command("sas", "IKE SAs and their CHILD_SAs")
+    sas.add_argument("--ike", metavar="CONNECTION", help="only those of a connection")
+    conns = command("conns", "configured connections, and which of their children are up")
+    conns.add_argument("--ike", metavar="CONNECTION", help="only this one")
+    command("policies", "installed traps and shunts")
+    for name, help_text in (
+        ("up", "bring a child up, and wait for it"),
+        ("down", "delete the SAs of a child"),
+        ("wait", "wait until a child is up; starts nothing"),
+    ):
+        added = command(name, help_text)
+        added.add_argument("child", metavar="CHILD")
+        if name != "wait":
+            added.add_argument("--ike", metavar="CONNECTION", help="the child's connection, where several have one of that name")
+    return top
+
+
+def _common(added: argparse.ArgumentParser, *, defaults: bool) -> None:
+    """Options that may stand before and after the command."""
+
+    def default(value: object) -> object:
+        return value if defaults else argparse.SUPPRESS
+
+    path = added.add_argument("--socket", type=Path, default=default(DEFAULT_SOCKET), metavar="PATH", help=f"control socket ({DEFAULT_SOCKET})")
+    path.complete = shtab.FILE  # type: ignore[attr-defined]
+    added.add_argument("--json", action="store_true", default=default(False), help="one JSON value instead of a table")
+    added.add_argument("--timeout", type=_seconds, default=default(None), metavar="SECONDS", help="how long to wait for the answer")
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 86400 * 365:
+        raise argparse.ArgumentTypeError("above 0 and at most a year")
+    return value
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: see `parser`."""
+    options = parser().parse_args(arguments)
+    run: Callable[[argparse.Namespace], int] = {
+        "status": _status,
+        "sas": _sas,
+        "conns": _conns,
+        "policies": _policies,
+        "up": _up,
+        "down": _down,
+        "wait": _wait,
+    }[options.command]
+    try:
+        return run(options)
+    except ControlUnavailable as error:
+        return _failed(options, str(error), EXIT_UNAVAILABLE)
+    except CommandFailed as error:
+        return _failed(options, str(error), EXIT_FAILED)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()  # else Python complains once more at its end
+        return EXIT_FAILED
+
+
+def _failed(options: argparse.Namespace, message: str, status: int) -> int:
+    if options.json:
+        print(json.dumps({"success": False, "error": message}))
+    else:
+        print(f"vpnctl: {shown(message)}", file=sys.stderr)
+    return status
+
+
+def _print(options: argparse.Namespace, value: object, show: Callable[[], None]) -> int:
+    if options.json:
+        print(json.dumps(value, indent=2))
+    else:
+        show()
+    return EXIT_OK
+
+
+def _connect(options: argparse.Namespace) -> ViciClient:
+    return ViciClient(options.socket, options.timeout or ANSWER_TIMEOUT)
+
+
+# Questions
+
+
+def _status(options: argparse.Namespace) -> int:
+    with _connect(options) as client:
+        version, stats, more = client.request("version"), client.request("stats"), client.request("x-stats")
+        connections = _connections(client, None)
+    children = [child for connection in connections for child in connection["children"]]
+    report: Report = {
+        "daemon": version.plain(),
+        "uptime": stats.plain().get("uptime"),
+        "ikesas": _numbers(stats.section("ikesas")),
+        "connections": len(connections),
+        "children": {"total": len(children), "up": sum(child["up"] for child in children)},
+        "policies": int(more.text("policies") or 0),
+        "counters": _numbers(more.section("counters")),
+    }
+    return _print(options, report, lambda: tables.status(report))
+
+
+def _numbers(section: Section | None) -> Mapping[str, int]:
+    return {name: int(section.text(name) or 0) for name in section.entries} if section else {}
+
+
+def _sas(options: argparse.Namespace) -> int:
+    with _connect(options) as client:
+        sas = _list_sas(client, options.ike)
+    return _print(options, sas, lambda: tables.sas(sas))
+
+
+def _list_sas(client: ViciClient, ike: str | None) -> list[Report]:
+    """IKE SAs; `name` and `child-sas`, a list, beside strongSwan's keys."""
+    sas: dict[str, Report] = {}
+    for event in client.streamed("list-sas", "list-sa", {"ike": ike} if ike else None):
+        for name, section in event.sections():
+            values = section.plain()
+            children = section.section("child-sas")
+            values["child-sas"] = [child.plain() for _, child in children.sections()] if children else []
+            # An IKE SA with many children comes in several parts.
+            known = sas.setdefault(str(values.get("uniqueid")), {"name": name, **values, "child-sas": []})
+            known["child-sas"] += values["child-sas"]
+    return list(sas.values())
+
+
+def _conns(options: argparse.Namespace) -> int:
+    with _connect(options) as client:
+        connections = _connections(client, options.ike)
+    return _print(options, connections, lambda: tables.connections(connections))
+
+
+def _connections(client: ViciClient, ike: str | None) -> list[Report]:
+    """Configured connections, with `name`, and `children`, a list, each with `name`, `up` and `trapped`."""
+    message = {"ike": ike} if ike else {}
+    up = {(sa["name"], child["name"]) for sa in _list_sas(client, ike) for child in sa["child-sas"] if child.get("state") == "INSTALLED"}
+    everything = {**message, "trap": "yes", "pass": "yes", "drop": "yes"}
+    policies = client.streamed("list-policies", "list-policy", everything)
+    trapped = {(section.text("ike"), section.text("child")) for event in policies for _, section in event.sections()}
+    connections: dict[str, Report] = {}
+    for event in client.streamed("list-conns", "list-conn", message):
+        for name, section in event.sections():
+            children = section.section("children") or Section()
+            values = {key: value for key, value in section.plain().items() if key != "children"}
+            known = connections.setdefault(name, {"name": name, **values, "children": []})
+            known["children"] += [
+                {"name": child, **below.plain(), "up": (name, child) in up, "trapped": (name, child) in trapped} for child, below in children.sections()
+            ]
+    return list(connections.values())
+
+
+def _policies(options: argparse.Namespace) -> int:
+    with _connect(options) as client:
+        events = client.streamed("list-policies", "list-policy", {"trap": "yes", "pass": "yes", "drop": "yes"})
+    policies = [section.plain() for event in events for _, section in event.sections()]
+    return _print(options, policies, lambda: tables.policies(policies))
+
+
+# Orders
+
+
+def _up(options: argparse.Namespace) -> int:
+    return _order(options, "initiate")
+
+
+def _down(options: argparse.Namespace) -> int:
+    return _order(options, "terminate")
+
+
+def _order(options: argparse.Namespace, command: str) -> int:
+    message = {"child": options.child, **({"ike": options.ike} if options.ike else {})}
+    if options.timeout:
+        message["timeout"] = str(int(options.timeout * 1000) or 1)
+
+    def progress(line: Section) -> None:
+        if not options.json:
+            print(f"[{shown(line.text('group') or '')}] {shown(line.text('msg') or '')}", file=sys.stderr)
+
+    with ViciClient(options.socket, options.timeout + GRACE if options.timeout else None) as client:
+        client.streamed(command, "control-log", message, progress)
+    return _print(options, {"success": True, "child": options.child}, lambda: print(f"{shown(options.child)}: {options.command}"))
+
+
+def _wait(options: argparse.Namespace) -> int:
+    message = {"child": options.child}
+    if options.timeout:
+        message["timeout"] = str(int(options.timeout * 1000) or 1)
+    with ViciClient(options.socket, options.timeout + GRACE if options.timeout else None) as client:
+        client.request("x-wait", message)
+    return _print(options, {"success": True, "child": options.child}, lambda: print(f"{shown(options.child)}: up"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

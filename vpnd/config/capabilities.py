@@ -1,0 +1,97 @@
+"""What a configuration asks beyond what a kernel can do. Nothing is weakened silently: it is said, with its place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Final
+
+from kernel_shim.algorithms import EncryptionId, EspAlgorithm, IntegrityId
+from kernel_shim.model import Action, Capabilities, Unresolved
+from vpnd.config.errors import ConfigError, Position
+from vpnd.config.model import ChildConfig, Configuration, KernelChoice, TsTemplate
+from vpnd.config.tree import Section
+from vpnd.ike.iana import TransformType
+from vpnd.ike.proposal import Proposal, proposal_text, within
+
+EXPECTED: Final[Mapping[KernelChoice, Capabilities]] = {
+    KernelChoice.USERSPACE: Capabilities(
+        name="userspace",
+        algorithms=frozenset(
+            {
+                EspAlgorithm(EncryptionId.AES_GCM_16, 128),
+                EspAlgorithm(EncryptionId.AES_GCM_16, 256),
+                EspAlgorithm(EncryptionId.CHACHA20_POLY1305, 256),
+                *(
+                    EspAlgorithm(EncryptionId.AES_CBC, bits, integrity)
+                    for bits in (128, 192, 256)
+                    for integrity in (IntegrityId.HMAC_SHA2_256_128, IntegrityId.HMAC_SHA2_384_192, IntegrityId.HMAC_SHA2_512_256)
+                ),
+            }
+        ),
+        encapsulation_required=True,
+        unresolved_modes=frozenset(Unresolved),
+        binds_ike_sockets=True,
+    )
+}
+"""What `vpnd check` measures against. A running daemon asks its kernel, whose answer counts."""
+
+
+def beyond(configuration: Configuration, capabilities: Capabilities, tree: Section | None = None) -> Sequence[ConfigError]:
+    """One complaint for each thing that the kernel cannot do; `tree` is where places are looked up."""
+    root = tree or Section()
+    return [
+        ConfigError(f"the kernel '{capabilities.name}' {what}", path=path, position=_position(root, path))
+        for connection in configuration.connections.values()
+        for child in connection.children.values()
+        for path, what in _child(child, f"connections.{connection.name}.children.{child.name}", capabilities)
+    ]
+
+
+def _child(child: ChildConfig, path: str, capabilities: Capabilities) -> Iterator[tuple[str, str]]:
+    if not capabilities.address_ranges or not capabilities.port_ranges:
+        for side, selectors in (("local_ts", child.local_ts), ("remote_ts", child.remote_ts)):
+            yield from ((f"{path}.{side}", what) for selector in selectors for what in _selector(selector, capabilities))
+    if child.action is not Action.PROTECT:
+        return
+    for proposal in child.esp_proposals:
+        if text := _refused(proposal, capabilities):
+            yield f"{path}.esp_proposals", text
+    if child.mode not in capabilities.modes:
+        yield f"{path}.mode", f"has no {child.mode.name.lower()} mode"
+    if child.replay_window > capabilities.maximum_replay_window:
+        yield f"{path}.replay_window", f"has replay windows of at most {capabilities.maximum_replay_window}"
+    if child.unresolved not in capabilities.unresolved_modes:
+        yield f"{path}.unresolved", f"does not know '{child.unresolved.value}' for packets without an SA"
+
+
+def _refused(proposal: Proposal, capabilities: Capabilities) -> str | None:
+    possible = within((proposal,), capabilities)
+    if not possible:
+        return f"can do nothing of the proposal {proposal_text(proposal)}"
+    for kind in (TransformType.ENCR, TransformType.INTEG, TransformType.ESN):
+        left = {transform for each in possible for transform in each.of_type(kind)}
+        if missing := [transform for transform in proposal.of_type(kind) if transform not in left]:
+            return f"cannot do {proposal_text(Proposal(proposal.protocol, tuple(missing)))} of a proposal"
+    return None
+
+
+def _selector(selector: TsTemplate, capabilities: Capabilities) -> Iterator[str]:
+    if not capabilities.port_ranges and not selector.ports.any and selector.ports.low != selector.ports.high:
+        yield "has no port ranges in its policies"
+    if not capabilities.address_ranges and selector.addresses and len(list(selector.addresses.addresses.prefixes())) > 1:
+        yield "has no address ranges in its policies, only prefixes"
+
+
+def _position(root: Section, path: str) -> Position | None:
+    """Of the option, or else of the innermost section on its way."""
+    position = None
+    section = root
+    for name in path.split("."):
+        node = section.entries.get(name)
+        if node is None:
+            break
+        position = node.position
+        if not isinstance(node, Section):
+            break
+        section = node
+    return position
