@@ -10,6 +10,7 @@ from kernel_shim.algorithms import AEAD_ICV, EncryptionId, EspAlgorithm, Integri
 from vpnd.ike.iana import Encryption, Esn, ProtocolId, TransformType, transform_name
 
 NONE: Final = 0  # the id that says "no such transform" in types 3 to 12
+_TEXT_ORDER: Final[dict[int, int]] = {TransformType.INTEG: TransformType.PRF, TransformType.PRF: TransformType.INTEG}  # as strongSwan prints
 _ESN_NAMES: Final[dict[int, str]] = {Esn.NONE: "NO_EXT_SEQ", Esn.EXTENDED: "EXT_SEQ"}
 _FIXED_KEY_BITS: Final[dict[int, int]] = {Encryption.CHACHA20_POLY1305: 256, Encryption.NULL: 0}
 
@@ -113,7 +114,7 @@ class Proposal:
 
     def __str__(self) -> str:
         """As strongSwan prints it: `AES_GCM_16-128/PRF_HMAC_SHA2_256/CURVE_25519`."""
-        return "/".join(str(transform) for transform in self.transforms)
+        return "/".join(str(transform) for transform in sorted(self.transforms, key=lambda transform: _TEXT_ORDER.get(transform.type, transform.type)))
 
 
 _CHILD_OF_AUTH: Final = frozenset({TransformType.ENCR, TransformType.INTEG, TransformType.ESN})
