@@ -35,11 +35,13 @@ from kernel_shim.sa.entry import SaEntry, Waiting
 
 # Limits of this implementation
 ROWS_FROM: Final = 3  # fewer packets than this are opened one by one
+FLOWS_IN_ROWS: Final = 4  # of more flows than that in one receive the others are delivered one by one
 MAPPING_SECONDS: Final = 1.0  # a peer's address is taken to have changed at most this often
 
 _BEGIN: Final = virtio.LENGTH
 _PREFIX_ROOM: Final = IPV6_HEADER  # room before an opened packet for the header that transport mode gives back
 _KEEPALIVE: Final = 0xFF
+_VERSION: Final = {PROTOCOL_IPIP: 4, PROTOCOL_IPV6: 6}
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,26 +218,34 @@ class Inbound:
 
     def _deliver_rows(self, entry: SaEntry, rows: Rows, count: int, tail: tuple[SaEntry, int, int] | None, now: float) -> None:
         """Deliver the first `count` rows, then the packet in `_single` that `tail` tells of."""
-        first = rows.plaintext_views[0]
-        stripped = strip(first)
-        form: Format | None = None
-        if stripped is not None:
-            length, next_header = stripped
-            if entry.sa.mode is Mode.TRANSPORT:
-                form = format_of(first, length, self._prefix(entry, next_header, length), udp=self._udp_segmentation)
-            elif next_header in (PROTOCOL_IPIP, PROTOCOL_IPV6) and length and first[0] >> 4 == (4 if next_header == PROTOCOL_IPIP else 6):
-                form = format_of(first, length, udp=self._udp_segmentation)
-        if form is None:
-            for row in range(count):
-                self._deliver_row(entry, rows.plaintext_views[row], now)
-        else:
-            for start, stop in runs(form, rows.plaintext[:count], rows.words[:count]):
-                if stop - start == 1 and (stop < count or tail is None):
-                    self._deliver_row(entry, rows.plaintext_views[start], now)
-                elif self._deliver_run(entry, form, rows, start, stop, tail if stop == count else None, now):
+        begin, flows = 0, 0
+        while begin < count:
+            form = self._format(entry, rows.plaintext_views[begin]) if flows < FLOWS_IN_ROWS else None
+            if form is None:
+                self._deliver_row(entry, rows.plaintext_views[begin], now)
+                begin += 1
+                continue
+            flows += 1
+            for start, stop in runs(form, rows.plaintext[begin:count], rows.words[begin:count]):
+                last = tail if begin + stop == count else None
+                if stop - start == 1 and last is None:
+                    self._deliver_row(entry, rows.plaintext_views[begin + start], now)
+                elif self._deliver_run(entry, form, rows, begin + start, begin + stop, last, now):
                     tail = None
+            begin += stop
         if tail is not None:
             self._deliver_one(*tail, now)
+
+    def _format(self, entry: SaEntry, row: memoryview) -> Format | None:
+        stripped = strip(row)
+        if stripped is None:
+            return None
+        length, next_header = stripped
+        if entry.sa.mode is Mode.TRANSPORT:
+            return format_of(row, length, self._prefix(entry, next_header, length), udp=self._udp_segmentation)
+        if length and row[0] >> 4 == _VERSION.get(next_header):
+            return format_of(row, length, udp=self._udp_segmentation)
+        return None
 
     def _deliver_run(self, entry: SaEntry, form: Format, rows: Rows, start: int, stop: int, tail: tuple[SaEntry, int, int] | None, now: float) -> bool:
         """Deliver rows as one super-packet; whether the packet in `_single` went along."""

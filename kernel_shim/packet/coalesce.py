@@ -80,16 +80,21 @@ def format_of(row: Buffer, length: int, prefix: bytes = b"", *, udp: bool = True
 
 
 def runs(form: Format, rows: Rows, words: Words) -> list[tuple[int, int]]:
-    """Cut the rows, whose first one has `form`, into ranges that may be joined; all rows are covered, in order.
+    """Cut the rows that are of the flow of the first, which has `form`, into ranges that may be joined.
 
-    Every row has the length of the first, padding and trailer included. Rows of a range longer than one are verified.
+    The ranges are in order and begin at 0; they end before the first row of another flow or length. Every row has the
+    same length, padding and trailer included. Rows of a range longer than one are verified.
     """
-    count = len(rows)
     masked = words[:, : form.header >> 2] & _mask(form)
+    like = (masked == masked[0]).all(1) & (rows[:, -2:] == rows[0, -2:]).all(1)
+    count = len(rows) if like.all() else int(like.argmin())
+    if count == 1:
+        return [(0, 1)]
+    rows, words = rows[:count], words[:count]
     sound = rows_verify(row_sums(words[:, form.upper >> 2 :]), form.constant + 0xFFFF - _trailing(form, rows))
     if form.version == 4 and not form.prefix:
         sound &= rows_verify(row_sums(words[:, :5]), 0)
-    follows = (masked[1:] == masked[:-1]).all(1) & sound[1:] & sound[:-1] & _same_end(form, rows)
+    follows = sound[1:] & sound[:-1]
     if form.protocol == PROTOCOL_TCP:
         sequences = rows[:, form.upper + 4 : form.upper + 8].view(">u4")[:, 0].astype(np.uint32)
         follows &= (sequences[1:] - sequences[:-1]) == form.size
@@ -205,12 +210,6 @@ def _canonical(form: Format, header: bytearray, *, lengths: bool = False) -> byt
         if not lengths:
             header[upper + 4 : upper + 6] = b"\0\0"
     return header
-
-
-def _same_end(form: Format, rows: Rows) -> object:
-    """Equal padding and trailer, which says equal lengths."""
-    ends = rows[:, form.length :]
-    return (ends[1:, -2:] == ends[:-1, -2:]).all(1)
 
 
 def _trailing(form: Format, rows: Rows) -> int:
