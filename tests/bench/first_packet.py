@@ -62,7 +62,7 @@ def connects(link: Pair, runs: int) -> list[Connect]:
         for _ in range(runs):
             _down(link)
             seen = len(link.capture.packets())
-            seconds = tcp_connect(near, target, port)
+            seconds = tcp_connect(near, target, port).seconds
             results.append(Connect(seconds, exchange_seconds(link.capture.packets()[seen:])))
     return results
 

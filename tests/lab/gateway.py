@@ -32,14 +32,17 @@ class Gateway(Daemon):
     """`config` is a swanctl.conf; the daemon's own section goes into vpnd.conf beside it, which includes it.
 
     The shim is a process of its own, as with two systemd units; `shim_from_vpnd` lets vpnd start it.
-    `settings`: further options of the `vpnd` section.
+    `load_swanctl_conf=False` leaves connections and secrets to a client of the control socket. `settings`: further options of the `vpnd` section.
     """
 
     kind = "vpnd"
 
-    def __init__(self, namespace: Namespace, config: Path, *, shim_from_vpnd: bool = False, settings: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, namespace: Namespace, config: Path, *, shim_from_vpnd: bool = False, load_swanctl_conf: bool = True, settings: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__(namespace, config)
         self.shim_from_vpnd = shim_from_vpnd
+        self.load_swanctl_conf = load_swanctl_conf
         self.settings = dict(settings or {})
         self.shim_path = self.directory / "kernel.sock"
         self.main_config = self.directory / "vpnd.conf"
@@ -54,8 +57,7 @@ class Gateway(Daemon):
             f"  shim_socket = {self.shim_path}\n"
             f"  start_shim = {'yes' if self.shim_from_vpnd else 'no'}\n"
             f"  control_socket = {self.vici_path}\n"
-            f"{own}}}\n"
-            f"include {self.config}\n"
+            f"{own}}}\n" + (f"include {self.config}\n" if self.load_swanctl_conf else "")
         )
 
     def _environment(self) -> dict[str, str]:

@@ -110,8 +110,9 @@ swanctl {{
             raise LabError(f"swanctl {' '.join(arguments)}: status {done.returncode}\n{done.stdout}{done.stderr}\n{self.log()[-4000:]}")
         return done.stdout + done.stderr
 
-    def load(self) -> str:
-        return self.swanctl("--load-all", "--noprompt", "--file", str(self.config))
+    def load(self, uri: Path | None = None) -> str:
+        """`swanctl --load-all` of the configuration, into this daemon or another."""
+        return self.swanctl("--load-all", "--noprompt", "--file", str(self.config), uri=uri)
 
     def stop(self) -> None:
         if self._process is not None and self._process.running:

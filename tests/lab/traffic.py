@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import socket
+import struct
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,8 @@ IPAddress = IPv4Address | IPv6Address
 
 AGENT: Final = Path(__file__).with_name("agent.py")
 START_SECONDS: Final = 15.0
+TCP_TOTAL_RETRANS: Final = struct.Struct("=I")  # struct tcp_info of linux/tcp.h: eight bytes, then words; this is the 24th
+TCP_TOTAL_RETRANS_OFFSET: Final = 8 + 23 * 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,14 +163,24 @@ def tcp_bulk(host: Namespace, target: IPAddress, port: int, *, size: int = 8 << 
     return stream.wait()
 
 
-def tcp_connect(host: Namespace, target: IPAddress, port: int, *, timeout: float = 20.0) -> float:
-    """Seconds that connect() took. OSError as connect() gives it, TimeoutError among them."""
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """How long connect() took, and how many segments TCP had to send again: 0 when the first SYN came through."""
+
+    seconds: float
+    retransmissions: int
+
+
+def tcp_connect(host: Namespace, target: IPAddress, port: int, *, timeout: float = 20.0) -> Connected:
+    """OSError as connect() gives it, TimeoutError among them."""
     family = socket.AF_INET if target.version == 4 else socket.AF_INET6
     with host.socket(family, socket.SOCK_STREAM) as sock:
         sock.settimeout(timeout)
         begin = time.monotonic()
         sock.connect((str(target), port))
-        return time.monotonic() - begin
+        seconds = time.monotonic() - begin
+        information = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+        return Connected(seconds, *TCP_TOTAL_RETRANS.unpack_from(information, TCP_TOTAL_RETRANS_OFFSET))
 
 
 class UdpSink:
