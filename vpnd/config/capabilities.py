@@ -11,7 +11,7 @@ from vpnd.config.errors import ConfigError, Position
 from vpnd.config.model import ChildConfig, Configuration, KernelChoice, TsTemplate
 from vpnd.config.tree import Section
 from vpnd.ike.iana import TransformType
-from vpnd.ike.proposal import Proposal, proposal_text, within
+from vpnd.ike.proposal import Proposal, within
 
 EXPECTED: Final[Mapping[KernelChoice, Capabilities]] = {
     KernelChoice.USERSPACE: Capabilities(
@@ -67,11 +67,11 @@ def _child(child: ChildConfig, path: str, capabilities: Capabilities) -> Iterato
 def _refused(proposal: Proposal, capabilities: Capabilities) -> str | None:
     possible = within((proposal,), capabilities)
     if not possible:
-        return f"can do nothing of the proposal {proposal_text(proposal)}"
+        return f"can do nothing of the proposal {proposal}"
     for kind in (TransformType.ENCR, TransformType.INTEG, TransformType.ESN):
         left = {transform for each in possible for transform in each.of_type(kind)}
         if missing := [transform for transform in proposal.of_type(kind) if transform not in left]:
-            return f"cannot do {proposal_text(Proposal(proposal.protocol, tuple(missing)))} of a proposal"
+            return f"cannot do {Proposal(proposal.protocol, tuple(missing))} of a proposal"
     return None
 
 
