@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Final
 
 from vpnd.ike.iana import TransformAttribute
 from vpnd.ike.transform import Proposal, Transform
+from vpnd.ike.wire.errors import MalformedMessage
 from vpnd.ike.wire.payloads import SaPayload
 from vpnd.ike.wire.reader import Reader, Writer
 
@@ -19,6 +21,10 @@ FIXED_FORMAT: Final = 0x8000  # the attribute's value is the two octets that fol
 MAX_PROPOSALS: Final = 64
 MAX_TRANSFORMS: Final = 255  # of one proposal; the count's own range
 MAX_ATTRIBUTES: Final = 8  # of one transform
+MAX_REMEMBERED_TRANSFORMS: Final = 256  # decoded ones kept, as peers offer the same few; each of at most _COMMON_LENGTH octets
+
+_SHORTEST_TRANSFORM: Final = 4  # octets after the length field, without attributes
+_COMMON_LENGTH: Final = 8  # with a key length
 
 
 def decode_sa(reader: Reader) -> SaPayload:
@@ -57,8 +63,11 @@ def _decode_proposal(reader: Reader) -> Proposal:
         if more != (MORE_TRANSFORMS if left else LAST):
             raise reader.fail(f"transform begins with {more}, and {left} are to follow")
         reader.skip(1)
-        with reader.restrict_to(reader.u16() - 4, "SA.transform"):
-            transforms.append(_decode_transform(reader))
+        length = reader.u16() - 4
+        if length < _SHORTEST_TRANSFORM:
+            raise MalformedMessage("SA.transform", f"length of {length} octets")
+        octets = reader.take(length)
+        transforms.append(_short_transform(octets) if length <= _COMMON_LENGTH else _decode_transform(Reader(octets, "SA.transform")))
     return Proposal(protocol, tuple(transforms), number, spi)
 
 
@@ -71,6 +80,11 @@ def _encode_proposal(proposal: Proposal, writer: Writer) -> None:
         writer.put(bytes(3))
         _encode_transform(transform, writer)
         writer.length_at(start + 2, start)
+
+
+@lru_cache(maxsize=MAX_REMEMBERED_TRANSFORMS)
+def _short_transform(octets: bytes) -> Transform:
+    return _decode_transform(Reader(octets, "SA.transform"))
 
 
 def _decode_transform(reader: Reader) -> Transform:

@@ -135,7 +135,7 @@ def test_padding_may_be_anything_but_longer_than_the_payload():
     assert open_message(good, decode_message(good), cipher).payloads == (NoncePayload(b"n" * 16),)
     for padded in (nonce + b"\xff", b"\x01"):
         bad = sealed_with_padding(padded)
-        with pytest.raises(MalformedMessage, match="SK.padding"):
+        with pytest.raises(MalformedMessage, match=r"SK\.padding"):
             open_message(bad, decode_message(bad), cipher)
 
 

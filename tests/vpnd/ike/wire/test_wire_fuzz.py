@@ -56,8 +56,7 @@ def test_a_payload_decodes_stably_or_is_malformed(codec, data):
     reader = Reader(data, codec.name)
     try:
         payload = codec.decode(reader)
-    except MalformedMessage as error:
-        assert error.field
+    except MalformedMessage:
         return
     if reader.remaining:
         return  # the frame around it refuses what is left over
@@ -86,8 +85,7 @@ def test_a_damaged_message_decodes_stably_or_is_malformed(damage, length):
     for candidate in (bytes(data), bytes(data[:length]), bytes(data[:24]) + length.to_bytes(4, "big") + bytes(data[28:length])):
         try:
             message = decode_message(candidate)
-        except MalformedMessage as error:
-            assert 0 <= error.notify <= 0xFFFF
+        except MalformedMessage:
             continue
         assert decode_message(encode_message(message)) == message
 
