@@ -17,7 +17,6 @@ TABLES: Final = 64  # routing tables from `table` on that are ours
 PRIORITIES: Final = 100  # rule priorities from `rule_priority` on that are ours
 PROTOCOL_NUMBER: Final = 178  # RTPROT_ of our routes and rules; unassigned in rtnetlink.h and /etc/iproute2/rt_protos
 
-GSO_MAX_SIZE: Final = 60_000  # one TUN read with its ESP overhead fits one UDP_SEGMENT send
 TRANSMIT_QUEUE: Final = 10_000  # packets; above what the pending queues may hold, as a TUN cannot push back
 SOCKET_BUFFER: Final = 8 << 20  # bytes, each way
 

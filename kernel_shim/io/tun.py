@@ -9,7 +9,7 @@ from typing import Final
 
 from pyroute2 import IPRoute
 
-from kernel_shim.io.settings import GSO_MAX_SIZE, TRANSMIT_QUEUE
+from kernel_shim.io.settings import TRANSMIT_QUEUE
 from kernel_shim.model import KernelError
 
 # linux/if_tun.h
@@ -50,7 +50,8 @@ class Tun:
             self._configure(mtu)
             with IPRoute() as route:
                 self.index: Final[int] = route.link_lookup(ifname=name)[0]
-                route.link("set", index=self.index, mtu=mtu, txqlen=TRANSMIT_QUEUE, gso_max_size=GSO_MAX_SIZE, state="up")
+                # gso_max_size stays what it is: a smaller one makes the kernel cut every larger super-packet that it forwards into single packets.
+                route.link("set", index=self.index, mtu=mtu, txqlen=TRANSMIT_QUEUE, state="up")
         except OSError as error:
             os.close(self.descriptor)
             raise KernelError(error.errno or 0, f"interface {name}: {error.strerror}") from error
