@@ -235,7 +235,12 @@ async def test_a_kernel_that_lost_its_sas_gets_new_ones_never_the_old_keys() -> 
 
 async def test_half_open_limits_ask_for_cookies_and_then_refuse() -> None:
     network = Network()
-    b = Node(network, config("b"), B, gate=GateSettings(cookie_threshold=1, cookie_threshold_ip=0, block_threshold=0, limit=3))
+    b = Node(
+        network,
+        config("b").replace(f"remote_addrs = {A}", "remote_addrs = %any"),
+        B,
+        gate=GateSettings(cookie_threshold=1, cookie_threshold_ip=0, block_threshold=0, limit=3),
+    )
     await b.start()
     nodes = []
     for number in range(8):
