@@ -120,6 +120,8 @@ def parse_proposals(protocol: ProtocolId, text: str) -> tuple[Proposal, ...]:
     As in strongSwan a PRF follows from the integrity algorithm when none is named, an integrity algorithm beside a combined-mode
     cipher is dropped, and ESP without `esn` has no extended sequence numbers. `default` is `default_proposals`.
     """
+    if protocol not in _KEYWORDS:
+        raise ValueError(f"no proposals for protocol {protocol.name}")
     proposals: list[Proposal] = []
     for item in (part.strip() for part in text.split(",")):
         if not item:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kernel_shim.algorithms import EncryptionId, EspAlgorithm, IntegrityId
 from kernel_shim.model import Capabilities
@@ -73,6 +76,7 @@ def test_words_become_transforms(protocol, text, printed):
         (IKE, "aes128-aes128gcm16-sha256-x25519", "combined-mode"),
         (IKE, "", "empty"),
         (IKE, "default,", "empty"),
+        (ProtocolId.AH, "sha256", "AH"),
         (ESP, ",".join(["default"] * MAX_PROPOSALS), "at most"),
     ],
 )
@@ -238,3 +242,27 @@ def test_a_choice_that_no_kernel_knows_has_no_esp_algorithm():
     for transforms in ((), (Transform(TransformType.ENCR, Encryption.DES_CBC),)):
         with pytest.raises(ValueError):
             Proposal(ESP, transforms).esp_algorithm()
+
+
+WORDS = ["aes128gcm16", "aes256gcm16", "chacha20poly1305", "aes128", "aes256", "sha256", "sha512", "x25519", "ecp256", "modpnone", "esn", "noesn"]
+
+
+@st.composite
+def esp_proposals(draw: st.DrawFn) -> tuple[Proposal, ...]:
+    proposals: list[Proposal] = []
+    for words in draw(st.lists(st.lists(st.sampled_from(WORDS), min_size=1, max_size=6, unique=True), min_size=1, max_size=3)):
+        with contextlib.suppress(ValueError):
+            proposals.extend(parse_proposals(ESP, "-".join(words)))
+    return number_proposals(proposals, b"peer")
+
+
+@settings(max_examples=200)
+@given(esp_proposals(), esp_proposals(), st.booleans(), st.sampled_from([None, Group.CURVE_25519, Group.ECP_256]))
+def test_what_a_responder_chooses_both_sides_allow(ours, theirs, prefer_configured, wanted):
+    chosen = select(ours, theirs, prefer_configured=prefer_configured, group=wanted)
+    if chosen is None:
+        assert not any(set(own.transforms) == set(other.transforms) for own in ours for other in theirs)
+        return
+    assert accept(theirs, (chosen,)) == chosen
+    assert any(set(chosen.transforms) <= {*own.transforms, Transform(TransformType.KE, NONE)} for own in ours)
+    assert chosen.esp_algorithm().aead or chosen.integrity is not None
