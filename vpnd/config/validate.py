@@ -293,9 +293,9 @@ def _lifetime(reader: Reader, unit: str, read: Callable[[str], float | None], de
     """Soft and hard lifetime and the random part: each missing one follows from the others, as swanctl.conf(5) says."""
     rekey, life, rand = read(f"rekey_{unit}"), read(f"life_{unit}"), read(f"rand_{unit}")
     if rekey is None:
-        rekey = default if life is None else int(life / 1.1)
+        rekey = default if life is None else int(life) * 10 // 11
     if life is None:
-        life = int(rekey * 1.1)
+        life = int(rekey) * 11 // 10
     if rand is None:
         rand = life - min(life, rekey)
     if life and life < rekey:
