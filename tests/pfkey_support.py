@@ -336,6 +336,8 @@ class SocketEdge:
         self.clients.pop(number).close()
 
     def close(self) -> None:
+        if self._listener.fileno() < 0:
+            return
         self._loop.remove_reader(self._listener)
         self._listener.close()
         for number in list(self.clients):

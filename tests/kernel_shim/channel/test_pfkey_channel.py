@@ -298,8 +298,8 @@ async def test_an_oversized_datagram_is_refused_and_the_channel_goes_on(channel,
 async def test_plain_pf_key_does_what_it_can_say_and_refuses_the_rest(edge, tmp_path, kernel):
     async with opened(tmp_path / "kernel", extensions=False) as channel:
         capabilities = channel.capabilities()
-        assert capabilities.algorithms == {CBC_SHA1}
-        assert not (capabilities.esn or capabilities.port_ranges or capabilities.binds_ike_sockets)
+        assert capabilities.algorithms == {replace(CBC_SHA1, key_bits=bits) for bits in (128, 192, 256)}
+        assert (capabilities.esn, capabilities.port_ranges, capabilities.binds_ike_sockets) == (False, False, False)
         spi = await channel.get_spi(SpiRequest(B, A, Mode.TUNNEL, 7, acquire=5))
         inbound = make_sa(spi, source=B, destination=A, direction=Direction.IN, algorithm=CBC_SHA1, acquire=5)
         await channel.update_sa(inbound)
@@ -310,14 +310,11 @@ async def test_plain_pf_key_does_what_it_can_say_and_refuses_the_rest(edge, tmp_
             with pytest.raises(KernelError) as error:
                 await channel.add_sa(beyond)
             assert error.value.errno == errno.EOPNOTSUPP
-        for policy in (
-            POLICY,
-            replace(POLICY, selector=replace(SELECTOR, if_id=0)),
-            replace(POLICY, selector=Selector(AddressRange(A, A), AddressRange(B, B))),
-        ):
+        plain_selector = Selector(AddressRange(A, A), AddressRange(B, B), 6)
+        for policy in (POLICY, replace(POLICY, selector=replace(SELECTOR, if_id=0)), replace(POLICY, selector=plain_selector)):
             with pytest.raises(KernelError):
                 await channel.add_policy(policy)
-        plain = Policy(Selector(AddressRange(A, A), AddressRange(B, B), 6), Direction.OUT, Action.PROTECT, 5, POLICY.templates)
+        plain = Policy(plain_selector, Direction.OUT, Action.PROTECT, 5, POLICY.templates)
         assert replace(await channel.add_policy(plain), index=0) == plain
         assert len(await channel.policies()) == 1
         await channel.delete_policy(Direction.OUT, plain.selector)
