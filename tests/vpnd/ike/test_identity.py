@@ -202,10 +202,6 @@ def test_any_text_is_an_identity_or_a_value_error(text):
 
 LETTERS = st.characters(codec="utf-8", categories=("L", "N", "P", "Zs"))
 VALUES = st.text(alphabet=LETTERS, min_size=1, max_size=20).map(str.strip).filter(lambda text: text.isprintable() and text != "")
-    st.text(alphabet=st.characters(codec="utf-8", categories=("L", "N", "P", "Zs")), min_size=1, max_size=20)
-    .map(str.strip)
-    .filter(lambda text: text.isprintable() and text != "")
-)
 
 
 @settings(max_examples=100)
