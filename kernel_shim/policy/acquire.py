@@ -149,6 +149,11 @@ class AcquireTable:
         entry = self._by_sequence.get(sequence)
         return (entry.key, entry.flow) if entry is not None else None
 
+    def asked(self, key: PeerKey) -> Flow | None:
+        """The flow that the outstanding ACQUIRE of a peer is for; None when none is outstanding."""
+        entry = self._entries.get(key)
+        return entry.flow if entry is not None and entry.state is AcquireState.ASKING else None
+
     def satisfied(self, sequence: AcquireSequence, *, covered: bool, now: float) -> PeerKey | None:
         """An outbound SA came for it; `covered` says whether its selectors cover the flow of the ACQUIRE. None: not outstanding."""
         entry = self._by_sequence.get(sequence)
@@ -162,7 +167,10 @@ class AcquireTable:
         return entry.key
 
     def resolved(self, key: PeerKey) -> None:
-        """The peer has SAs now, whoever made them: forget the ACQUIRE and its failures."""
+        """The peer has an SA for what was asked, whoever made it: forget the ACQUIRE and its failures.
+
+        While one is outstanding make sure that the SA covers `asked(key)`, else the same will be asked for twice.
+        """
         entry = self._entries.get(key)
         if entry is not None:
             self._remove(entry)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
 
-from kernel_shim.model import PolicyIndex, Unresolved
+from kernel_shim.model import IPAddress, PolicyIndex, Unresolved
 from kernel_shim.policy.peer import PeerKey
 from kernel_shim.reasons import DropReason
 
@@ -114,7 +114,7 @@ class PendingQueues(Generic[PacketT]):
         self.flows: Mapping[bytes, PeerKey] = self._flows
         self.drops: Counter[DropReason] = Counter()
         self._queues: dict[PeerKey, _Queue[PacketT]] = {}
-        self._by_policy: dict[PolicyIndex, dict[PeerKey, None]] = {}
+        self._by_policy: dict[PolicyIndex, dict[IPAddress | None, dict[PeerKey, None]]] = {}  # by destination within the policy
         self._ready: OrderedDict[PeerKey, None] = OrderedDict()
         # By the lifetime they were given; so each is in order of arrival and of deadline.
         self._ages: dict[Unresolved, deque[_Waiting[PacketT]]] = {mode: deque() for mode in _LIFETIME}
@@ -159,9 +159,14 @@ class PendingQueues(Generic[PacketT]):
             queue.todo = deque(queue.flows)
             self._ready[key] = None
 
-    def ready_policy(self, policy: PolicyIndex) -> None:
-        """`ready` for every peer of a policy."""
-        for key in self._by_policy.get(policy, ()):
+    def ready_policy(self, policy: PolicyIndex, destination: IPAddress | None = None) -> None:
+        """`ready` for every peer of a policy, or for those alone that an SA to `destination` may serve."""
+        if destination is None:
+            keys = self._keys_of(policy)
+        else:
+            destinations = self._by_policy.get(policy, {})
+            keys = [*destinations.get(None, ()), *destinations.get(destination, ())]
+        for key in keys:
             self.ready(key)
 
     def ready_all(self) -> None:
@@ -249,7 +254,7 @@ class PendingQueues(Generic[PacketT]):
 
     def discard_policy(self, policy: PolicyIndex, reason: DropReason) -> list[Dropped[PacketT]]:
         """`discard` for every peer of a policy. When the SPD changes, `ready_all` is better: another policy may match."""
-        return [dropped for key in list(self._by_policy.get(policy, ())) for dropped in self.discard(key, reason)]
+        return [dropped for key in self._keys_of(policy) for dropped in self.discard(key, reason)]
 
     def discard_all(self, reason: DropReason) -> list[Dropped[PacketT]]:
         return [dropped for key in list(self._queues) for dropped in self.discard(key, reason)]
@@ -331,16 +336,22 @@ class PendingQueues(Generic[PacketT]):
 
     def _open(self, key: PeerKey, mode: Unresolved) -> _Queue[PacketT]:
         queue = self._queues[key] = _Queue(key, mode)
-        self._by_policy.setdefault(key.policy, {})[key] = None
+        self._by_policy.setdefault(key.policy, {}).setdefault(key.destination, {})[key] = None
         return queue
 
     def _close(self, queue: _Queue[PacketT]) -> None:
         del self._queues[queue.key]
         self._ready.pop(queue.key, None)
-        peers = self._by_policy[queue.key.policy]
+        destinations = self._by_policy[queue.key.policy]
+        peers = destinations[queue.key.destination]
         del peers[queue.key]
         if not peers:
-            del self._by_policy[queue.key.policy]
+            del destinations[queue.key.destination]
+            if not destinations:
+                del self._by_policy[queue.key.policy]
+
+    def _keys_of(self, policy: PolicyIndex) -> list[PeerKey]:
+        return [key for keys in self._by_policy.get(policy, {}).values() for key in keys]
 
     def _file(self, waiting: _Waiting[PacketT], queue: _Queue[PacketT]) -> None:
         """To the end of its flow's line, and into the sums; `arrivals` is the caller's."""

@@ -47,6 +47,9 @@ def test_an_acquire_carries_what_the_key_manager_needs(table: AcquireTable) -> N
     assert need is Need.ASKED
     assert acquire == Acquire(AcquireSequence(1), policy().index, ReqId(3), Mode.TUNNEL, TEMPLATE.source, TEMPLATE.destination, SELECTOR, flow())
     assert table.peer(AcquireSequence(1)) == (KEY, flow())
+    assert table.asked(KEY) == flow()
+    table.failed(AcquireSequence(1), 1.0)
+    assert table.asked(KEY) is None
 
 
 def test_a_wildcard_policy_has_a_peer_for_each_host_pair(table: AcquireTable) -> None:
@@ -148,6 +151,7 @@ def test_without_a_listener_it_is_state_and_sent_when_one_comes() -> None:
     table.listening(False, 21.2)
     table.listening(True, 21.5)
     assert len(table.poll(21.5).acquires) == 2
+    assert table.next_deadline() == 21.5 + module.REPEAT_SECONDS[0]
 
 
 def test_the_rate_is_bounded_and_nothing_is_forgotten(table: AcquireTable) -> None:

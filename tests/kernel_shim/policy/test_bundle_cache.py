@@ -44,6 +44,16 @@ def test_a_changed_mask_clears() -> None:
     assert cache.statistics()["bundle_cleared"] == 1
 
 
+def test_the_bundle_made_first_makes_room() -> None:
+    cache: BundleCache[int] = BundleCache(Generations(), limit=2)
+    cache.put(b"a", 1)
+    cache.put(b"b", 2)
+    cache.put(b"a", 3)
+    cache.put(b"c", 4)
+    assert [cache.get(key) for key in (b"a", b"b", b"c")] == [3, None, 4]
+    assert cache.evicted == 1
+
+
 STEPS = st.lists(
     st.one_of(
         st.tuples(st.just("put"), st.integers(0, 11)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from ipaddress import ip_address
 from typing import NamedTuple
 
 import pytest
@@ -113,6 +114,19 @@ def test_a_flow_that_another_policy_now_matches_moves_whole() -> None:
     queues.ready_policy(B.policy)
     queues.discard(A, DropReason.ACQUIRE_FAILED)
     assert [p.number for p in drain(queues)] == [*range(0, 100, 2), 100]
+
+
+def test_an_sa_readies_only_the_peers_it_may_serve() -> None:
+    queues: PendingQueues[Packet] = PendingQueues()
+    one, two = ip_address("192.0.2.1"), ip_address("192.0.2.2")
+    for number, destination in enumerate((one, two, None)):
+        fill(queues, PeerKey(PolicyIndex(9), None, destination), [Packet(number, number)])
+    queues.ready_policy(PolicyIndex(9), two)
+    assert [p.flow for p in drain(queues)] == [2, 1]
+    queues.ready_policy(PolicyIndex(17))
+    assert drain(queues) == []
+    queues.ready_policy(PolicyIndex(9))
+    assert [p.flow for p in drain(queues)] == [0]
 
 
 def test_the_oldest_makes_room() -> None:

@@ -103,6 +103,20 @@ def test_equal_priorities_are_won_by_the_older_across_shapes() -> None:
     assert spd.lookup(OUT, flow("10.1.0.1")) == younger
 
 
+def test_a_shape_that_gets_a_better_policy_is_asked_sooner() -> None:
+    spd = SecurityPolicyDatabase()
+    wide = spd.add(policy(Selector(ANY, net("10.0.0.0/8")), 5))
+    narrow = spd.add(policy(Selector(ANY, net("10.1.0.0/16")), 10))
+    other = spd.add(policy(Selector(ANY, net("10.2.0.0/16")), 10))
+    assert spd.lookup(OUT, flow("10.1.0.1")) == wide
+    better = spd.update(policy(narrow.selector, 1))
+    assert spd.lookup(OUT, flow("10.1.0.1")) == better
+    assert spd.lookup(OUT, flow("10.2.0.1")) == wide
+    worse = spd.update(policy(wide.selector, 20))
+    assert spd.lookup(OUT, flow("10.2.0.1")) == other
+    assert spd.lookup(OUT, flow("10.3.0.1")) == worse
+
+
 def test_index_is_generator_and_direction_in_steps_of_eight() -> None:
     spd = SecurityPolicyDatabase()
     indices = [spd.add(policy(Selector(ANY, net("10.0.0.0/8")), direction=direction)).index for direction in (IN, OUT, FORWARD, IN)[:3]]

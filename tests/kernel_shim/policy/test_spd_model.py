@@ -166,10 +166,31 @@ class AgainstList(RuleBasedStateMachine):
     @rule(batch=st.lists(flows(), min_size=5, max_size=25), if_id=st.sampled_from((0, 0, 7)), mark=st.sampled_from((0, 2, 6, 9)))
     def lookup(self, batch: list[Flow], if_id: int, mark: int) -> None:
         for flow in batch:
-            for direction in Direction:
-                candidates = [p for p in self.naive if p.direction == direction and matches(p.selector, flow, if_id, mark)]
-                # min() keeps the first of equal ones: the oldest.
-                assert self.spd.lookup(direction, flow, if_id, mark) == min(candidates, key=lambda p: p.priority, default=None)
+            self.compare(flow, if_id, mark)
+
+    @rule(high=st.booleans(), beside=st.sampled_from((0, 0, 0, 1)))
+    def lookup_at_the_edges(self, high: bool, beside: int) -> None:
+        """Flows at the ends of the ranges that are there, and just beyond."""
+        step = beside if high else -beside
+        for policy in self.naive:
+            selector = policy.selector
+            addresses = [int(side.last if high else side.first) for side in (selector.source, selector.destination)]
+            ports = [side.high if high else side.low for side in (selector.source_ports, selector.destination_ports)]
+            limit = (1 << (32 if selector.version == 4 else 128)) - 1
+            wanted = Flow(
+                MAKE[selector.version](min(max(addresses[0] + step, 0), limit)),
+                MAKE[selector.version](addresses[1]),
+                selector.protocol or 6,
+                ports[0],
+                min(max(ports[1] + step, 0), 65535),
+            )
+            self.compare(wanted, selector.if_id, selector.mark.value)
+
+    def compare(self, flow: Flow, if_id: int, mark: int) -> None:
+        for direction in Direction:
+            candidates = [p for p in self.naive if p.direction == direction and matches(p.selector, flow, if_id, mark)]
+            # min() keeps the first of equal ones: the oldest.
+            assert self.spd.lookup(direction, flow, if_id, mark) == min(candidates, key=lambda p: p.priority, default=None)
 
     @invariant()
     def same_content(self) -> None:
@@ -188,5 +209,5 @@ class AgainstList(RuleBasedStateMachine):
             assert self.spd.find(policy.direction, policy.selector) == policy
 
 
-AgainstList.TestCase.settings = settings(max_examples=60, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck))
+AgainstList.TestCase.settings = settings(max_examples=100, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck))
 TestAgainstList = AgainstList.TestCase
