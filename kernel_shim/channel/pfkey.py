@@ -71,7 +71,8 @@ class PfKeyChannel:
         self._event_listeners: list[Callable[[KernelEvent], None]] = []
         self._overrun_listeners: list[Callable[[], None]] = []
         self._closed_listeners: list[Callable[[], None]] = []
-        self._session = ClientSession(os.getpid(), first_sequence=secrets.randbelow(1 << 30) + 1)
+        # High, for kernels without our extensions take a low number for that of an ACQUIRE.
+        self._session = ClientSession(os.getpid(), first_sequence=(1 << 30) + secrets.randbelow(1 << 29))
         self._socket: socket.socket | None = None
         self._futures: dict[Ticket, asyncio.Future[Replied]] = {}
         self._timer: asyncio.TimerHandle | None = None

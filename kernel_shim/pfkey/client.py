@@ -31,6 +31,7 @@ MAX_DUMP_ENTRIES: Final = 1_000_000
 MAX_OUTPUT: Final = 1024  # messages not yet sent
 MAX_EVENTS: Final = 65536  # not yet taken; at the bound `wants_read` is false
 
+_LAST_SEQUENCE: Final = 0xFFFFFFFF
 _DUMPS: Final = frozenset({MessageType.DUMP, MessageType.X_SPDDUMP})
 
 
@@ -95,7 +96,7 @@ class ClientSession:
 
     def __init__(self, pid: int, *, first_sequence: int = 1, dialect: Dialect = LINUX) -> None:
         self._pid = pid
-        self._sequence = first_sequence
+        self._first_sequence = self._sequence = first_sequence
         self._codec = Codec(dialect)
         self._tickets = 0
         self._waiting: deque[_Request] = deque()  # not yet sent, for MAX_UNDER_WAY; bounded by the callers that wait
@@ -136,7 +137,7 @@ class ClientSession:
                 return
 
     def _next_sequence(self) -> int:
-        self._sequence = self._sequence % 0x7FFFFFFF + 1  # never 0, which ends a dump
+        self._sequence = self._sequence + 1 if self._sequence < _LAST_SEQUENCE else self._first_sequence  # never 0, which ends a dump
         return self._sequence
 
     def _send_waiting(self, now: float) -> None:

@@ -39,7 +39,7 @@ class Codec:
     def __init__(self, dialect: Dialect = LINUX) -> None:
         self.dialect = dialect
         self._numbers = {kind: number for kind in _ALL_LAYOUTS if (number := dialect.number(kind)) is not None}
-        self._kinds = {number: kind for kind, number in self._numbers.items()}
+        self._readers = {number: (kind, kind.name, _ALL_LAYOUTS[kind].read) for kind, number in self._numbers.items()}
 
     def decode(self, data: bytes) -> Message:
         """The message that `data`, one datagram, holds. EMSGSIZE when its length is not the one it announces, else EINVAL."""
@@ -57,7 +57,7 @@ class Codec:
 
     def _decode_extensions(self, reader: Reader) -> tuple[Extension, ...]:
         extensions: list[Extension] = []
-        seen: set[ExtensionType] = set()
+        seen: set[int] = set()
         while reader.remaining:
             words, number = reader.take(_EXTENSION)
             if number == ExtensionType.RESERVED:
@@ -66,17 +66,18 @@ class Codec:
                 raise PfKeyError("sadb_ext_len", f"extension {number} of no length")
             if len(extensions) == MAX_EXTENSIONS:
                 raise PfKeyError("sadb_ext", f"more than {MAX_EXTENSIONS} extensions")
-            kind = self._kinds.get(number)
             count = words * WORD - EXTENSION_HEADER_LENGTH
-            if kind is None:
+            known = self._readers.get(number)
+            if known is None:
                 with reader.restrict_to(count, f"extension {number}"):
                     extensions.append(UnknownExtension(number, reader.octets(count)))
                 continue
-            if kind in seen:
-                raise PfKeyError(kind.name, "comes twice")
-            seen.add(kind)
-            with reader.restrict_to(count, kind.name):
-                extensions.append(_ALL_LAYOUTS[kind].read(reader, kind))
+            kind, name, read = known
+            if number in seen:
+                raise PfKeyError(name, "comes twice")
+            seen.add(number)
+            with reader.restrict_to(count, name):
+                extensions.append(read(reader, kind))
         return tuple(extensions)
 
     def encode(self, message: Message) -> bytes:

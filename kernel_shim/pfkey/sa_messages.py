@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address
 from typing import Final
 
@@ -271,7 +272,8 @@ def status_extensions(status: SaStatus, *, private: bool) -> Iterator[Extension]
 
 
 def status_from(message: Message) -> SaStatus:
-    sa = sa_from(message, Direction.OUT, keys=False)
+    # In a dump sadb_msg_seq counts entries.
+    sa = sa_from(message if message.find(SaExtension) is not None else replace(message, sequence=0), Direction.OUT, keys=False)
     try:
         state = SaState(message.require(Sa).state)
     except ValueError:

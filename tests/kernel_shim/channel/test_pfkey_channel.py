@@ -305,7 +305,8 @@ async def test_plain_pf_key_does_what_it_can_say_and_refuses_the_rest(edge, tmp_
         await channel.update_sa(inbound)
         outbound = make_sa(0x2000, algorithm=CBC_SHA1, replay_window=32)
         await channel.add_sa(outbound)
-        assert [status.sa for status in kernel.table.values()] == [inbound, outbound]
+        assert [replace(status.sa, acquire=0) for status in kernel.table.values()] == [replace(inbound, acquire=0), outbound]
+        assert kernel.table[inbound.id].sa.acquire == 5
         for beyond in (make_sa(1, esn=True), make_sa(1, replay_window=33), make_sa(1, source_selectors=selectors("10.0.0.0/8"))):
             with pytest.raises(KernelError) as error:
                 await channel.add_sa(beyond)
