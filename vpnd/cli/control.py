@@ -13,7 +13,7 @@ import shtab
 
 from vpnd.cli import tables
 from vpnd.config.model import DaemonConfig
-from vpnd.config.reader import shown
+from vpnd.config.reader import visible
 from vpnd.config.tree import Section
 from vpnd.control.client import CommandFailed, ControlUnavailable, ViciClient
 from vpnd.control.vici.formats import metadata_version
@@ -112,7 +112,7 @@ def _failed(options: argparse.Namespace, message: str, status: int) -> int:
     if options.json:
         print(json.dumps({"success": False, "error": message}))
     else:
-        print(f"vpnctl: {shown(message)}", file=sys.stderr)
+        print(f"vpnctl: {visible(message)}", file=sys.stderr)
     return status
 
 
@@ -222,11 +222,11 @@ def _order(options: argparse.Namespace, command: str) -> int:
 
     def progress(line: Section) -> None:
         if not options.json:
-            print(f"[{shown(line.text('group') or '')}] {shown(line.text('msg') or '')}", file=sys.stderr)
+            print(f"[{visible(line.text('group') or '')}] {visible(line.text('msg') or '')}", file=sys.stderr)
 
     with ViciClient(options.socket, options.timeout + GRACE if options.timeout else None) as client:
         client.streamed(command, "control-log", message, progress)
-    return _print(options, {"success": True, "child": options.child}, lambda: print(f"{shown(options.child)}: {options.command}"))
+    return _print(options, {"success": True, "child": options.child}, lambda: print(f"{visible(options.child)}: {options.command}"))
 
 
 def _wait(options: argparse.Namespace) -> int:
@@ -235,7 +235,7 @@ def _wait(options: argparse.Namespace) -> int:
         message["timeout"] = str(int(options.timeout * 1000) or 1)
     with ViciClient(options.socket, options.timeout + GRACE if options.timeout else None) as client:
         client.request("x-wait", message)
-    return _print(options, {"success": True, "child": options.child}, lambda: print(f"{shown(options.child)}: up"))
+    return _print(options, {"success": True, "child": options.child}, lambda: print(f"{visible(options.child)}: up"))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vpnd.config.reader import shown
+from vpnd.config.reader import visible
 
 WIDTH_OF_A_FILE: Final = 240  # columns when the output is no terminal: nothing is cut off there
 
@@ -30,7 +30,7 @@ def _table(*columns: str) -> Table:
 
 
 def _add(table: Table, *cells: object) -> None:
-    table.add_row(*(Text("\n".join(shown(line) for line in str(cell).split("\n"))) for cell in cells))
+    table.add_row(*(Text("\n".join(visible(line) for line in str(cell).split("\n"))) for cell in cells))
 
 
 def _print(table: Table, none: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from typing import Final
 
@@ -12,13 +12,15 @@ from kernel_shim.model import (
     PROTOCOL_ICMP,
     PROTOCOL_ICMPV6,
     AddressRange,
-    IPAddress,
     PortRange,
     TrafficSelector,
 )
 from vpnd.config.model import TsTemplate
 from vpnd.config.reader import integer, shown
 
+MAX_HOST_NAME: Final = 253  # RFC 1035 section 2.3.4, as text
+
+_LABEL: Final = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
 ANY_ADDRESS: Final = {"%any": None, "%any4": 4, "%any6": 6, "0.0.0.0": 4, "::": 6}  # noqa: S104
 PROTOCOLS: Final = {  # /etc/protocols, protocols(5)
     "any": 0,
@@ -76,34 +78,31 @@ PORT_NAMES: Final = {number: name for name, number in reversed(_PORTS.items())}
 
 
 def parse_ike_address(text: str) -> str:
-    """An entry of `local_addrs` or `remote_addrs` in one spelling: %any, %any4, %any6, an address, a prefix or a range. Raises ValueError."""
+    """An entry of `local_addrs` in one spelling: %any, %any4, %any6, an address, a prefix or a range. Raises ValueError."""
     if text in ANY_ADDRESS:
         version = ANY_ADDRESS[text]
         return "%any" if version is None else f"%any{version}"
-    if "-" in text and text[0] in "0123456789:abcdefABCDEF":
-        covered = _range(text)
-        return f"{covered.first}-{covered.last}"
     try:
-        return str(ip_network(text, strict=False)) if "/" in text else str(ip_address(text))
+        if "/" in text:
+            return str(ip_network(text, strict=False))
+        if "-" in text:
+            covered = _range(text)
+            return f"{covered.first}-{covered.last}"
+        return str(ip_address(text))
     except ValueError:
-        raise ValueError(f"'{shown(text)}' is not an address, prefix or range (names are not implemented yet)") from None
+        raise ValueError(f"'{shown(text)}' is not an address, prefix or range") from None
 
 
-def address_matches(pattern: str, address: IPAddress) -> bool:
-    """Whether an entry that `parse_ike_address` gave covers `address`."""
-    if pattern in ANY_ADDRESS:
-        return ANY_ADDRESS[pattern] in (None, address.version)
-    if "-" in pattern:
-        return address in _range(pattern)
-    return address in AddressRange.of(ip_network(pattern, strict=False))
-
-
-def first_address(patterns: Iterable[str]) -> IPAddress | None:
-    """The first entry that is one address: the one to start from or to. None: there is none, so only the peer can start."""
-    for pattern in patterns:
-        if pattern not in ANY_ADDRESS and "-" not in pattern and "/" not in pattern:
-            return ip_address(pattern)
-    return None
+def parse_remote_address(text: str) -> str:
+    """An entry of `remote_addrs`: the same, or a host's name. Raises ValueError."""
+    try:
+        return parse_ike_address(text)
+    except ValueError:
+        name = text.removesuffix(".").lower()
+        labels = name.split(".")
+        if len(name) > MAX_HOST_NAME or not all(_LABEL.fullmatch(label) for label in labels) or labels[-1].isdecimal():
+            raise ValueError(f"'{shown(text)}' is not an address, prefix, range or host name") from None
+        return name
 
 
 def parse_traffic_selector(text: str) -> TsTemplate:

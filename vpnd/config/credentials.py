@@ -56,7 +56,7 @@ def certificate_der(data: bytes) -> bytes:
     try:
         certificate = x509.load_pem_x509_certificate(data) if b"-----BEGIN" in data else x509.load_der_x509_certificate(data)
         certificate.public_key()
-    except (ValueError, UnsupportedAlgorithm) as error:
+    except (ValueError, UnsupportedAlgorithm, x509.InvalidVersion) as error:
         raise ValueError(f"not an X.509 certificate that can be used: {shown(str(error))}") from None
     return certificate.public_bytes(serialization.Encoding.DER)
 
@@ -65,7 +65,7 @@ def is_authority(der: bytes) -> bool:
     """Whether basicConstraints say CA (RFC 5280 section 4.2.1.9)."""
     try:
         constraints = x509.load_der_x509_certificate(der).extensions.get_extension_for_class(x509.BasicConstraints)
-    except (x509.ExtensionNotFound, ValueError):
+    except (x509.ExtensionNotFound, x509.DuplicateExtension, x509.UnsupportedGeneralNameType, ValueError):
         return False
     return constraints.value.ca
 

@@ -152,8 +152,13 @@ def suggestion(name: str, names: Sequence[str]) -> str:
 
 def shown(text: str) -> str:
     """Text from outside, fit for a line of a log."""
-    text = "".join(character if character.isprintable() else "?" for character in text[: MAX_SHOWN + 1])
+    text = visible(text[: MAX_SHOWN + 1])
     return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
+
+
+def visible(text: str) -> str:
+    """Without control characters and their like."""
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def printable(text: str) -> str:

@@ -11,7 +11,7 @@ from typing import Final
 from kernel_shim.model import Action, Mode, Unresolved
 from vpnd.auth.signature import SignaturePolicy
 from vpnd.config import options
-from vpnd.config.addresses import parse_ike_address, parse_traffic_selector
+from vpnd.config.addresses import parse_ike_address, parse_remote_address, parse_traffic_selector
 from vpnd.config.credentials import certificate_der, read_credential_file
 from vpnd.config.errors import ConfigError, ConfigErrors
 from vpnd.config.model import AuthMethod, AuthRound, ChildConfig, ConnectionConfig, StartAction, TsTemplate
@@ -76,7 +76,7 @@ def _connection(reader: Reader, name: str) -> ConnectionConfig:
         remote=remote,
         children=_children(reader),
         local_addrs=reader.convert_all("local_addrs", parse_ike_address) or ("%any",),
-        remote_addrs=reader.convert_all("remote_addrs", parse_ike_address) or ("%any",),
+        remote_addrs=reader.convert_all("remote_addrs", parse_remote_address) or ("%any",),
         local_port=reader.convert("local_port", 500, _local_port),
         remote_port=reader.integer("remote_port", 500, minimum=1, maximum=65535),
         encap=reader.boolean("encap", False),

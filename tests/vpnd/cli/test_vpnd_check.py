@@ -1,0 +1,67 @@
+"""`vpnd check`, as a process and in process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vpnd.cli.daemon import main, parser
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def test_a_good_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "vpnd.conf"
+    file.write_text("connections { gw { children { a {}\n b {} } } }\nsecrets { ike { secret = x } }")
+    assert main(["check", str(file)]) == 0
+    counted = "1 connection, 2 children, 1 shared secret, 0 private keys, 0 certificates, 0 authorities, kernel userspace"
+    assert capsys.readouterr().out == f"{file}: ok, {counted}\n"
+
+
+def test_complaints_come_with_their_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "vpnd.conf"
+    file.write_text("connections { gw {\n  mobike = yes\n  children { net {\n esp_proposals = aes128ccm16 } }\n} }\n")
+    assert main(["check", str(file)]) == 1
+    assert capsys.readouterr().err == f"{file}:2:3: connections.gw.mobike: the option 'mobike' (yes) is not implemented yet\n"
+    file.write_text("a {")
+    assert main(["check", str(file)]) == 1
+    assert capsys.readouterr().err == f"{file}:1:1: section 'a' is not closed\n"
+
+
+def test_what_the_kernel_cannot_do_is_a_complaint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "vpnd.conf"
+    file.write_text("connections { gw { children { net {\n esp_proposals = aes128ccm16 } } } }\n")
+    assert main(["check", str(file)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"{file}:2:18: connections.gw.children.net.esp_proposals: the kernel 'userspace' can do nothing of the proposal")
+
+
+def test_warnings_are_no_complaints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "vpnd.conf"
+    file.write_text("unused { a = b }")
+    assert main(["check", str(file)]) == 0
+    assert capsys.readouterr().err == f"{file}:1:1: unused: nothing refers to this section (warning)\n"
+
+
+def test_it_is_a_program() -> None:
+    done = subprocess.run([sys.executable, "-m", "vpnd.cli.daemon", "check", "/no/such/file"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "cannot read /no/such/file: No such file or directory\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["check", "a", "b"], ["unknown"]])
+def test_wrong_usage(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parser().parse_args(arguments)
+    assert caught.value.code == 2
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parser().parse_args(["--print-completion", shell])
+    assert caught.value.code == 0
+    assert "check" in capsys.readouterr().out
