@@ -290,7 +290,7 @@ class Engine:
             if peer is not None:
                 self._pending.ready(peer)
         for index in self._policies_of.get(sa.reqid, ()):
-            self._pending.ready_policy(index)
+            self._pending.ready_policy(index, sa.destination)
         self._drain(now)
         return status
 

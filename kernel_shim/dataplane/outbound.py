@@ -183,8 +183,8 @@ class Outbound:
         """A peer may be asked for again, and packets still wait for it."""
         held = self._pending.head(peer)
         if held is not None:
-            full = self._keys.full_key(held.frame, _BEGIN)
-            found = self._resolve(full, held.frame) if full is not None else None
+            key = self._keys.cut(held.frame, _BEGIN)
+            found = self._resolve(key, held.frame) if key is not None else None
             if isinstance(found, Wanted):
                 self._ask(found, now)
             else:
@@ -334,7 +334,10 @@ class Outbound:
             # It waited because it was to be protected: that its policy is gone does not let it out in clear.
             self.lost(self._pending.drop(run, DropReason.PENDING_POLICY_GONE), now)
         else:
-            self._acquires.resolved(run.key)
+            asked = self._acquires.asked(run.key)
+            # The ACQUIRE of this peer may by now be for a flow that the SA leaves out.
+            if asked is None or not found.policy.templates or self.select(found.policy.templates[0], asked) is not None:
+                self._acquires.resolved(run.key)
             self._send_run(run, found, now)
         return True
 
