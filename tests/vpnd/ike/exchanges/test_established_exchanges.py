@@ -6,7 +6,7 @@ from collections.abc import Callable
 from ipaddress import ip_address
 
 import pytest
-from lab.ike_pair import Datagram, Pair, agree, child, connection, mirrored, psk, psk_pair, selectors
+from lab.ike_pair import Datagram, Pair, agree, child, connection, mirrored, psk, selectors
 
 from kernel_shim.model import AcquireSequence, Direction, Flow, Spi
 from vpnd.config.model import ChildConfig
