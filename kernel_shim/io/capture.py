@@ -51,7 +51,6 @@ class Capture:
         self._inside: dict[IPNetwork, frozenset[str]] = {}
         self._old_tables: list[str] = []
         self._sysctls: dict[str, str] = {}
-        self.takeover = False
 
         previous = self._read_state()
         ranges = {(settings.table, settings.rule_priority), *((entry["table"], entry["rule_priority"]) for entry in previous)}
@@ -59,10 +58,11 @@ class Capture:
             self._routes.find(table, rule_priority)
         for source, slot in list(self._routes.source_tables()):
             self._plan.adopt(source, slot)
-            self.takeover = True
         for entry in previous:
             self._sysctls.update(entry["sysctls"])
-        self._guard: Final = GuardPlan(self._name_table(), interfaces=(settings.tun, settings.clear_tun), mark=settings.mark)
+        stems = {settings.guard_table, *(entry["guard"] for entry in previous)}
+        self._guard: Final = GuardPlan(self._name_table(stems), interfaces=(settings.tun, settings.clear_tun), mark=settings.mark)
+        self.takeover = self._routes.found or bool(self._old_tables)
         self._notices: Final = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
         try:
             self._write_state()
@@ -232,12 +232,12 @@ class Capture:
         self._routes.close()
         self._nft.close()
 
-    def _name_table(self) -> str:
+    def _name_table(self, stems: set[str]) -> str:
         """A new table beside those that earlier processes left: theirs go on dropping until the takeover ends."""
-        stem = self._settings.guard_table
-        numbers = [int(found) for found in re.findall(rf"^table inet {re.escape(stem)}_(\d+)$", self._nft.run("list tables inet\n"), re.MULTILINE)]
-        self._old_tables = [f"{stem}_{number}" for number in numbers]
-        return f"{stem}_{max(numbers, default=0) + 1}"
+        tables = re.findall(r"^table inet (\w+)_(\d+)$", self._nft.run("list tables inet\n"), re.MULTILINE)
+        self._old_tables = [f"{stem}_{number}" for stem, number in tables if stem in stems]
+        own = self._settings.guard_table
+        return f"{own}_{max((int(number) for stem, number in tables if stem == own), default=0) + 1}"
 
     def _allow_marked_reverse_path(self) -> None:
         """Strict reverse path checks ask the routes for the peer's address; our mark, set by the guard, keeps them off the capture."""
@@ -254,7 +254,7 @@ class Capture:
             entry = json.loads(self._settings.state_file.read_text())
             if entry["version"] != STATE_VERSION or not isinstance(entry["sysctls"], dict):
                 raise ValueError("of another version")
-            int(entry["table"]), int(entry["rule_priority"])
+            int(entry["table"]), int(entry["rule_priority"]), str(entry["guard"])
         except FileNotFoundError:
             return []
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -268,7 +268,7 @@ class Capture:
             "tun": self._settings.tun,
             "table": self._settings.table,
             "rule_priority": self._settings.rule_priority,
-            "guard": self._guard.table if hasattr(self, "_guard") else self._settings.guard_table,
+            "guard": self._settings.guard_table,
             "sysctls": self._sysctls,
         }
         path = self._settings.state_file

@@ -91,7 +91,7 @@ def _stats(options: argparse.Namespace) -> int:
 async def _ask(path: Path) -> Mapping[str, int]:
     from kernel_shim.channel.pfkey import PfKeyChannel
 
-    channel = PfKeyChannel(path)
+    channel = PfKeyChannel(path, listens=False)
     await channel.open()
     try:
         return await channel.statistics()

@@ -82,6 +82,11 @@ class HostRoutes:
             if table <= route.table < table + TABLES:
                 self._stale_routes.add(route)
 
+    @property
+    def found(self) -> bool:
+        """An earlier process left something."""
+        return bool(self._stale_rules or self._stale_routes)
+
     def source_tables(self) -> Iterator[tuple[IPNetwork, int]]:
         """The sources that have a table already, and its offset."""
         for rule in self._stale_rules:

@@ -7,6 +7,7 @@ import os
 import struct
 from typing import Final
 
+import structlog
 from pyroute2 import IPRoute
 
 from kernel_shim.io.settings import TRANSMIT_QUEUE
@@ -28,6 +29,8 @@ TUN_F_USO6: Final = 0x40
 
 VNET_HEADER: Final = 10  # bytes of virtio_net_hdr without num_buffers
 ADDR_GEN_MODE_NONE: Final = "1"
+
+log = structlog.get_logger("kernel_shim.tun")
 
 
 class Tun:
@@ -73,7 +76,8 @@ class Tun:
             write_sysctl(f"{family}/conf/{self.name}/accept_redirects", "0")
         write_sysctl(f"ipv4/conf/{self.name}/send_redirects", "0")
         # What leaves the TUN may come from an address of this host: a bypassed packet, or one to ourselves through a tunnel.
-        write_sysctl(f"ipv4/conf/{self.name}/accept_local", "1")
+        if not write_sysctl(f"ipv4/conf/{self.name}/accept_local", "1"):
+            log.warning("sysctls are read-only: bypassed packets of this host's own do not leave", interface=self.name)
         # The larger of `all` and the interface counts; where strict checking is on, loose is the least that lets bypassed packets out.
         strict = read_sysctl("ipv4/conf/all/rp_filter") == "1"
         write_sysctl(f"ipv4/conf/{self.name}/rp_filter", "2" if strict else "0")
