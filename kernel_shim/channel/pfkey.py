@@ -8,6 +8,7 @@ import errno
 import os
 import secrets
 import socket
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Final, TypeVar
@@ -50,6 +51,7 @@ READS_A_WAKEUP: Final = 64  # datagrams, so that a dump does not starve the rest
 SLICE: Final = 256  # entries of a dump that are translated at a time, for the same reason
 SOCKET_BUFFER: Final = 1 << 20  # octets
 MAX_DESCRIPTORS: Final = 16  # that one datagram may bring
+MAX_HELD_EVENTS: Final = 8192  # until the first listener comes
 CONNECT_TRIES: Final = 20  # while the shim's backlog is full
 CONNECT_PAUSE: Final = 0.05  # s
 
@@ -67,7 +69,9 @@ class PfKeyChannel:
         self._listens = listens
         self._ask_for_extensions = extensions
         self._private = False
+        self._gone = False
         self._capabilities: Capabilities | None = None
+        self._held: deque[KernelEvent] = deque()
         self._event_listeners: list[Callable[[KernelEvent], None]] = []
         self._overrun_listeners: list[Callable[[], None]] = []
         self._closed_listeners: list[Callable[[], None]] = []
@@ -86,14 +90,20 @@ class PfKeyChannel:
         return self._capabilities
 
     def on_event(self, listener: Callable[[KernelEvent], None]) -> None:
+        """What came since `open` and had no listener yet goes to the first one."""
         self._event_listeners.append(listener)
+        while self._held:
+            self._loop.call_soon(listener, self._held.popleft())
 
     def on_overrun(self, listener: Callable[[], None]) -> None:
         """`listener` is called when the kernel side had to forget events: look at `sas()` and `policies()`."""
         self._overrun_listeners.append(listener)
 
     def on_closed(self, listener: Callable[[], None]) -> None:
+        """Also when it went away before."""
         self._closed_listeners.append(listener)
+        if self._gone:
+            self._loop.call_soon(listener)
 
     # Life
 
@@ -148,6 +158,7 @@ class PfKeyChannel:
 
     def _lost(self) -> None:
         """The kernel side went away."""
+        self._gone = True
         self._shut(ChannelClosed("the kernel side went away"))
         for listener in self._closed_listeners:
             self._loop.call_soon(listener)
@@ -322,15 +333,26 @@ class PfKeyChannel:
     def _handle(self, event: SessionEvent) -> None:
         # Listeners are called by way of the loop, as futures wake their waiters: so replies and events keep their order.
         if isinstance(event, Reported):
-            for listener in self._event_listeners:
-                self._loop.call_soon(listener, event.event)
+            self._tell(event.event)
         elif isinstance(event, Overrun):
-            for overrun in self._overrun_listeners:
-                self._loop.call_soon(overrun)
+            self._tell_overrun()
         elif isinstance(event, Unclaimed):
             _close_all(event.descriptors)
         else:
             self._settle(event)
+
+    def _tell(self, event: KernelEvent) -> None:
+        if not self._event_listeners:
+            self._held.append(event)
+            if len(self._held) > MAX_HELD_EVENTS:
+                self._held.popleft()
+                self._tell_overrun()
+        for listener in self._event_listeners:
+            self._loop.call_soon(listener, event)
+
+    def _tell_overrun(self) -> None:
+        for listener in self._overrun_listeners:
+            self._loop.call_soon(listener)
 
     def _settle(self, event: Replied | Refused | TimedOut) -> None:
         future = self._futures.pop(event.ticket, None)

@@ -148,6 +148,15 @@ async def test_events(channel, edge, kernel):
     assert kernel.failed == [(9, errno.ETIMEDOUT)]
 
 
+async def test_events_before_the_first_listener_are_kept_for_it(edge, tmp_path, kernel):
+    kernel.outstanding = [Expire(SaId(B, spi), 7, hard=False) for spi in (5, 6)]
+    heard: asyncio.Queue[object] = asyncio.Queue()
+    async with opened(tmp_path / "kernel") as channel:
+        await channel.sas()
+        channel.on_event(heard.put_nowait)
+        assert [await heard.get(), await heard.get()] == kernel.outstanding
+
+
 async def test_overrun(channel, edge, kernel):
     overrun = asyncio.Event()
     channel.on_overrun(overrun.set)
@@ -237,6 +246,9 @@ async def test_the_kernel_side_dies(channel, edge):
     with pytest.raises(ChannelClosed):
         await waiting
     await closed.wait()
+    late = asyncio.Event()
+    channel.on_closed(late.set)
+    await late.wait()
     with pytest.raises(ChannelClosed):
         await channel.get_sa(SaId(B, 5))
     with pytest.raises(ChannelClosed):
