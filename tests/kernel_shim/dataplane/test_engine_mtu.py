@@ -12,7 +12,6 @@ from scapy.packet import Raw
 
 from kernel_shim.dataplane.engine import EngineConfig
 from kernel_shim.model import Mode
-from kernel_shim.packet import virtio
 
 FAMILIES = [(4, 4), (4, 6), (6, 4), (6, 6)]
 
@@ -47,8 +46,8 @@ def test_a_super_packet_is_measured_by_its_segments(inner: int, proto: str) -> N
     errors = pair.left.received()
     assert len(errors) == 1
     assert pair.left.count("drop_too_big") == 7
-    quoted = IP(IP(errors[0])[ICMP].payload.load if False else bytes(IP(errors[0])[ICMP].payload)) if inner == 4 else None
-    if quoted is not None:
+    if inner == 4:
+        quoted = IP(bytes(IP(errors[0])[ICMP].payload))
         assert quoted.len == 1448 + (52 if proto == "tcp" else 28)
 
 
@@ -123,10 +122,8 @@ def test_fragments_pass_through_a_policy_without_ports() -> None:
     pair = Pair()
     pair.connect()
     source, destination = pair.hosts(9)
-    fragments = [
-        bytes(f) for f in IP(src=source, dst=destination, id=9).__class__(bytes(IP(src=source, dst=destination, id=9) / UDP() / Raw(bytes(3000)))).fragment(800)
-    ]
+    whole = IP(bytes(IP(src=source, dst=destination, id=9) / UDP() / Raw(bytes(3000))))
+    fragments = [bytes(fragment) for fragment in whole.fragment(800)]
     pair.send(*fragments)
     pair.pass_on()
     assert pair.right.received() == fragments
-    assert virtio.LENGTH == 10
