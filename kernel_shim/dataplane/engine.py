@@ -216,11 +216,15 @@ class Engine:
         _check_policy(policy)
         self._now = now
         try:
-            self._policy_gone(self._spd.find(policy.direction, policy.selector), replaced=True)
-        except KernelError as error:
-            if error.errno != errno.ESRCH:
-                raise
-        return self._policy_came(self._spd.update(policy), now)
+            old = self._spd.find(policy.direction, policy.selector)
+        except KernelError:
+            old = None
+        new = self._spd.update(policy)
+        if old is not None:
+            self._forget_reqids(old)
+            if old.templates != new.templates:
+                self._acquires.forget_policy(old.index)
+        return self._policy_came(new, now)
 
     def delete_policy(self, direction: Direction, selector: Selector) -> Policy:
         return self._policy_gone(self._spd.delete(direction, selector))
@@ -349,21 +353,24 @@ class Engine:
         self._drain(now)
         return policy
 
-    def _policy_gone(self, policy: Policy, *, replaced: bool = False) -> Policy:
+    def _policy_gone(self, policy: Policy) -> Policy:
+        self._forget_reqids(policy)
         if policy.direction is Direction.OUT:
-            for template in policy.templates:
-                indexes = self._policies_of.get(template.reqid)
-                if indexes is not None:
-                    indexes.discard(policy.index)
-                    if not indexes:
-                        del self._policies_of[template.reqid]
-            if not replaced:
-                self._acquires.forget_policy(policy.index)
-                self._pending.ready_policy(policy.index)
-        if not replaced:
-            self._refresh_masks()
-            self._drain(self._now)
+            self._acquires.forget_policy(policy.index)
+            self._pending.ready_policy(policy.index)
+        self._refresh_masks()
+        self._drain(self._now)
         return policy
+
+    def _forget_reqids(self, policy: Policy) -> None:
+        if policy.direction is not Direction.OUT:
+            return
+        for template in policy.templates:
+            indexes = self._policies_of.get(template.reqid)
+            if indexes is not None:
+                indexes.discard(policy.index)
+                if not indexes:
+                    del self._policies_of[template.reqid]
 
 
 def _check_policy(policy: Policy) -> None:

@@ -25,7 +25,7 @@ from kernel_shim.esp.rows import Workspace
 from kernel_shim.esp.wire import trailer
 from kernel_shim.model import Acquire, Action, Direction, Flow, Level, Policy, SaState, Template, Unresolved
 from kernel_shim.packet import virtio
-from kernel_shim.packet.fragment import fragments
+from kernel_shim.packet.fragment import SMALLEST_FRAGMENT, fragments
 from kernel_shim.packet.icmp import IcmpError, RateLimit, error_packet
 from kernel_shim.packet.ip import IPV4_HEADER, IPV6_HEADER, PROTOCOL_IPIP, PROTOCOL_IPV6, Malformed, layout
 from kernel_shim.packet.segment import SuperPacket, complete_checksum, fill_rows, read_super, segment, segments
@@ -218,8 +218,11 @@ class Outbound:
     def _too_big(self, bundle: Bundle, frame: memoryview, length: int, big: SuperPacket | None, now: float) -> None:
         """RFC 4301 section 8.2: tell the sender, or fragment what may be fragmented."""
         packet = frame[_BEGIN:length]
-        parsed = layout(packet)
-        if parsed.dont_fragment or bundle.limit < IPV4_HEADER + 8:
+        try:
+            parsed = layout(packet)
+        except Malformed:
+            return self._traffic.drop(DropReason.HEADER_INVALID)
+        if parsed.dont_fragment or bundle.limit < SMALLEST_FRAGMENT:
             if big:
                 packet = memoryview(segment(big, 0, big.segments - 1))
             self._traffic.drop(DropReason.TOO_BIG, big.segments if big else 1)

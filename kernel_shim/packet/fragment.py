@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Final
 
 from kernel_shim.packet.ip import IPV4_HEADER, Buffer, Layout, refresh_header_checksum
 
-_COPIED = 0x80  # an option with this bit stands in every fragment
+SMALLEST_FRAGMENT: Final = 68  # RFC 791: the longest header and eight bytes
+
+_COPIED: Final = 0x80  # an option with this bit stands in every fragment
 
 
 def fragments(packet: Buffer, parsed: Layout, mtu: int) -> Iterator[bytearray]:
-    """The fragments of `packet`, none longer than `mtu`, in order. A fragment may be cut again. `mtu` is at least 68 (RFC 791)."""
+    """The fragments of `packet`, none longer than `mtu`, in order. A fragment may be cut again. `mtu` is at least SMALLEST_FRAGMENT."""
     header = bytes(packet[: parsed.upper])
     later = _header_of_later_fragments(header)
     position, first = parsed.upper, True
