@@ -14,14 +14,14 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Final, Generic, TypeVar
+from typing import Final, Generic
 
 from kernel_shim.model import IPAddress, PolicyIndex, Unresolved
 from kernel_shim.policy.peer import PeerKey
+from kernel_shim.policy.waiting import Dropped, PacketT, QueueStatus, Run, Waiting, WaitQueue, order_of
 from kernel_shim.reasons import DropReason
 
-PacketT = TypeVar("PacketT")
+__all__ = ["Dropped", "PendingQueues", "QueueStatus", "Run"]
 
 # A queue holds what one TCP window or a second of 5 Mbit/s brings while an exchange with a distant peer goes on.
 MAX_QUEUE_SEGMENTS: Final = 512  # Linux's hold queue has 101, WireGuard's 128: too few for offloaded senders
@@ -37,70 +37,6 @@ _LIFETIME: Final = {Unresolved.QUEUE: MAX_QUEUE_SECONDS, Unresolved.BLOCK: MAX_B
 _REFUSED: Final = {Unresolved.DROP: DropReason.UNRESOLVED_DROP, Unresolved.EAGAIN: DropReason.UNRESOLVED_EAGAIN}
 
 
-@dataclass(frozen=True, slots=True)
-class Dropped(Generic[PacketT]):
-    """A packet whose wait ended badly; its loss is counted already. The sender is owed an ICMP unreachable."""
-
-    key: PeerKey
-    packet: PacketT
-    reason: DropReason
-
-
-@dataclass(frozen=True, slots=True)
-class QueueStatus:
-    """One queue, for people."""
-
-    key: PeerKey
-    mode: Unresolved
-    flows: int
-    packets: int
-    segments: int
-    octets: int
-
-
-class _Waiting(Generic[PacketT]):
-    """`queue` is where it waits, None when it does no more; the deques that hold it then forget it when it comes up."""
-
-    __slots__ = ("deadline", "flow", "order", "packet", "queue", "segments", "size")
-
-    def __init__(self, order: int, flow: bytes, packet: PacketT, size: int, segments: int, deadline: float) -> None:
-        self.order = order
-        self.flow = flow
-        self.packet = packet
-        self.size = size
-        self.segments = segments
-        self.deadline = deadline
-        self.queue: _Queue[PacketT] | None = None
-
-
-class _Queue(Generic[PacketT]):
-    __slots__ = ("arrivals", "flows", "key", "mode", "octets", "packets", "segments", "todo")
-
-    def __init__(self, key: PeerKey, mode: Unresolved) -> None:
-        self.key = key
-        self.mode = mode
-        self.flows: dict[bytes, deque[_Waiting[PacketT]]] = {}
-        self.arrivals: deque[_Waiting[PacketT]] = deque()  # all flows together, oldest first
-        self.todo: deque[bytes] = deque()  # flows that this pass of a drain has still to look at
-        self.packets = self.segments = self.octets = 0
-
-    def oldest(self) -> _Waiting[PacketT] | None:
-        arrivals = self.arrivals
-        while arrivals and arrivals[0].queue is not self:
-            arrivals.popleft()
-        return arrivals[0] if arrivals else None
-
-
-@dataclass(frozen=True, slots=True)
-class Run(Generic[PacketT]):
-    """The oldest waiting packets of one flow. They still wait: answer with `take`, `keep`, `move` or `drop`."""
-
-    key: PeerKey
-    flow: bytes
-    packets: tuple[PacketT, ...]
-    waiting: tuple[_Waiting[PacketT], ...]
-
-
 class PendingQueues(Generic[PacketT]):
     """All waiting packets.
 
@@ -113,11 +49,11 @@ class PendingQueues(Generic[PacketT]):
         self._flows: dict[bytes, PeerKey] = {}
         self.flows: Mapping[bytes, PeerKey] = self._flows
         self.drops: Counter[DropReason] = Counter()
-        self._queues: dict[PeerKey, _Queue[PacketT]] = {}
+        self._queues: dict[PeerKey, WaitQueue[PacketT]] = {}
         self._by_policy: dict[PolicyIndex, dict[IPAddress | None, dict[PeerKey, None]]] = {}  # by destination within the policy
         self._ready: OrderedDict[PeerKey, None] = OrderedDict()
         # By the lifetime they were given; so each is in order of arrival and of deadline.
-        self._ages: dict[Unresolved, deque[_Waiting[PacketT]]] = {mode: deque() for mode in _LIFETIME}
+        self._ages: dict[Unresolved, deque[Waiting[PacketT]]] = {mode: deque() for mode in _LIFETIME}
         self._order = 0
         self._packets = self._segments = self._octets = 0
         self._accepted = self._released = 0
@@ -137,7 +73,7 @@ class PendingQueues(Generic[PacketT]):
         if queue is None:
             queue = self._open(key, mode)
         self._order += 1
-        waiting = _Waiting(self._order, flow, packet, size, segments, now + _LIFETIME[mode])
+        waiting = Waiting(self._order, flow, packet, size, segments, now + _LIFETIME[mode])
         queue.arrivals.append(waiting)
         self._ages[mode].append(waiting)
         self._file(waiting, queue)
@@ -194,7 +130,7 @@ class PendingQueues(Generic[PacketT]):
                     queue.todo.popleft()
                     continue
                 self._ready.move_to_end(key)
-                chosen: list[_Waiting[PacketT]] = []
+                chosen: list[Waiting[PacketT]] = []
                 segments = 0
                 for waiting in line:
                     segments += waiting.segments
@@ -238,7 +174,7 @@ class PendingQueues(Generic[PacketT]):
         for waiting in line:
             self._unfile(waiting)
         target = self._queues.get(key) or self._open(key, mode)
-        target.arrivals = deque(sorted([*(w for w in target.arrivals if w.queue is target), *line], key=_order))
+        target.arrivals = deque(sorted([*(w for w in target.arrivals if w.queue is target), *line], key=order_of))
         for waiting in line:
             self._file(waiting, target)
         self._enforce(target)
@@ -287,7 +223,7 @@ class PendingQueues(Generic[PacketT]):
 
         A packet without a key any more (a later fragment, now that ports are read) is dropped.
         """
-        everything = sorted((waiting for queue in self._queues.values() for waiting in queue.arrivals if waiting.queue is queue), key=_order)
+        everything = sorted((waiting for queue in self._queues.values() for waiting in queue.arrivals if waiting.queue is queue), key=order_of)
         homes = [(waiting, waiting.queue) for waiting in everything]
         ready = list(self._ready)
         for waiting in everything:
@@ -334,12 +270,12 @@ class PendingQueues(Generic[PacketT]):
 
     # Inside
 
-    def _open(self, key: PeerKey, mode: Unresolved) -> _Queue[PacketT]:
-        queue = self._queues[key] = _Queue(key, mode)
+    def _open(self, key: PeerKey, mode: Unresolved) -> WaitQueue[PacketT]:
+        queue = self._queues[key] = WaitQueue(key, mode)
         self._by_policy.setdefault(key.policy, {}).setdefault(key.destination, {})[key] = None
         return queue
 
-    def _close(self, queue: _Queue[PacketT]) -> None:
+    def _close(self, queue: WaitQueue[PacketT]) -> None:
         del self._queues[queue.key]
         self._ready.pop(queue.key, None)
         destinations = self._by_policy[queue.key.policy]
@@ -353,7 +289,7 @@ class PendingQueues(Generic[PacketT]):
     def _keys_of(self, policy: PolicyIndex) -> list[PeerKey]:
         return [key for keys in self._by_policy.get(policy, {}).values() for key in keys]
 
-    def _file(self, waiting: _Waiting[PacketT], queue: _Queue[PacketT]) -> None:
+    def _file(self, waiting: Waiting[PacketT], queue: WaitQueue[PacketT]) -> None:
         """To the end of its flow's line, and into the sums; `arrivals` is the caller's."""
         waiting.queue = queue
         line = queue.flows.get(waiting.flow)
@@ -368,7 +304,7 @@ class PendingQueues(Generic[PacketT]):
         self._segments += waiting.segments
         self._octets += waiting.size
 
-    def _unfile(self, waiting: _Waiting[PacketT]) -> None:
+    def _unfile(self, waiting: Waiting[PacketT]) -> None:
         """Out of its line and the sums; an empty line or queue goes."""
         queue = waiting.queue
         assert queue is not None
@@ -390,7 +326,7 @@ class PendingQueues(Generic[PacketT]):
         if not queue.packets:
             self._close(queue)
 
-    def _retire(self, waiting: _Waiting[PacketT]) -> None:
+    def _retire(self, waiting: Waiting[PacketT]) -> None:
         """`_unfile`, for good; what the deques still hold of the dead stays below what they hold of the living."""
         queue = waiting.queue
         assert queue is not None
@@ -401,11 +337,11 @@ class PendingQueues(Generic[PacketT]):
             if len(ages) > 2 * self._packets + 64:
                 self._ages[mode] = deque(w for w in ages if w.queue is not None)
 
-    def _line(self, run: Run[PacketT]) -> Iterable[_Waiting[PacketT]]:
+    def _line(self, run: Run[PacketT]) -> Iterable[Waiting[PacketT]]:
         queue = self._queues.get(run.key)
         return queue.flows.get(run.flow, ()) if queue is not None else ()
 
-    def _drop_all(self, doomed: Iterable[_Waiting[PacketT]], reason: DropReason) -> list[Dropped[PacketT]]:
+    def _drop_all(self, doomed: Iterable[Waiting[PacketT]], reason: DropReason) -> list[Dropped[PacketT]]:
         dropped = []
         for waiting in doomed:
             assert waiting.queue is not None
@@ -414,7 +350,7 @@ class PendingQueues(Generic[PacketT]):
             self._retire(waiting)
         return dropped
 
-    def _enforce(self, queue: _Queue[PacketT]) -> None:
+    def _enforce(self, queue: WaitQueue[PacketT]) -> None:
         while queue.mode is Unresolved.QUEUE and queue.segments > MAX_QUEUE_SEGMENTS:
             self._drop_oldest(queue, DropReason.PENDING_OVERFLOW_PACKETS)
         while queue.octets > MAX_QUEUE_BYTES:
@@ -424,19 +360,15 @@ class PendingQueues(Generic[PacketT]):
             over = queue.segments * len(self._queues) > self._segments or queue.octets * len(self._queues) > self._octets
             self._drop_oldest(queue if over else None, DropReason.PENDING_OVERFLOW_GLOBAL)
 
-    def _drop_oldest(self, queue: _Queue[PacketT] | None, reason: DropReason) -> None:
+    def _drop_oldest(self, queue: WaitQueue[PacketT] | None, reason: DropReason) -> None:
         heads = (self._head(mode) for mode in self._ages)
-        victim = queue.oldest() if queue is not None else min((head for head in heads if head is not None), key=_order)
+        victim = queue.oldest() if queue is not None else min((head for head in heads if head is not None), key=order_of)
         assert victim is not None
         self.drops[reason] += victim.segments
         self._retire(victim)
 
-    def _head(self, mode: Unresolved) -> _Waiting[PacketT] | None:
+    def _head(self, mode: Unresolved) -> Waiting[PacketT] | None:
         ages = self._ages[mode]
         while ages and ages[0].queue is None:
             ages.popleft()
         return ages[0] if ages else None
-
-
-def _order(waiting: _Waiting[PacketT]) -> int:
-    return waiting.order
