@@ -18,8 +18,7 @@ EXPECTED: Final[Mapping[KernelChoice, Capabilities]] = {
         name="userspace",
         algorithms=frozenset(
             {
-                EspAlgorithm(EncryptionId.AES_GCM_16, 128),
-                EspAlgorithm(EncryptionId.AES_GCM_16, 256),
+                *(EspAlgorithm(EncryptionId.AES_GCM_16, bits) for bits in (128, 192, 256)),
                 EspAlgorithm(EncryptionId.CHACHA20_POLY1305, 256),
                 *(
                     EspAlgorithm(EncryptionId.AES_CBC, bits, integrity)

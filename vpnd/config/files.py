@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives import serialization
 
 from vpnd.config import options
 from vpnd.config.credentials import PassphraseNeeded, decode_secret, load_private_key, read_credential_file
-from vpnd.config.errors import ConfigError
+from vpnd.config.errors import ConfigError, Position
 from vpnd.config.grammar import Parsed
 from vpnd.config.reader import Reader, shown, split, suggestion
 from vpnd.config.tree import Items, Node, Scalar, Section
@@ -59,6 +59,7 @@ class _Passphrase:
     directory: str
     file: str
     secret: bytes = field(repr=False)
+    position: Position | None
 
 
 def messages_of(parsed: Parsed, directory: Path, errors: list[ConfigError]) -> Messages:
@@ -174,7 +175,7 @@ def _passphrases(directory: str, reader: Reader) -> list[_Passphrase]:
     for option, node in reader.section.entries.items():
         if option.startswith("secret") and isinstance(node, Scalar):
             reader.mark_read(option)
-            found.append(_Passphrase(directory, file.lower(), node.value))
+            found.append(_Passphrase(directory, file.lower(), node.value, reader.position("file")))
     if not found:
         reader.complain("the option 'secret' is missing")
     reader.finish(["secret"])
@@ -215,7 +216,12 @@ def _certificates(directory: Path, messages: Messages, errors: list[ConfigError]
 
 def _keys(directory: Path, passphrases: list[_Passphrase], messages: Messages, errors: list[ConfigError]) -> None:
     for name, kind in _KEY_DIRECTORIES.items():
-        for path in _listing(directory / name, errors):
+        listing = _listing(directory / name, errors)
+        there = {path.name.lower() for path in listing}
+        for each in passphrases:
+            if each.directory == name and each.file and each.file not in there:
+                errors.append(ConfigError(f"there is no file '{shown(each.file)}' in {name}/", path="secrets", position=each.position))
+        for path in listing:
             secrets = [each.secret for each in passphrases if each.directory == name and each.file == path.name.lower()]
             try:
                 data = _decrypted(read_credential_file(path.absolute()), secrets)

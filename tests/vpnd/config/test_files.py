@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import os
 from pathlib import Path
+from typing import cast
 
 import pytest
 from cryptography import x509
@@ -15,6 +16,8 @@ from cryptography.x509.oid import NameOID
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kernel_shim.dataplane.engine import Engine, EngineConfig
+from kernel_shim.dataplane.output import Sink
 from kernel_shim.model import Capabilities, Mode, Unresolved
 from vpnd.config import ConfigErrors, load, load_text
 from vpnd.config.capabilities import EXPECTED, beyond
@@ -147,6 +150,7 @@ def test_an_encrypted_key_needs_its_passphrase(directory: Path, key: ec.Elliptic
         ("ikea = x", "f:1:11: secrets.ikea: a section was expected"),
         ("xyz { secret = x }", "f:1:11: secrets.xyz: a section of secrets begins with its kind, such as 'ike'"),
         ("private { secret = x }", "f:1:11: secrets.private: the option 'file' is missing"),
+        ("private { file = none.pem\n secret = x }", "f:1:28: secrets: there is no file 'none.pem' in private/"),
     ],
 )
 def test_what_is_wrong_with_secrets(tmp_path: Path, secrets: str, message: str) -> None:
@@ -268,6 +272,10 @@ def test_what_a_kernel_cannot_do_is_named_with_its_place(tmp_path: Path) -> None
 def test_the_default_proposals_are_within_the_userspace_kernel(tmp_path: Path) -> None:
     loaded = load_text("connections { gw { children { net { unresolved = block\n replay_window = 4096 } } } }", tmp_path)
     assert beyond(loaded.configuration, EXPECTED[KernelChoice.USERSPACE], loaded.tree) == []
+
+
+def test_what_check_measures_against_is_what_the_userspace_kernel_says() -> None:
+    assert EXPECTED[KernelChoice.USERSPACE] == Engine(EngineConfig(), os.urandom, cast(Sink, None)).capabilities()
 
 
 # Messages of the control socket

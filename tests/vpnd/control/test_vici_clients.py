@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import re
 import shutil
 import socket
@@ -12,13 +13,22 @@ from pathlib import Path
 
 import pytest
 import vici
-from control_fakes import ChildUpDown, IkeUpDown, LogLine, ServedBackend, child_status, ike_status
+from control_fakes import ChildUpDown, FakeBackend, IkeUpDown, LogLine, ServedBackend, child_status, ike_status
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.x509.oid import NameOID
 from vici.exception import CommandException, EventUnknownException, SessionException
 
+from vpnd.config import load
+from vpnd.config.model import PrivateKeySource
 from vpnd.control.client import CommandFailed, ViciClient
 
 SWANCTL = shutil.which("swanctl") or "/usr/sbin/swanctl"
 needs_swanctl = pytest.mark.skipif(not Path(SWANCTL).exists(), reason="swanctl is not installed")
+
+PEM = serialization.Encoding.PEM
+PKCS8 = serialization.PrivateFormat.PKCS8
 
 CONFIG = """
 defaults { dpd_delay = 30s }
@@ -64,6 +74,15 @@ def session(served: ServedBackend) -> Iterator[vici.Session]:
     connection.connect(str(served.path))
     yield vici.Session(connection)
     connection.close()
+
+
+def make_certificate(key: ec.EllipticCurvePrivateKey, name: str, *, authority: bool = False) -> bytes:
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    begin = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
+    builder = x509.CertificateBuilder().subject_name(subject).issuer_name(subject).public_key(key.public_key()).serial_number(1)
+    builder = builder.not_valid_before(begin).not_valid_after(begin + datetime.timedelta(days=3650))
+    builder = builder.add_extension(x509.BasicConstraints(ca=authority, path_length=None), critical=True)
+    return builder.sign(key, hashes.SHA256()).public_bytes(PEM)
 
 
 def swanctl(served: ServedBackend, *arguments: str, status: int = 0) -> str:
@@ -315,6 +334,34 @@ def test_swanctl_control(served: ServedBackend) -> None:
     assert "net, TUNNEL" in swanctl(served, "--list-pols", "--trap").replace("gw/", "")
     assert "'rekey' is not implemented yet" in swanctl(served, "--rekey", "--child", "net", status=1)
     swanctl(served, "--flush-certs")
+
+
+@needs_swanctl
+def test_swanctl_sends_what_the_file_loader_makes_of_the_same_files(served: ServedBackend, tmp_path: Path) -> None:
+    config = tmp_path / "swanctl.conf"
+    config.write_text(
+        CONFIG.replace("local { auth = psk", "local { certs = moon.pem").replace("remote { auth = psk", "remote { cacerts = root.pem")
+        + 'secrets { private-locked { file = locked.pem\nsecret = "open sesame" } }'
+    )
+    key, locked = ec.generate_private_key(ec.SECP256R1()), rsa.generate_private_key(65537, 2048)
+    for directory, name, data in (
+        ("x509", "moon.pem", make_certificate(key, "moon")),
+        ("x509ca", "root.pem", make_certificate(key, "root", authority=True)),
+        ("private", "moon.pem", key.private_bytes(PEM, PKCS8, serialization.NoEncryption())),
+        ("private", "locked.pem", locked.private_bytes(PEM, PKCS8, serialization.BestAvailableEncryption(b"open sesame"))),
+    ):
+        (tmp_path / directory).mkdir(exist_ok=True)
+        (tmp_path / directory / name).write_bytes(data)
+    stale = ec.generate_private_key(ec.SECP256R1()).private_bytes(PEM, PKCS8, serialization.NoEncryption())
+    served.backend.load_key(PrivateKeySource(stale))
+    output = swanctl(served, "--load-all", "--noprompt", "--file", str(config))
+    assert not [line for line in output.splitlines() if "failed" in line and not line.startswith("opening directory")]
+    backend, configuration = served.backend, load(config).configuration
+    assert backend.conns == configuration.connections
+    assert backend.shared == configuration.shared
+    assert set(backend.certificates) == {(der, False) for der in configuration.certificates} | {(der, True) for der in configuration.authorities}
+    assert set(backend.keys) == {FakeBackend.load_key(backend, each) for each in configuration.private_keys}
+    assert len(backend.keys) == 2
 
 
 # Ours

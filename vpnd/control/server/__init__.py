@@ -29,6 +29,7 @@ from vpnd.control.vici.codec import MalformedVici, Packet, PacketType, Segmenter
 MAX_CLIENTS: Final = 128  # a segment and a backlog each
 MAX_PIPELINED: Final = 4  # packets of one client that wait for their turn; the protocol knows no more than one
 MAX_EVENT_BACKLOG: Final = 1024 * 1024  # octets that a client has not read, from which on it gets no further events
+MAX_LOG_LEVEL: Final = 1  # of `log` events, as strongSwan's: what is finer would flood
 READ_SIZE: Final = 64 * 1024
 STALL: Final = 60.0  # seconds for which an answer waits for a client that does not read, before the client is closed
 
@@ -102,7 +103,7 @@ class ControlServer:
 
     def _on_event(self, event: DaemonEvent) -> None:
         match event:
-            case LogLine():
+            case LogLine() if event.level <= MAX_LOG_LEVEL:
                 self._publish("log", lambda: formats.log_event(event, thread=True))
             case IkeUpDown():
                 self._publish("ike-updown", lambda: formats.updown_event(event.up, event.ike, with_children=False))
@@ -226,6 +227,7 @@ class _Client:
     async def _stream(self, name: str, message: Section) -> None:
         if name in self.events:
             await self._write(_event(name, message))
+            await asyncio.sleep(0)  # a long list does not hold up the daemon
 
     async def _send(self, packet: Packet) -> None:
         await self._write(encode_segment(packet))
