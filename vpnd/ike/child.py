@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from kernel_shim.algorithms import EspAlgorithm
@@ -194,13 +194,14 @@ def choose(session: Session, message: Message, *, key_exchange: bool, ke_group: 
         whole = only_narrows(asked_local, pair[0]) and only_narrows(asked_remote, pair[1])
         score = (first, whole)
         if best is None or score > best[0]:
-            reqid = like.sa.reqid if like else config.reqid or session.context.reqid(session.connection, config)
-            agreed = Agreed(config, chosen, _algorithm(chosen), reqid, mode, pair[0], pair[1], _peer_spi(chosen))
+            agreed = Agreed(config, chosen, _algorithm(chosen), 0, mode, pair[0], pair[1], _peer_spi(chosen))
             back_local, back_remote = _seen_from_there(session, pair, tsr.selectors, tsi.selectors) if mode is Mode.TRANSPORT else pair
             best = score, Asked(agreed, back_remote, back_local)
     if best is None:
         raise refusal
-    return best[1]
+    asked = best[1]
+    reqid = like.sa.reqid if like else reqid_of(session, ChildRequest(asked.agreed.config))
+    return replace(asked, agreed=replace(asked.agreed, reqid=reqid))
 
 
 def answer_payloads(asked: Asked, spi: SaId) -> list[Payload]:
