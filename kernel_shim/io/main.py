@@ -58,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             socket=options.socket,
             tun=options.tun,
             mtu=options.mtu if options.mtu is not None else settings.tunnel_mtu(options.egress_mtu),
+            egress_mtu=options.egress_mtu,
             table=options.table,
             rule_priority=options.rule_priority,
             mark=options.mark,

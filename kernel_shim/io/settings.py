@@ -17,7 +17,7 @@ TABLES: Final = 64  # routing tables from `table` on that are ours
 PRIORITIES: Final = 100  # rule priorities from `rule_priority` on that are ours
 PROTOCOL_NUMBER: Final = 178  # RTPROT_ of our routes and rules; unassigned in rtnetlink.h and /etc/iproute2/rt_protos
 
-TRANSMIT_QUEUE: Final = 10_000  # packets; above what the pending queues may hold, as a TUN cannot push back
+TRANSMIT_QUEUE: Final = 16_384  # frames; many times one pending queue's bound, as a TUN cannot push back, and 0.4 s of small packets
 SOCKET_BUFFER: Final = 8 << 20  # bytes, each way
 
 TUN_READS: Final = 64  # frames a wake-up: bounds how long control messages wait
@@ -40,11 +40,15 @@ def tunnel_mtu(egress_mtu: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class ShimSettings:
-    """`mtu` is the TUN's; `rule_priority` and `table` begin ranges of `PRIORITIES` and `TABLES`."""
+    """`mtu` is the TUN's, `egress_mtu` what a path to a peer is taken to carry before it says otherwise.
+
+    `rule_priority` and `table` begin ranges of `PRIORITIES` and `TABLES`.
+    """
 
     socket: Path = DEFAULT_SOCKET
     tun: str = DEFAULT_TUN
     mtu: int = tunnel_mtu(DEFAULT_EGRESS_MTU)
+    egress_mtu: int = DEFAULT_EGRESS_MTU
     table: int = DEFAULT_TABLE
     rule_priority: int = DEFAULT_RULE_PRIORITY
     mark: int = DEFAULT_MARK
@@ -56,6 +60,8 @@ class ShimSettings:
             raise ValueError(f"not an interface name of at most 9 letters: {self.tun!r}")
         if not 1280 <= self.mtu <= 65535:
             raise ValueError(f"an MTU of {self.mtu} is outside 1280-65535")
+        if not 1280 <= self.egress_mtu <= 65535:
+            raise ValueError(f"an egress MTU of {self.egress_mtu} is outside 1280-65535")
         if not 256 <= self.table <= 0xFFFFFFFF - TABLES:
             raise ValueError(f"tables from {self.table} on are not all free for us")
         if not 1 <= self.rule_priority <= 32766 - PRIORITIES:

@@ -215,6 +215,19 @@ async def test_a_selector_with_a_port_leaves_the_rest_in_clear(gateways: Gateway
     assert len(gateways.wire.clear_packets(gateways.sites.inner_networks)) == before
 
 
+async def test_a_host_that_is_no_router_still_gets_its_bypassed_packets_out(gateways: Gateways) -> None:
+    near, far = gateways.sites.a, gateways.sites.b
+    near.gateway.sysctl(ipv4__ip_forward=0, ipv6__conf__all__forwarding=0)
+    await gateways.connect(protocol=6, remote_port=8080)
+    async with gateways.a.channel() as channel:
+        for policy in policies(near.wan6, far.wan6, near.net6, far.net6, protocol=6, remote_port=8080):
+            await channel.add_policy(policy)
+    assert ping(near.gateway, far.host4).lost == 0
+    assert ping(near.gateway, far.host6).lost == 0
+    with tcp_server(far.host, far.host4, 8081) as port:
+        assert tcp_bulk(near.gateway, far.host4, port, size=1 << 20).intact
+
+
 async def test_host_to_host_transport_does_not_loop(gateways: Gateways) -> None:
     near, far = gateways.sites.a, gateways.sites.b
     await gateways.connect(local=host(near.wan4), remote=host(far.wan4), mode=Mode.TRANSPORT)
