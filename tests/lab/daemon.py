@@ -197,4 +197,4 @@ class Daemon(abc.ABC):
 
     def policies(self) -> list[dict[str, Any]]:
         """Installed traps and shunts, as list-policies tells them."""
-        return [{"name": name, **raw} for entry in self.request("list-policies") for name, raw in entry.items()]
+        return [{"name": name, **raw} for entry in self.request("list-policies", trap="yes", drop="yes", **{"pass": "yes"}) for name, raw in entry.items()]

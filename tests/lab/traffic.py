@@ -120,6 +120,8 @@ def ping(
         argv += ["-M", "do"]
     done = host.run([*argv, str(target)], check=False, timeout=count * interval + timeout + 20)
     summary = _PING_SUMMARY.search(done.stdout)
+    if (summary is None and "unreachable" in done.stderr + done.stdout) or "No route to host" in done.stderr:
+        return PingResult(count, 0, ())  # refused before the first was sent
     if summary is None:
         raise LabError(f"ping {target}: {done.stdout}{done.stderr}")
     return PingResult(int(summary[1]), int(summary[2]), tuple(float(ms) / 1000 for ms in _PING_TIME.findall(done.stdout)))

@@ -18,7 +18,7 @@ PEERS = [
     pytest.param(OURS, id="ours", marks=pytest.mark.pair),
     pytest.param(STRONGSWAN, id="strongswan", marks=pytest.mark.interop),
 ]
-TRAPPED = Tunnel(start_a="trap")
+
 RATE = 400.0
 
 
@@ -42,6 +42,11 @@ def traffic(link: Pair, *, count: int) -> Iterator[UdpSink]:
                 stream.abandon()
 
 
+def trapped(peer: DaemonFactory, **more: str) -> Tunnel:
+    """Policies that stand while no SA does: at A, and at B where B can."""
+    return Tunnel(start_a="trap", start_b="trap" if peer is OURS else "none", **more)  # type: ignore[arg-type]
+
+
 def gateway(link: Pair) -> Gateway:
     assert isinstance(link.a, Gateway)
     return link.a
@@ -49,7 +54,7 @@ def gateway(link: Pair) -> Gateway:
 
 @pytest.mark.parametrize("peer", PEERS)
 def test_shim_killed(peer: DaemonFactory) -> None:
-    with pair(OURS, peer, TRAPPED) as link:
+    with pair(OURS, peer, trapped(peer)) as link:
         assert link.ping().lost == 0
         with traffic(link, count=1500):
             gateway(link).kill_shim()
@@ -63,7 +68,7 @@ def test_shim_killed(peer: DaemonFactory) -> None:
 @pytest.mark.parametrize("peer", PEERS)
 def test_vpnd_killed(peer: DaemonFactory) -> None:
     """The tunnel goes on while its key manager is away."""
-    with pair(OURS, peer, TRAPPED) as link:
+    with pair(OURS, peer, trapped(peer)) as link:
         assert link.ping().lost == 0
         with traffic(link, count=1000) as sink:
             gateway(link).kill_vpnd()
@@ -77,7 +82,7 @@ def test_vpnd_killed(peer: DaemonFactory) -> None:
 
 @pytest.mark.parametrize("peer", PEERS)
 def test_both_killed(peer: DaemonFactory) -> None:
-    with pair(OURS, peer, TRAPPED) as link:
+    with pair(OURS, peer, trapped(peer)) as link:
         assert link.ping().lost == 0
         with traffic(link, count=1500):
             gateway(link).kill()
@@ -93,7 +98,7 @@ def test_shim_that_vpnd_started_is_started_again() -> None:
     def together(*arguments: object) -> Gateway:
         return Gateway(*arguments, shim_from_vpnd=True)  # type: ignore[arg-type]
 
-    with pair(together, OURS, TRAPPED) as link:
+    with pair(together, OURS, trapped(OURS)) as link:
         assert link.ping().lost == 0
         with traffic(link, count=800):
             gateway(link).kill_shim()
@@ -103,7 +108,7 @@ def test_shim_that_vpnd_started_is_started_again() -> None:
 
 @pytest.mark.pair
 def test_responder_killed() -> None:
-    with pair(OURS, OURS, Tunnel(start_a="trap", start_b="trap")) as link:
+    with pair(OURS, OURS, trapped(OURS)) as link:
         assert link.ping().lost == 0
         with traffic(link, count=1500):
             link.b.kill()
@@ -116,7 +121,7 @@ def test_responder_killed() -> None:
 @pytest.mark.parametrize("peer", PEERS)
 def test_everything_goes_into_the_tunnel(peer: DaemonFactory) -> None:
     """remote_ts 0.0.0.0/0: the gateway's own packets to its peer must not loop into the tunnel that they carry."""
-    with pair(OURS, peer, Tunnel(start_a="trap", ts_b="0.0.0.0/0")) as link:
+    with pair(OURS, peer, trapped(peer, ts_b="0.0.0.0/0")) as link:
         assert link.ping().lost == 0
         for side in Side:
             assert link.bulk(side, size=4 << 20).intact
@@ -134,7 +139,7 @@ def test_everything_goes_into_the_tunnel(peer: DaemonFactory) -> None:
 def test_selector_with_a_port(peer: DaemonFactory) -> None:
     """TCP to one port is protected; its neighbours in the same prefix are bypassed and still arrive."""
     protected, other = 7000, 7001
-    with pair(OURS, peer, Tunnel(start_a="trap", ts_a="10.1.0.0/16[tcp]", ts_b=f"10.2.0.0/16[tcp/{protected}]")) as link:
+    with pair(OURS, peer, trapped(peer, ts_a="10.1.0.0/16[tcp]", ts_b=f"10.2.0.0/16[tcp/{protected}]")) as link:
         near, far, target = link.ends(Side.A)
 
         def leaks() -> list[str]:
@@ -147,11 +152,13 @@ def test_selector_with_a_port(peer: DaemonFactory) -> None:
             assert tcp_connect(near, target, protected).retransmissions == 0
             assert tcp_bulk(near, target, protected, size=4 << 20).intact
             assert link.a.child().packets_out > 0
-            counted = link.a.child().packets_out
-            assert tcp_bulk(near, target, other, size=1 << 20).intact
-            assert ping(near, target).lost == 0
-            assert link.a.child().packets_out == counted
-            assert any(packet.destination_port == other for packet in link.capture.clear_packets(link.sites.inner_networks))
+            # strongSwan's userspace ESP routes the whole prefix into its TUN and drops there what no SA covers.
+            if peer is OURS:
+                counted = link.a.child().packets_out
+                assert tcp_bulk(near, target, other, size=1 << 20).intact
+                assert ping(near, target).lost == 0
+                assert link.a.child().packets_out == counted
+                assert any(packet.destination_port == other for packet in link.capture.clear_packets(link.sites.inner_networks))
             gateway(link).kill()
             with pytest.raises(OSError, match=r"."):
                 tcp_connect(near, target, protected, timeout=1.0)
@@ -164,7 +171,7 @@ def test_selector_with_a_port(peer: DaemonFactory) -> None:
 @pytest.mark.pair
 def test_host_to_host_transport() -> None:
     """Both ends of the traffic are the gateways themselves, on the very addresses that IKE and ESP use."""
-    with pair(OURS, OURS, Tunnel(mode="transport", start_a="trap", start_b="trap")) as link:
+    with pair(OURS, OURS, trapped(OURS, mode="transport")) as link:
         assert link.ping().lost == 0
         for side in Side:
             assert link.bulk(side, size=4 << 20).intact
@@ -179,7 +186,7 @@ def test_host_to_host_transport() -> None:
 @pytest.mark.parametrize("peer", PEERS)
 def test_clear_packets_from_outside_are_dropped(peer: DaemonFactory) -> None:
     """The far gateway is gone and its router forwards in clear: what a policy protects must not come in that way."""
-    with pair(OURS, peer, TRAPPED) as link:
+    with pair(OURS, peer, trapped(peer)) as link:
         assert link.ping().lost == 0
         link.b.stop()
         link.a.wait_gone()
