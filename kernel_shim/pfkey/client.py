@@ -84,7 +84,7 @@ class _Request:
     ticket: Ticket
     type: int
     sequence: int
-    data: bytes
+    data: bytes = field(repr=False)  # may hold keys
     deadline: float = 0.0
     attempts: int = 0
     entries: list[Message] = field(default_factory=list)  # of a dump

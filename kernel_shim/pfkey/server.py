@@ -30,6 +30,7 @@ import errno
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from typing import Final, NewType
 
 from kernel_shim.kernel import IkeSocketProvider, Kernel
@@ -146,15 +147,16 @@ class ServerSession:
 
     def _request(self, client: _Client, message: Message, data: bytes, now: float) -> None:
         """A client of ours uses a sadb_msg_seq once; the same message again is one whose reply came late."""
+        digest = sha256(data).digest()  # not the request itself, which may hold keys
         known = client.remembered.get((message.type, message.sequence))
-        if known is not None and known[0] == data:
+        if known is not None and known[0] == digest:
             self._repeated += 1
             self._reply(client, known[1])
             return
         output = self._carry_out(client, message, now)
         self._reply(client, output)
         if client.private and message.type not in _REPEATABLE:
-            client.remembered[message.type, message.sequence] = (data, output)
+            client.remembered[message.type, message.sequence] = (digest, output)
             if len(client.remembered) > MAX_REMEMBERED_REPLIES:
                 client.remembered.popitem(last=False)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import socket
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from ipaddress import ip_address
@@ -34,8 +35,12 @@ from kernel_shim.model import (
     UdpEncapsulation,
     Unresolved,
 )
-from kernel_shim.pfkey.constants import MAX_MESSAGE
-from kernel_shim.pfkey.outbox import MAX_PENDING_EXPIRES
+from kernel_shim.pfkey.codec import Codec
+from kernel_shim.pfkey.constants import MAX_MESSAGE, MessageType, SaType
+from kernel_shim.pfkey.messages import Message
+from kernel_shim.pfkey.outbox import MAX_PENDING_EXPIRES, MAX_QUEUED_REPLIES
+
+CODEC = Codec()
 
 SELECTOR = Selector(AddressRange(A, A), AddressRange(B, B), 6, PortRange(), PortRange(80, 90), if_id=3)
 POLICY = Policy(SELECTOR, Direction.OUT, Action.PROTECT, 1000, (Template(Mode.TUNNEL, 7, A, B),), Unresolved.BLOCK)
@@ -234,6 +239,23 @@ async def test_who_does_not_read_loses_no_reply(tmp_path, kernel):
             assert len(await other.sas()) == 300
     finally:
         edge.close()
+
+
+async def test_a_client_that_only_writes_is_held_up_and_loses_nothing(edge, tmp_path):
+    loop = asyncio.get_running_loop()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK) as raw:
+        raw.connect(str(tmp_path / "kernel"))
+        sent, idle = 0, 0
+        while idle < 50:
+            try:
+                raw.send(CODEC.encode(Message(MessageType.REGISTER, SaType.UNSPEC, sequence=sent + 1, pid=1)))
+                sent, idle = sent + 1, 0
+            except BlockingIOError:
+                idle += 1
+                await asyncio.sleep(0)
+        assert sent > MAX_QUEUED_REPLIES
+        replies = [CODEC.decode(await loop.sock_recv(raw, 1 << 16)).sequence for _ in range(sent)]
+        assert replies == list(range(1, sent + 1))
 
 
 async def test_the_kernel_side_dies(channel, edge):
