@@ -217,7 +217,9 @@ async def test_a_selector_with_a_port_leaves_the_rest_in_clear(gateways: Gateway
 
 async def test_a_host_that_is_no_router_still_gets_its_bypassed_packets_out(gateways: Gateways) -> None:
     near, far = gateways.sites.a, gateways.sites.b
+    assert gateways.a.stop() == 0
     near.gateway.sysctl(ipv4__ip_forward=0, ipv6__conf__all__forwarding=0)
+    gateways.a.restart()
     await gateways.connect(protocol=6, remote_port=8080)
     async with gateways.a.channel() as channel:
         for policy in policies(near.wan6, far.wan6, near.net6, far.net6, protocol=6, remote_port=8080):
