@@ -186,6 +186,19 @@ async def test_answers_wait_for_a_slow_client(server: Served) -> None:
     peer.close()
 
 
+async def test_a_client_that_never_reads_its_answer_is_closed(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    served, backend, path = server
+    monkeypatch.setattr("vpnd.control.server.STALL", 0.05)
+    backend.sas += [ike_status(f"gw-{number}", number) for number in range(1, 3001)]
+    peer = await Peer.connect(path)
+    await peer.answer(PacketType.EVENT_REGISTER, "list-sa")
+    peer.writer.transport.pause_reading()  # type: ignore[attr-defined]
+    peer.send(PacketType.CMD_REQUEST, "list-sas")
+    while served.clients:
+        await asyncio.sleep(0.01)
+    peer.close()
+
+
 async def test_an_answer_that_is_too_long_is_an_error(server: Served) -> None:
     _, backend, path = server
     backend.shared |= {f"{number:05}-" + "x" * 100: None for number in range(6000)}  # type: ignore[misc]

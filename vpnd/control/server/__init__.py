@@ -31,6 +31,7 @@ MAX_PIPELINED: Final = 4  # packets of one client that wait for their turn; the 
 MAX_EVENT_BACKLOG: Final = 1024 * 1024  # octets that a client has not read, from which on it gets no further events
 MAX_LOG_LEVEL: Final = 1  # of `log` events, as strongSwan's: what is finer would flood
 READ_SIZE: Final = 64 * 1024
+PROBE: Final = 1.0  # s for a daemon that may serve our socket already to take a connection
 STALL: Final = 60.0  # seconds for which an answer waits for a client that does not read, before the client is closed
 
 _log = structlog.get_logger("vpnd.control")
@@ -289,6 +290,7 @@ def _refuse_if_served(path: Path) -> None:
     except FileNotFoundError:
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(PROBE)
         try:
             probe.connect(str(path))
         except ConnectionRefusedError:
