@@ -4,8 +4,8 @@
 sadb_msg_seq and sadb_msg_pid (RFC 2367 section 2.1), an entry of a dump by X_DUMP where our extensions are spoken. A request that is not answered
 for `REPLY_TIMEOUT` is sent again unchanged, `ATTEMPTS` times in all: the shim recognises it and does not carry it out twice.
 
-An edge drives it thus: send what `next_output` gives and say `output_sent`; pass datagrams to `receive`; call `tick` when
-`next_deadline` is due; then empty `next_event`. Descriptors in an event are the caller's to close.
+An edge drives it thus: send what `next_output` gives and say `output_sent`; pass datagrams to `receive` while `wants_read`; call `tick`
+when `next_deadline` is due; then empty `next_event`. Descriptors in an event are the caller's to close.
 """
 
 from __future__ import annotations

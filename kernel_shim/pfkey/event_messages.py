@@ -95,10 +95,10 @@ def acquire_message(acquire: Acquire, proposal: Proposal, *, private: bool) -> M
 
 def _acquire_extensions(acquire: Acquire, proposal: Proposal, *, private: bool) -> Iterator[Extension]:
     flow, source, destination = acquire.flow, acquire.source, acquire.destination
-    if flow is not None and not private:
-        source, destination = source or flow.source, destination or flow.destination
     known = source or destination or (flow.source if flow is not None else None)
     version = known.version if known is not None else 4
+    if flow is not None and flow.source.version == version and not private:
+        source, destination = source or flow.source, destination or flow.destination
     yield from addresses(source or unspecified(version), destination or unspecified(version))
     yield PolicyExtension(Action.PROTECT, Direction.OUT, acquire.policy)
     yield proposal

@@ -271,7 +271,8 @@ class ServerSession:
         write = status_extensions(entry, private=client.private) if isinstance(entry, SaStatus) else policy_extensions(entry, private=client.private)
         extensions = (*write, DumpPosition(dump.request, dump.remaining)) if client.private else tuple(write)
         sequence = dump.position if dump.remaining else 0
-        return self._codec.encode(Message(dump.type, SaType.ESP, 0, sequence, dump.pid, extensions))
+        sa_type = SaType.ESP if dump.type == MessageType.DUMP else SaType.UNSPEC
+        return self._codec.encode(Message(dump.type, sa_type, 0, sequence, dump.pid, extensions))
 
     def _encode(self, request: Message, extensions: Iterable[Extension], number: int = 0) -> bytes:
         return self._codec.encode(replace(request, errno=number, extensions=tuple(extensions)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import struct
 from dataclasses import replace
+from ipaddress import ip_address
 
 import pytest
 from hypothesis import given, settings
@@ -436,6 +437,15 @@ def test_acquire_reaches_those_who_registered(session, kernel):
     assert plain.require(m.PolicyExtension).id == 17
     assert plain.require(m.Proposal).combinations
     assert silent.hear() is None
+
+
+def test_a_foreign_acquire_never_mixes_families(talk, kernel):
+    talk.ask(header(7))
+    inner = type(acquire(5).flow)(ip_address("fd00::1"), ip_address("fd00::2"), 6)
+    kernel.emit(replace(acquire(5), selector=None, flow=inner))
+    heard = told(talk.hear())
+    ends = [heard.require(m.Address, kind).address.version for kind in (X.ADDRESS_SRC, X.ADDRESS_DST)]
+    assert ends == [4, 4]
 
 
 def test_an_acquire_that_the_key_manager_gives_up(talk, kernel):
