@@ -34,6 +34,7 @@ async def start_shim(path: Path, arguments: list[str]) -> subprocess.Popen[bytes
         process = subprocess.Popen(  # noqa: ASYNC220  # fork and exec only; nothing is waited for
             [sys.executable, "-m", "kernel_shim.io.main", "serve", "--socket", str(path), "--ready-fd", str(write), *arguments],
             stdin=subprocess.DEVNULL,
+            env={name: value for name, value in os.environ.items() if name != "NOTIFY_SOCKET"},  # its READY=1 is not ours
             start_new_session=True,
             pass_fds=(write,),
         )
