@@ -124,6 +124,10 @@ class Daemon(abc.ABC):
     @abc.abstractmethod
     def log(self) -> str: ...
 
+    def account(self) -> str:
+        """What explains a failure: the log, and counters where there are some."""
+        return self.log()
+
     @contextlib.contextmanager
     def session(self) -> Iterator[vici.Session]:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -148,6 +149,14 @@ class Gateway(Daemon):
             check=check,
         )
         return done.stdout if check else done.stdout + done.stderr
+
+    def counters(self) -> dict[str, int]:
+        """The shim's counters, those that are not 0."""
+        done = self.namespace.run(["env", f"PYTHONPATH={REPOSITORY}", *KERNEL_SHIM, "stats", "--json", "--socket", str(self.shim_path)])
+        return {name: value for name, value in json.loads(done.stdout).items() if value}
+
+    def account(self) -> str:
+        return f"{self.log()}\n--- counters\n{self.counters()}" if self.shim_pids() else self.log()
 
     def log(self) -> str:
         logs = [process.log() for process in (self.vpnd, self.shim) if process is not None]

@@ -118,8 +118,8 @@ def pair(
                 yield Pair(places, tunnel, a, b, recorder)
             except BaseException as error:
                 for daemon in (a, b):
-                    with contextlib.suppress(OSError):
-                        error.add_note(f"--- log of {daemon.kind} at {daemon.namespace.role}\n{daemon.log()[-8000:]}")
+                    with contextlib.suppress(OSError, LabError):
+                        error.add_note(f"--- {daemon.kind} at {daemon.namespace.role}\n{daemon.account()[-8000:]}")
                 raise
             finally:
                 for daemon in (a, b):
