@@ -20,8 +20,9 @@ PROTOCOL_NUMBER: Final = 178  # RTPROT_ of our routes and rules; unassigned in r
 TRANSMIT_QUEUE: Final = 16_384  # frames; many times one pending queue's bound, as a TUN cannot push back, and 0.4 s of small packets
 SOCKET_BUFFER: Final = 8 << 20  # bytes, each way
 
-TUN_READS: Final = 64  # frames a wake-up: bounds how long control messages wait
-SOCKET_READS: Final = 64  # datagram batches a wake-up and socket
+# How much one wake-up takes from a device or socket; it bounds how long control messages and the other direction wait.
+READS: Final = 64  # frames, or batches of datagrams
+READ_BYTES: Final = 512 << 10  # about 3 ms of sealing
 CONTROL_READS: Final = 64  # messages a wake-up and client
 TAKEOVER_GRACE: Final = 60.0  # seconds that a registered key manager has to bring its policies back
 

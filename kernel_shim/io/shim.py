@@ -113,7 +113,8 @@ class Shim:
     def _read_tun(self, events: int, now: float) -> None:
         engine = self._engine
         buffer = engine.outbound_buffer
-        for _ in range(bounds.TUN_READS):
+        total = 0
+        for _ in range(bounds.READS):
             try:
                 length = self._tun.read_into(buffer)
             except BlockingIOError:
@@ -125,6 +126,9 @@ class Shim:
                 self._running, self.failed = False, True
                 return
             engine.outbound(length, now)
+            total += length
+            if total >= bounds.READ_BYTES:
+                return
 
     def _learn_mtu(self, local: Endpoint, remote: Endpoint, mtu: int) -> None:
         # Kept until the data plane has finished what it was about: a sink never calls back.
@@ -132,11 +136,11 @@ class Shim:
             self._mtus[local, remote] = mtu
 
     def _statistics(self) -> Mapping[str, int]:
-        return {**self._counters.values(), **self._device_losses(), **self._capture.statistics(), **self._session.statistics()}
+        return {**self._counters.values(), **self._queue_losses(), **self._capture.statistics(), **self._session.statistics()}
 
-    def _device_losses(self) -> dict[str, int]:
-        """Packets that the TUN's own queue could not hold: our loss, although the kernel counts it."""
-        found = {}
+    def _queue_losses(self) -> dict[str, int]:
+        """Packets that the kernel's queues before us could not hold: our loss, although the kernel counts it."""
+        found = {"io.esp.queue-full": self._sockets.losses()}
         for name, counter in ((self._tun.name, "io.tun.queue-full"), (self._clear.name, "io.bypass.queue-full")):
             with suppress(OSError, ValueError), open(f"/sys/class/net/{name}/statistics/tx_dropped") as file:
                 found[counter] = int(file.read())

@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 
 from kernel_shim.io import steering
 from kernel_shim.io.counters import Counters
-from kernel_shim.io.settings import SOCKET_BUFFER, SOCKET_READS
+from kernel_shim.io.settings import READ_BYTES, READS, SOCKET_BUFFER
 from kernel_shim.model import PORT_IKE, PORT_NAT_T, Endpoint, IPAddress, KernelError
 
 # linux/udp.h, linux/in.h, linux/in6.h, asm-generic/socket.h, linux/errqueue.h: what Python's socket module does not name
@@ -22,6 +22,8 @@ UDP_SEGMENT: Final = 103
 UDP_GRO: Final = 104
 SO_SNDBUFFORCE: Final = 32
 SO_RCVBUFFORCE: Final = 33
+SO_MEMINFO: Final = 55
+MEMORY: Final = struct.Struct("=9I")  # linux/sock_diag.h: SK_MEMINFO_*, the last is drops
 IP_MTU: Final = 14
 IP_MTU_DISCOVER: Final = 10
 IP_RECVERR: Final = 11
@@ -125,10 +127,13 @@ class EspSocket:
         self._socket.close()
 
     def receive(self, buffer: memoryview) -> Iterator[Batch]:
-        """Up to `SOCKET_READS` batches; each is at the start of `buffer` until the next is asked for."""
+        """Up to `READS` batches and about `READ_BYTES`; each is at the start of `buffer` until the next is asked for."""
         receive = self._socket.recvmsg_into
         remotes = self._remotes
-        for _ in range(SOCKET_READS):
+        total = 0
+        for _ in range(READS):
+            if total >= READ_BYTES:
+                return
             try:
                 length, control, _, address = receive((buffer,), CMSG_BYTES)
             except BlockingIOError:
@@ -136,6 +141,7 @@ class EspSocket:
             except OSError:
                 self.read_errors()
                 continue
+            total += length
             segment_size = length
             for level, kind, data in control:
                 if level == socket.IPPROTO_UDP and kind == UDP_GRO:
@@ -211,6 +217,13 @@ class EspSocket:
                 if number == errno.EMSGSIZE and origin != SO_EE_ORIGIN_LOCAL and address:
                     self._mtu(Endpoint(ip_address(address[0]), address[1]), mtu)
 
+    def losses(self) -> int:
+        """Datagrams that found the receive queue full."""
+        try:
+            return int(MEMORY.unpack(self._socket.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, MEMORY.size))[-1])
+        except (OSError, struct.error):
+            return 0
+
     def _report_mtu(self, remote: Endpoint) -> None:
         """EMSGSIZE of a segmented send leaves nothing in the error queue: a connected socket tells what the kernel knows."""
         version = self.local.address.version
@@ -258,6 +271,10 @@ class UdpSockets:
     def esp(self, address: IPAddress) -> EspSocket | None:
         bound = self._bound.get(address)
         return bound.esp if bound else None
+
+    def losses(self) -> int:
+        """Datagrams of ESP that found a receive queue full."""
+        return sum(bound.esp.losses() for bound in self._bound.values())
 
     def bind(self, address: IPAddress) -> tuple[int, int]:
         """KernelError: EADDRNOTAVAIL, EADDRINUSE, EACCES, EMFILE."""

@@ -21,6 +21,7 @@ TUNSETVNETLE: Final = 0x400454DC
 IFF_TUN: Final = 0x0001
 IFF_NO_PI: Final = 0x1000
 IFF_VNET_HDR: Final = 0x4000
+IFF_TUN_EXCL: Final = 0x8000  # never join a device that somebody else made
 TUN_F_CSUM: Final = 0x01
 TUN_F_TSO4: Final = 0x02
 TUN_F_TSO6: Final = 0x04
@@ -46,7 +47,7 @@ class Tun:
         except OSError as error:
             raise KernelError(error.errno or 0, "/dev/net/tun does not open") from error
         try:
-            fcntl.ioctl(self.descriptor, TUNSETIFF, struct.pack("16sH22x", name.encode(), IFF_TUN | IFF_NO_PI | IFF_VNET_HDR))
+            fcntl.ioctl(self.descriptor, TUNSETIFF, struct.pack("16sH22x", name.encode(), IFF_TUN | IFF_NO_PI | IFF_VNET_HDR | IFF_TUN_EXCL))
             fcntl.ioctl(self.descriptor, TUNSETVNETHDRSZ, struct.pack("i", VNET_HEADER))
             fcntl.ioctl(self.descriptor, TUNSETVNETLE, struct.pack("i", 1))
             self.segmentation: Final = self._offload()
