@@ -7,6 +7,7 @@ An exchange of the peer's is a generator too; it may wait for an SPI and returns
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Final, TypeVar
@@ -130,7 +131,7 @@ class Session:
         self.peer_hashes: tuple[int, ...] = ()  # the peer's SIGNATURE_HASH_ALGORITHMS
         self.peer_asks_certificate = False
         self.peer_authorities: frozenset[bytes] = frozenset()  # SHA-1 of the public keys that its CERTREQ names
-        self.queue: list[Task] = []
+        self.queue: deque[Task] = deque()
         self.active: Task | None = None
         self.held: set[SaId] = set()  # larval SPIs that belong to no CHILD_SA yet
         self.tokens = 0

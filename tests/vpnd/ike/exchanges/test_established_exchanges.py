@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from ipaddress import ip_address
 
 import pytest
@@ -13,7 +14,9 @@ from vpnd.config.model import ChildConfig
 from vpnd.ike.context import IkeSettings, Retransmission
 from vpnd.ike.effects import AllocateSpi, ChildClosed, ChildDenied, ChildEstablished, ChildFailed, Reason, RemoveSa
 from vpnd.ike.iana import Exchange
-from vpnd.ike.sa import SPI_TIMEOUT, ChildSaState, IkeSaState
+from vpnd.ike.sa import ChildSaState, IkeSaState
+from vpnd.ike.state import MAX_TASKS
+from vpnd.ike.transport import SPI_TIMEOUT
 
 FIRST = child("first", "10.1.0.0/16", "10.2.0.0/16")
 SECOND = child("second", "10.3.0.0/16", "10.4.0.0/16")
@@ -513,3 +516,23 @@ def test_a_child_asked_of_a_dying_ike_sa_fails_at_once() -> None:
     (failed,) = effects
     assert isinstance(failed, ChildFailed)
     assert failed.acquire == 5
+
+
+def test_a_long_queue_that_fails_at_once_is_worked_off() -> None:
+    pair = pair_of(FIRST, SECOND)
+    pair.a.run(pair.a.sa, pair.a.sa.probe(pair.now), pair.now)
+    for _ in range(3000):
+        pair.a.run(pair.a.sa, pair.a.sa.create_child(replace(SECOND, esp_proposals=()), pair.now), pair.now)
+    pair.settle()
+    assert pair.a.failed == [Reason.NO_PROPOSAL_CHOSEN] * 3000
+    agree(pair, 1)
+
+
+def test_the_queue_is_bounded() -> None:
+    pair = pair_of(FIRST, SECOND)
+    pair.a.run(pair.a.sa, pair.a.sa.probe(pair.now), pair.now)
+    for _ in range(MAX_TASKS + 2):
+        pair.a.run(pair.a.sa, pair.a.sa.create_child(SECOND, pair.now), pair.now)
+    assert pair.a.failed == [Reason.TEMPORARY_FAILURE] * 2
+    pair.a.run(pair.a.sa, pair.a.sa.abort(pair.now, Reason.SHUTDOWN), pair.now)
+    assert len(pair.a.failed) == MAX_TASKS + 2

@@ -13,7 +13,8 @@ from vpnd.ike.context import IkeSettings, Retransmission
 from vpnd.ike.cookie import CookieJar, cookie_reply, parse_init_request, stateless_reply
 from vpnd.ike.effects import AuthenticationRejected, ChildDenied, InitialContact, Reason
 from vpnd.ike.iana import Exchange, NotifyType
-from vpnd.ike.sa import UNPROTECTED_ERROR_GRACE, IkeSaState
+from vpnd.ike.sa import IkeSaState
+from vpnd.ike.transport import UNPROTECTED_ERROR_GRACE
 
 
 def test_two_messages_each_bring_up_ike_and_child() -> None:
