@@ -46,6 +46,7 @@ class FakeChannel:
         self.closed = False
         self.event: Callable[[KernelEvent], None] = lambda event: None
         self.gone: Callable[[], None] = lambda: None
+        self.overrun: Callable[[], None] = lambda: None
 
     def _ask(self, request: str) -> FakeKernel:
         if self.closed:
@@ -62,6 +63,9 @@ class FakeChannel:
 
     def on_event(self, listener: Callable[[KernelEvent], None]) -> None:
         self.event = listener
+
+    def on_overrun(self, listener: Callable[[], None]) -> None:
+        self.overrun = listener
 
     def on_closed(self, listener: Callable[[], None]) -> None:
         self.gone = listener

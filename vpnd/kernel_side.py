@@ -32,6 +32,7 @@ from kernel_shim.model import (
     Spi,
     SpiRequest,
 )
+from vpnd.background import Background
 from vpnd.policies import PolicyKey, PolicyTable
 from vpnd.telemetry.counters import Counters
 
@@ -67,6 +68,7 @@ class KernelSide:
         self._next_reqid = REQID_FIRST
         self._reqids: set[int] = set()
         self._closing = False
+        self._background = Background()
         self.event: Callable[[KernelEvent], None] = lambda event: None
         self.lost: Callable[[Sequence[SaId]], None] = lambda ids: None
 
@@ -114,28 +116,42 @@ class KernelSide:
     async def _attach(self) -> None:
         channel = await self._connect()
         self._capabilities = channel.capabilities()
-        channel.on_event(self._on_event)
-        channel.on_closed(self._on_closed)
-        statuses = await channel.sas()
-        standing = {(policy.direction, policy.selector): policy for policy in await channel.policies()}
         self._channel = channel
+        channel.on_closed(self._on_closed)
+        await self._examine(channel, orphans=True)
+        channel.on_overrun(lambda: self._background.start(self._resynchronise()))
+        channel.on_event(self._on_event)
+
+    async def _examine(self, channel: KernelChannel, *, orphans: bool) -> None:
+        """Compare what the kernel has with what it should have, and repair the difference. SAs that nobody here knows are orphans, or else a race of ours."""
+        actual = {status.sa.id: status for status in await channel.sas()}
+        standing = {(policy.direction, policy.selector): policy for policy in await channel.policies()}
         self._installed = standing
-        self._orphan_policies = {key: policy for key, policy in standing.items() if key not in self.table}
         for policy in standing.values():
             self._reqids.update(template.reqid for template in policy.templates)
-        actual = {status.sa.id: status for status in statuses}
         vanished = [sa for sa in self._ours if sa not in actual]
         for sa in vanished:
             del self._ours[sa]
-        self._orphans = {sa: status for sa, status in actual.items() if sa not in self._ours and status.state is not SaState.LARVAL}
-        if self._orphans or self._orphan_policies:
-            log.info("adopting what an earlier run left in the kernel", sas=len(self._orphans), policies=len(self._orphan_policies))
-            self._orphan_task = asyncio.create_task(self._drop_orphans_later(), name="orphans")
+        if orphans:
+            self._orphan_policies = {key: policy for key, policy in standing.items() if key not in self.table}
+            self._orphans = {sa: status for sa, status in actual.items() if sa not in self._ours and status.state is not SaState.LARVAL}
+            if self._orphans or self._orphan_policies:
+                log.info("adopting what an earlier run left in the kernel", sas=len(self._orphans), policies=len(self._orphan_policies))
+                self._orphan_task = asyncio.create_task(self._drop_orphans_later(), name="orphans")
         self._dirty.update(dict.fromkeys((policy.direction, policy.selector) for policy in self.table.desired()))
+        self._dirty.update(dict.fromkeys(key for key in standing if key not in self._orphan_policies))
         await self._synchronise()
         if vanished:
             self._counters.add("kernel_sas_lost", len(vanished))
             self.lost(vanished)
+
+    async def _resynchronise(self) -> None:
+        """After the kernel side had to forget events: what they told is read from its tables."""
+        self._counters.add("kernel_overruns")
+        try:
+            await self._examine(self.channel, orphans=False)
+        except (KernelError, ChannelClosed, TimeoutError) as error:
+            log.warning("kernel not examined after an overrun", error=str(error))
 
     def _on_event(self, event: KernelEvent) -> None:
         self.event(event)

@@ -34,7 +34,10 @@ class KernelChannel(Protocol):
     def capabilities(self) -> Capabilities: ...
 
     def on_event(self, listener: Callable[[KernelEvent], None]) -> None:
-        """`listener` is called from the event loop for each event, in order."""
+        """`listener` is called from the event loop for each event, in order; those that came since `open` first."""
+
+    def on_overrun(self, listener: Callable[[], None]) -> None:
+        """`listener` is called when events may have been lost: `sas` and `policies` tell what they told."""
 
     def on_closed(self, listener: Callable[[], None]) -> None:
         """`listener` is called once when the kernel side went away without `close`."""

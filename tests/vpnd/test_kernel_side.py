@@ -158,6 +158,23 @@ async def test_what_nobody_claims_again_is_removed_after_the_grace(monkeypatch: 
     await second.close()
 
 
+async def test_after_an_overrun_the_tables_tell_what_the_lost_events_told() -> None:
+    lab = Lab()
+    side = lab.side()
+    await side.open()
+    await side.claim("trap", policies("10.2.0.0/16"))
+    await side.install(association(1, Direction.IN))
+    await side.install(association(2, Direction.OUT))
+    out = association(2, Direction.OUT).id
+    del lab.kernel.sas[out]
+    lab.kernel.policies.clear()
+    lab.channels[-1].overrun()
+    while not lab.lost:
+        await asyncio.sleep(0)
+    assert lab.lost == [out]
+    assert lab.selectors() == {"10.1.0.0/16 => 10.2.0.0/16"}
+
+
 async def test_an_orderly_end_leaves_an_empty_kernel() -> None:
     lab = Lab()
     side = lab.side()
