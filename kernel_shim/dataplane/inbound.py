@@ -21,7 +21,7 @@ from kernel_shim.dataplane.outbound import TAIL_ROOM, Outbound
 from kernel_shim.dataplane.output import Sink
 from kernel_shim.dataplane.traffic import Traffic
 from kernel_shim.esp.rows import Rows, Workspace
-from kernel_shim.esp.wire import HEADER_FORMAT, TRAILER, strip
+from kernel_shim.esp.wire import HEADER_FORMAT, SEQUENCE_LIMIT, TRAILER, strip
 from kernel_shim.model import Action, Direction, Endpoint, Mode, NewMapping
 from kernel_shim.packet import virtio
 from kernel_shim.packet.coalesce import Format, Joiner, format_of, runs
@@ -128,18 +128,19 @@ class Inbound:
         count = min(length // segment, rows.capacity)
         window, first = entry.window, entry.window.extend(low)
         counting = rows.tables.counting[:count]
+        marks = (rows.wire_marks[:count] - counting).tobytes()
         if (
             first <= window.top
             or first + count - 1 > entry.sequence_limit
-            or not (rows.wire_spis[:count] == spi).all()
-            or not (rows.wire_sequences[:count] == counting + np.uint64(low)).all()
+            or marks != marks[:8] * count
+            or low + count - 1 > SEQUENCE_LIMIT
             or entry.packets + count > entry.hard_packets
             or not entry.cipher.open_rows(rows, count, counting + np.uint64(first))
         ):
             self._traffic.batch_fallbacks += 1
             return 0
         window.accept_run(first, count)
-        octets = count * (rows.plaintext_length - TRAILER) - int(rows.trailers[:count, 0].sum(dtype=np.int64))
+        octets = count * (rows.plaintext_length - TRAILER) - sum(rows.trailers[:count, 0].tobytes())
         self._authentic(entry, local, remote, True, count, max(0, octets), now)
         begin = end = count * segment
         tail = None

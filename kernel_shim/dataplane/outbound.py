@@ -21,7 +21,7 @@ from kernel_shim.dataplane.bundle import Bundle, Held, inner_limit
 from kernel_shim.dataplane.mtu import PathMtus
 from kernel_shim.dataplane.output import Sink
 from kernel_shim.dataplane.traffic import Traffic
-from kernel_shim.esp.rows import Workspace
+from kernel_shim.esp.rows import MAX_DATAGRAMS, MAX_ROWS, Workspace
 from kernel_shim.esp.wire import trailer
 from kernel_shim.model import Acquire, Action, Direction, Flow, Level, Policy, SaState, Template, Unresolved
 from kernel_shim.packet import virtio
@@ -279,23 +279,22 @@ class Outbound:
         tail = trailer(length, shape.alignment, next_header)
         total, done = big.segments, 0
         full = (len(big.packet) - big.header) // big.size
-        wire = rows.wire_buffer
-        while done < full:
-            count = min(full - done, rows.capacity)
-            fill_rows(big, done, rows.plaintext[:count], rows.words[:count], strip, tail)
-            cipher.seal_rows(rows, count, entry.sequence + 1)
-            entry.sequence += count
-            done += count
-            end = count * rows.wire_length
+        wire, size = rows.wire_buffer, rows.wire_length
+        at_once = min(MAX_ROWS, MAX_DATAGRAMS // size) * size
+        while done < total:
+            count, end = min(full - done, rows.capacity), 0
+            if count:
+                fill_rows(big, done, rows.plaintext[:count], rows.words[:count], strip, tail)
+                cipher.seal_rows(rows, count, entry.sequence + 1)
+                entry.sequence += count
+                done += count
+                end = count * size
             if done == full < total and count < rows.capacity:
                 end = self._seal_rest(entry, big, strip, next_header, wire, end)
                 done = total
-            self._traffic.out_sends += 1
-            self._sink.send_esp(entry.local, entry.remote, wire[:end], rows.wire_length)
-        if done < total:
-            end = self._seal_rest(entry, big, strip, next_header, wire, 0)
-            self._traffic.out_sends += 1
-            self._sink.send_esp(entry.local, entry.remote, wire[:end], end)
+            for begin in range(0, end, at_once):
+                self._traffic.out_sends += 1
+                self._sink.send_esp(entry.local, entry.remote, wire[begin : min(begin + at_once, end)], size)
         octets = len(big.packet) - big.header + total * (big.header - strip)
         self._traffic.out_packets += total
         self._traffic.out_octets += octets

@@ -20,7 +20,8 @@ MAX_DATAGRAMS: Final = 65507
 # Limits of this implementation
 MAX_LAYOUTS: Final = 64  # a layout of 64 rows costs about 40 kB of views
 
-_PLAINTEXT_CAPACITY: Final = 65536 + MAX_ROWS * 32
+# The largest super-packet and, for each of its segments, headers, ESP's overhead and padding.
+_CAPACITY: Final = 65536 + MAX_ROWS * 256
 
 
 class Tables:
@@ -57,7 +58,7 @@ class Rows:
         self.tables = tables
         self.wire_length: int = wire_length
         self.plaintext_length: int = wire_length - shape.overhead
-        self.capacity: int = max(1, min(MAX_ROWS, MAX_DATAGRAMS // wire_length))
+        self.capacity: int = min(MAX_ROWS, len(wire) // wire_length)
         count, row = self.capacity, self.plaintext_length
         self.wire_buffer = wire
         self.plaintext: npt.NDArray[np.uint8] = np.frombuffer(plaintext, np.uint8)[: count * row].reshape(count, row)
@@ -65,8 +66,7 @@ class Rows:
         self.trailers = self.plaintext[:, -2:]
         self.plaintext_views = _slices(plaintext, row, 0, row, count)
         self.wire: npt.NDArray[np.uint8] = np.frombuffer(wire, np.uint8)[: count * wire_length].reshape(count, wire_length)
-        self.wire_spis = np.ndarray((count,), ">u4", wire, 0, (wire_length,))
-        self.wire_sequences = np.ndarray((count,), ">u4", wire, 4, (wire_length,))
+        self.wire_marks = np.ndarray((count,), ">u8", wire, 0, (wire_length,))  # SPI and sequence number as one
         self.wire_ivs = self.wire[:, HEADER : HEADER + shape.iv]
         self.headers = _slices(wire, wire_length, 0, HEADER, count)
         self.sealed = _slices(wire, wire_length, HEADER + shape.iv, wire_length, count)
@@ -78,12 +78,12 @@ class Workspace:
 
     def __init__(self, wire: memoryview | None = None) -> None:
         self.tables = Tables()
-        self.wire = memoryview(bytearray(65536)) if wire is None else wire
-        self.plaintext = memoryview(bytearray(_PLAINTEXT_CAPACITY))
+        self.wire = memoryview(bytearray(_CAPACITY)) if wire is None else wire
+        self.plaintext = memoryview(bytearray(_CAPACITY))
         self._layouts: dict[tuple[int, int, int], Rows] = {}
 
     def rows(self, wire_length: int, shape: Shape) -> Rows:
-        """The layout for packets of `wire_length` bytes, which must be plausible for `shape`."""
+        """The layout for packets of `wire_length` bytes, which must be plausible for `shape` and at most MAX_DATAGRAMS."""
         key = (wire_length, shape.iv, shape.icv)
         layout = self._layouts.get(key)
         if layout is None:

@@ -7,6 +7,7 @@ import random
 import pytest
 from dataplane_pair import Pair
 
+from kernel_shim.dataplane.engine import EngineConfig
 from kernel_shim.esp.cipher import SUPPORTED
 from kernel_shim.model import Mode
 from kernel_shim.packet import virtio
@@ -72,3 +73,30 @@ def test_every_algorithm(algorithm, esn) -> None:
     pair.send(pair.packet(3))
     pair.pass_on()
     assert len(pair.right.received()) == 21
+
+
+@pytest.mark.parametrize("size", [1, 9, 536, 1386, 8900, 21_000, 40_000, 65_000])
+@pytest.mark.parametrize("length", [1, 300, 40_000, 65_400])
+def test_any_size_of_segment_on_a_path_that_takes_it(size: int, length: int) -> None:
+    if length // size > 3000:
+        pytest.skip("no kernel makes that many segments")
+    pair = Pair(config=EngineConfig(path_mtu=65535, udp_segmentation=True))
+    pair.connect()
+    payload = random.Random(size).randbytes(length)
+    pair.left.engine.send(pair.super_frame(payload, size), pair.now)
+    pair.pass_on()
+    assert b"".join(packet[52:] for packet in pair.right.received()) == payload
+    assert pair.right.count("in_packets") == -(-length // size)
+
+
+def test_several_flows_and_sizes_through_one_sa_stay_in_order() -> None:
+    pair = Pair()
+    pair.connect()
+    rand = random.Random(4)
+    packets = [pair.packet(n, rand.choice([20, 100, 1000, 1300]), sport=rand.randrange(1, 5)) for n in range(400)]
+    pair.send(*packets)
+    sent = pair.left.sent()
+    assert len(sent) < 400
+    pair.right.take(sent, pair.now)
+    assert pair.right.received() == packets
+    assert pair.right.count("batch_fallbacks") == 0
