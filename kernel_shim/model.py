@@ -31,6 +31,7 @@ PROTOCOL_ESP: Final = 50
 PROTOCOL_ICMPV6: Final = 58
 PORT_IKE: Final = 500
 PORT_NAT_T: Final = 4500
+SOCKET_MARK: Final = 0x49500000  # SO_MARK of IKE and ESP sockets: keeps their packets off the capture routes
 
 
 class KernelError(Exception):

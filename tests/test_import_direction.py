@@ -18,6 +18,7 @@ EDGES = (
     "vpnd.cli",
     "vpnd.control.client",
     "vpnd.control.server",
+    "vpnd.daemon",
     "vpnd.io",
     "vpnd.telemetry",
 )
@@ -25,6 +26,7 @@ EDGES = (
 MAY_USE_IO = {
     "kernel_shim.io": ("kernel_shim.io",),
     "vpnd.app": ("vpnd.io",),
+    "vpnd.daemon": ("vpnd.io",),
     "vpnd.io": ("vpnd.io",),
     "vpnd.cli": ("vpnd.io",),
 }

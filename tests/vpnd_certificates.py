@@ -27,7 +27,7 @@ def key(kind: str, number: int = 0) -> PrivateKey:
         case "rsa":
             return rsa.generate_private_key(65537, 2048)
         case "rsa1024":
-            return rsa.generate_private_key(65537, 1024)  # noqa: S505
+            return rsa.generate_private_key(65537, 1024)
         case "ecdsa256":
             return ec.generate_private_key(ec.SECP256R1())
         case "ecdsa384":

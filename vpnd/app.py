@@ -14,15 +14,17 @@ import structlog
 
 from kernel_shim.channel.api import ChannelClosed, KernelChannel
 from kernel_shim.channel.pfkey import PfKeyChannel
-from kernel_shim.io.settings import DEFAULT_MARK
-from kernel_shim.model import Endpoint, IPAddress, KernelError
+from kernel_shim.model import SOCKET_MARK, Endpoint, IPAddress, KernelError
 from vpnd.auth.credentials import CredentialError, CredentialStore
 from vpnd.config import load
 from vpnd.config.errors import ConfigErrors
 from vpnd.config.model import DaemonConfig, KernelChoice, LoadedConfiguration
 from vpnd.control.backend import ControlError
 from vpnd.control.server import ControlServer
-from vpnd.demands import Demands
+from vpnd.daemon.demands import Demands
+from vpnd.daemon.kernel_side import KernelSide
+from vpnd.daemon.manager import Manager
+from vpnd.daemon.operations import Operations
 from vpnd.gate import GateSettings
 from vpnd.ike.context import IkeSettings, Retransmission
 from vpnd.ike.effects import Reason
@@ -30,9 +32,6 @@ from vpnd.io.addresses import local_addresses, watch_addresses
 from vpnd.io.shim import ShimStartError, shim_listens, start_shim
 from vpnd.io.systemd import notify
 from vpnd.io.udp import IkeSockets
-from vpnd.kernel_side import KernelSide
-from vpnd.manager import Manager
-from vpnd.operations import Operations
 from vpnd.telemetry.counters import Counters
 from vpnd.telemetry.logging import configure_logging
 
@@ -47,7 +46,7 @@ class StartError(RuntimeError):
 
 
 class SocketTable:
-    """The IKE sockets of every local address; implements `vpnd.manager.Sockets`."""
+    """The IKE sockets of every local address; implements `vpnd.daemon.manager.Sockets`."""
 
     def __init__(self, receive: Callable[[Endpoint, Endpoint, bytes], None]) -> None:
         self._receive = receive
@@ -101,7 +100,7 @@ class Daemon:
         )
         gate = GateSettings(config.cookie_threshold, config.cookie_threshold_ip, config.block_threshold, config.half_open_limit)
         self._manager = Manager(self._kernel, self._sockets, CredentialStore.of(loaded.configuration), settings, gate, self._counters)
-        self._demands = Demands(self._manager, DEFAULT_MARK)
+        self._demands = Demands(self._manager, SOCKET_MARK)
         self._operations = Operations(self._manager, self._demands)
         self._control = ControlServer(self._operations, config)
         self._addresses_task: asyncio.Task[None] | None = None

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from kernel_shim.model import SOCKET_MARK
+
 DEFAULT_SOCKET: Final = Path("/run/vpnd/kernel.sock")
 DEFAULT_TUN: Final = "vpn0"
 DEFAULT_TABLE: Final = 4500
 DEFAULT_RULE_PRIORITY: Final = 200
-DEFAULT_MARK: Final = 0x49500000  # on every packet of our own sockets
+DEFAULT_MARK: Final = SOCKET_MARK
 DEFAULT_EGRESS_MTU: Final = 1500
 
 TABLES: Final = 64  # routing tables from `table` on that are ours

@@ -8,8 +8,8 @@ from vpnd_fakes import ALGORITHM, FakeChannel, FakeKernel
 
 from kernel_shim.channel.api import KernelChannel
 from kernel_shim.model import Action, AddressRange, Direction, KernelError, Mode, Policy, ReqId, SaId, SecurityAssociation, Spi, TrafficSelector
-from vpnd import kernel_side
-from vpnd.kernel_side import KernelSide
+from vpnd.daemon import kernel_side
+from vpnd.daemon.kernel_side import KernelSide
 from vpnd.policies import PolicySpec, policies_for
 from vpnd.telemetry.counters import Counters
 

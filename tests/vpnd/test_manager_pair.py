@@ -15,12 +15,12 @@ from kernel_shim.model import Acquire, AcquireSequence, Direction, Endpoint, Exp
 from vpnd.auth.credentials import CredentialStore
 from vpnd.config import load_text
 from vpnd.control.backend import ControlError, LogLine
-from vpnd.demands import Demands
+from vpnd.daemon.demands import Demands
+from vpnd.daemon.kernel_side import KernelSide
+from vpnd.daemon.manager import Manager
+from vpnd.daemon.operations import Operations
 from vpnd.gate import GateSettings
 from vpnd.ike.context import IkeSettings, Retransmission
-from vpnd.kernel_side import KernelSide
-from vpnd.manager import Manager
-from vpnd.operations import Operations
 from vpnd.telemetry.counters import Counters
 
 CONFIG = """

@@ -1,4 +1,4 @@
-"""What the control server asks of the daemon. `vpnd.manager.Manager` implements it; `vpnd.control` turns it into VICI.
+"""What the control server asks of the daemon. `vpnd.daemon.manager.Manager` implements it; `vpnd.control` turns it into VICI.
 
 Statuses are plain values: the server only prints them. Ages and times to come are seconds.
 """

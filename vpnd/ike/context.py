@@ -43,7 +43,7 @@ class IkeSettings:
 
 
 class IkeContext(Protocol):
-    """`vpnd.manager.Manager` implements it; tests bring their own. Every call is synchronous and quick."""
+    """`vpnd.daemon.manager.Manager` implements it; tests bring their own. Every call is synchronous and quick."""
 
     @property
     def settings(self) -> IkeSettings: ...

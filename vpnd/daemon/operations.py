@@ -24,11 +24,11 @@ from vpnd.control.backend import (
     LogLine,
     PolicyStatus,
 )
-from vpnd.demands import Demands, selectors
+from vpnd.daemon.demands import Demands, selectors
+from vpnd.daemon.manager import Entry, Manager
 from vpnd.ike.effects import ChildFailed, ChildSa, IkeClosed, Reason
 from vpnd.ike.proposal import within
 from vpnd.ike.sa import Child
-from vpnd.manager import Entry, Manager
 
 SINGLE_LOOKUPS: Final = 16  # up to so many SAs are asked for one by one, beyond that the SAD is dumped once
 QUEUED_LINES: Final = 1000  # log lines kept for one slow control client

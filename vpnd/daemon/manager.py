@@ -2,7 +2,7 @@
 
 An IKE SA is a pure core (`vpnd.ike.sa`). Its effects are carried out here, step after step; a step that needs the kernel
 goes on in a task of its own until its effects are done, so nothing waits per SA while nothing happens.
-Why CHILD_SAs come up, and what follows when one goes, is `vpnd.demands`.
+Why CHILD_SAs come up, and what follows when one goes, is `vpnd.daemon.demands`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ import structlog
 from kernel_shim.channel.api import ChannelClosed
 from kernel_shim.model import Capabilities, Direction, Endpoint, IPAddress, KernelError, ReqId, SaId, SpiRequest
 from vpnd.auth.credentials import CredentialStore
-from vpnd.background import Background
 from vpnd.config.model import ChildConfig, ConnectionConfig
 from vpnd.control.backend import DaemonEvent, LogLine
+from vpnd.daemon.background import Background
+from vpnd.daemon.kernel_side import KernelSide
 from vpnd.gate import Admitted, Gate, GateSettings, Refused, Reply
 from vpnd.ike.context import IkeSettings
 from vpnd.ike.effects import (
@@ -45,7 +46,6 @@ from vpnd.ike.effects import (
 )
 from vpnd.ike.identity import Identity
 from vpnd.ike.sa import IkeSa, IkeSaState
-from vpnd.kernel_side import KernelSide
 from vpnd.peers import candidates
 from vpnd.policies import PolicySpec, policies_for
 from vpnd.schedule import Deadlines

@@ -32,7 +32,7 @@ from kernel_shim.model import (
     Spi,
     SpiRequest,
 )
-from vpnd.background import Background
+from vpnd.daemon.background import Background
 from vpnd.policies import PolicyKey, PolicyTable
 from vpnd.telemetry.counters import Counters
 

@@ -31,12 +31,12 @@ from kernel_shim.model import (
     Selector,
     TrafficSelector,
 )
-from vpnd.background import Background
 from vpnd.config.model import ChildConfig, ConnectionConfig, StartAction, TsTemplate
 from vpnd.control.backend import ControlError
+from vpnd.daemon.background import Background
+from vpnd.daemon.manager import Entry, Manager
 from vpnd.ike.effects import ChildFailed, ChildSa, IkeClosed, Reason
 from vpnd.io.addresses import resolve, source_towards
-from vpnd.manager import Entry, Manager
 from vpnd.peers import ANY, fixed_address
 from vpnd.policies import PolicySpec, policies_for
 
@@ -71,7 +71,7 @@ class Demand:
 
 
 class Demands:
-    """Hears the news of the manager, by way of `vpnd.operations`, and the kernel's events."""
+    """Hears the news of the manager, by way of `vpnd.daemon.operations`, and the kernel's events."""
 
     def __init__(self, manager: Manager, mark: int) -> None:
         self._manager = manager
