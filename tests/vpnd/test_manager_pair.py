@@ -15,6 +15,7 @@ from kernel_shim.model import Acquire, AcquireSequence, Direction, Endpoint, Exp
 from vpnd.auth.credentials import CredentialStore
 from vpnd.config import load_text
 from vpnd.control.backend import ControlError, LogLine
+from vpnd.daemon import demands
 from vpnd.daemon.demands import Demands
 from vpnd.daemon.kernel_side import KernelSide
 from vpnd.daemon.manager import Manager
@@ -231,6 +232,22 @@ async def test_a_kernel_that_lost_its_sas_gets_new_ones_never_the_old_keys() -> 
     await a.up()
     await until(lambda: mirrored(a, b))
     assert not {sa.encryption_key for sa in old} & {sa.encryption_key for sa in a.kernel.sas.values()}
+
+
+@pytest.mark.parametrize("standing", [False, True], ids=["two IKE SAs", "two CHILD_SAs"])
+async def test_when_both_sides_ask_at_once_one_child_remains(standing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demands, "SETTLE", 0.01)
+    a, b, _ = await pair("trap", "trap")
+    if standing:
+        await a.up()
+        await a.down(child="net")
+        await until(lambda: not a.kernel.sas and not b.kernel.sas)
+    await asyncio.gather(a.up(), b.up())
+    await until(lambda: mirrored(a, b))
+    await until(lambda: len(a.manager) == len(b.manager) == 1)
+    await asyncio.sleep(0.1)
+    assert mirrored(a, b)
+    assert len(a.manager) == len(b.manager) == 1
 
 
 async def test_half_open_limits_ask_for_cookies_and_then_refuse() -> None:

@@ -34,6 +34,7 @@ from kernel_shim.model import (
 from vpnd.config.model import ChildConfig, ConnectionConfig, StartAction, TsTemplate
 from vpnd.control.backend import ControlError
 from vpnd.daemon.background import Background
+from vpnd.daemon.crossings import SETTLE, superfluous_child, superfluous_ike
 from vpnd.daemon.manager import Entry, Manager
 from vpnd.ike.effects import ChildFailed, ChildSa, IkeClosed, Reason
 from vpnd.io.addresses import resolve, source_towards
@@ -241,6 +242,7 @@ class Demands:
         for waiter in self._waiting.pop(key, []):
             if not waiter.done():
                 waiter.set_result(None)
+        self._settle_crossing(entry, child)
         demand = self._demands.get(key)
         if demand is None or demand.entry is not entry:
             return
@@ -257,6 +259,27 @@ class Demands:
                 return
             following = self.demand(demand.connection, demand.child, flow=flow, acquire=sequence)
             following.acquires.update(left)
+
+    def _settle_crossing(self, entry: Entry, child: ChildSa) -> None:
+        """Both sides may have brought it up at once: ours goes when theirs stays."""
+        loop = asyncio.get_running_loop()
+        extra = superfluous_child(entry.sa, child)
+        if extra is not None:
+            loop.call_later(SETTLE, self._drop_child, entry, extra.sa.id)
+            return
+        peers = self._manager.peers_of(entry)
+        loser = superfluous_ike(entry.sa, [peer.sa for peer in peers])
+        for peer in peers:
+            if peer.sa is loser:
+                loop.call_later(SETTLE, self._drop_ike, peer)
+
+    def _drop_child(self, entry: Entry, child_id: int) -> None:
+        if not entry.sa.closed and child_id in entry.sa.children:
+            self._manager.run(entry, entry.sa.delete_child(child_id, asyncio.get_running_loop().time(), Reason.REPLACED))
+
+    def _drop_ike(self, entry: Entry) -> None:
+        if not entry.sa.closed:
+            self._manager.run(entry, entry.sa.delete(asyncio.get_running_loop().time(), Reason.REPLACED))
 
     def child_closed(self, entry: Entry, child: ChildSa, reason: Reason) -> None:
         connection = self._manager.connections.get(entry.sa.connection.name)

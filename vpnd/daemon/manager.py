@@ -177,7 +177,10 @@ class Manager:
         return self._child_of_reqid.get(reqid)
 
     def first_contact(self, connection: ConnectionConfig) -> bool:
-        return not any(entry.sa.established_at is not None for entry in self._of_connection.get(connection.name, {}).values())
+        if any(entry.sa.established_at is not None for entry in self._of_connection.get(connection.name, {}).values()):
+            return False
+        # a peer that is about to authenticate is in contact, too: when both sides initiate at once, neither must close the other's
+        return not self._half_open_total or not any(entry.half_open and entry.sa.connection.name == connection.name for entry in self._by_init.values())
 
     # Looking
 
@@ -194,6 +197,10 @@ class Manager:
             if best is None or best.sa.established_at is None or entry.sa.established_at is not None:
                 best = entry
         return best
+
+    def peers_of(self, entry: Entry) -> list[Entry]:
+        """The established IKE SAs between the same two identities, `entry` included."""
+        return list(self._of_peer.get((entry.sa.local_id, entry.sa.remote_id), {}).values())
 
     def child_with(self, sa: SaId) -> tuple[Entry, int] | None:
         return self._child_of.get(sa)
