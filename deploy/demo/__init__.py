@@ -1,0 +1,1 @@
+"""`make demo`: the lab of the tests, shown to a person."""
