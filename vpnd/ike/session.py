@@ -17,7 +17,7 @@ from vpnd.config.model import ConnectionConfig
 from vpnd.ike.context import ChildRequest, IkeContext
 from vpnd.ike.crypto.sk import SkCipher
 from vpnd.ike.effects import AllocateSpi, ChildClosed, ChildEstablished, ChildFailed, Effect, IkeClosed, IkeEstablished, InstallSa, Reason, RemoveSa
-from vpnd.ike.iana import CertEncoding, NotifyType
+from vpnd.ike.iana import FIRST_STATUS_NOTIFY, CertEncoding, NotifyType, name_of
 from vpnd.ike.identity import Identity
 from vpnd.ike.keymat import IkeKeys, IkeSuite
 from vpnd.ike.nat import detect
@@ -284,7 +284,7 @@ def ask(request: Ask | KeepWaiting) -> Steps[Message]:
 
 def first_error(message: Message) -> NotifyPayload | None:
     """RFC 7296 section 3.10.1: the first notification of an error; an unrecognized one counts as an error too."""
-    return next((payload for payload in message.payloads if isinstance(payload, NotifyPayload) and payload.type < 16384), None)
+    return next((payload for payload in message.payloads if isinstance(payload, NotifyPayload) and payload.type < FIRST_STATUS_NOTIFY), None)
 
 
 ERROR_REASONS: Final = {
@@ -297,6 +297,11 @@ ERROR_REASONS: Final = {
     NotifyType.TS_UNACCEPTABLE: Reason.TS_UNACCEPTABLE,
     NotifyType.TEMPORARY_FAILURE: Reason.TEMPORARY_FAILURE,
 }
+
+
+def error_name(error: NotifyPayload) -> str:
+    """For a log line: the notification's name in RFC 7296."""
+    return name_of(NotifyType, error.type)
 
 
 def reason_of(error: NotifyPayload) -> Reason:

@@ -8,7 +8,7 @@ from vpnd.ike.crypto.dh import group, implemented_groups
 from vpnd.ike.effects import ChildDenied, Reason
 from vpnd.ike.exchanges.informational import delete_spi
 from vpnd.ike.iana import Exchange, NotifyType, ProtocolId
-from vpnd.ike.session import NONCE_LENGTH, Ask, Response, Session, Steps, Task, allocate, ask, first_error, reason_of
+from vpnd.ike.session import NONCE_LENGTH, Ask, Response, Session, Steps, Task, allocate, ask, error_name, first_error, reason_of
 from vpnd.ike.state import MAX_CHILDREN, Child, ChildSaState, IkeSaState
 from vpnd.ike.wire.errors import MalformedMessage
 from vpnd.ike.wire.message import Message
@@ -48,7 +48,7 @@ def _negotiate(session: Session, task: Task, offer: Offer) -> Steps[None]:
         tried.add(wanted)
     error = first_error(response)
     if error is not None:
-        raise ChildRefused(reason_of(error), 0, detail=f"peer answered with notification {error.type}")
+        raise ChildRefused(reason_of(error), 0, detail=f"peer answered with {error_name(error)}")
     try:
         agreed = read_answer(session, offer, response)
         nonce_r, ke = response.first(NoncePayload), response.first(KePayload)

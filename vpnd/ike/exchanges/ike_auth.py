@@ -9,9 +9,9 @@ from vpnd.ike.effects import AuthenticationRejected, ChildDenied, IkeClosed, Ini
 from vpnd.ike.exchanges.create_child_sa import bring_up, finish
 from vpnd.ike.exchanges.ike_sa_init import certificate_requests
 from vpnd.ike.exchanges.informational import delete_spi
-from vpnd.ike.iana import Exchange, NotifyType
+from vpnd.ike.iana import Exchange, NotifyType, name_of
 from vpnd.ike.identity import Identity
-from vpnd.ike.session import Ask, Response, Session, Steps, Task, Tell, ask, first_error, reason_of
+from vpnd.ike.session import Ask, Response, Session, Steps, Task, Tell, ask, error_name, first_error, reason_of
 from vpnd.ike.wire.message import Message
 from vpnd.ike.wire.payloads import AuthPayload, IdiPayload, IdrPayload, NotifyPayload, Payload, SaPayload, TsiPayload, TsrPayload
 
@@ -67,14 +67,16 @@ def initiate(session: Session, task: Task) -> Steps[None]:
         # RFC 7296 section 2.21.2: without AUTH, an error is about the IKE SA
         reason = reason_of(error_notify) if error_notify else Reason.INVALID_SYNTAX
         if reason is Reason.PEER_AUTHENTICATION_FAILED:
-            session.emit(AuthenticationRejected(connection.name, expected, f"peer {session.remote} refused our identity {own.identity}"))
-        session.close(reason, f"{session.describe()} answered IKE_AUTH of {own.identity} with {error_notify.type if error_notify else 'no AUTH'}")
+            session.emit(
+                AuthenticationRejected(connection.name, expected, f"peer {session.remote} refused our identity {own.identity}: received AUTHENTICATION_FAILED")
+            )
+        session.close(reason, f"{session.describe()} answered IKE_AUTH of {own.identity} with {error_name(error_notify) if error_notify else 'no AUTH'}")
         return
     session.remote_id = idr.identity
     try:
         check(session, connection, idr.identity, own.identity, response)
     except PeerRefused as error:
-        session.emit(AuthenticationRejected(connection.name, idr.identity, f"peer {session.remote}: {error}"))
+        session.emit(AuthenticationRejected(connection.name, idr.identity, f"peer {session.remote}: {error}; told it AUTHENTICATION_FAILED"))
         # RFC 7296 section 2.21.2: the peer thinks that it stands; it is told in an exchange of its own, and not waited for
         yield Tell(Exchange.INFORMATIONAL, (NotifyPayload(NotifyType.AUTHENTICATION_FAILED),))
         session.close(Reason.AUTHENTICATION_FAILED, f"{session.describe()}: {error}")
@@ -88,7 +90,7 @@ def _take_child(session: Session, task: Task, offer: Offer, response: Message, e
     try:
         # RFC 7296 section 1.2: the IKE SA stands without its CHILD_SA
         if error is not None:
-            raise ChildRefused(reason_of(error), 0, detail=f"peer answered with notification {error.type}")
+            raise ChildRefused(reason_of(error), 0, detail=f"peer answered with {error_name(error)}")
         try:
             agreed = read_answer(session, offer, response)
         except ChildRefused:
@@ -153,5 +155,5 @@ def _refuse(
 ) -> Response:
     # RFC 7296 section 2.21.2: an error in IKE_AUTH ends the IKE SA, and its answer says so
     session.remote_id = peer
-    session.emit(AuthenticationRejected(connection, peer, f"peer {session.remote}: {why}"))
+    session.emit(AuthenticationRejected(connection, peer, f"peer {session.remote}: {why}; answered with {name_of(NotifyType, notify)}"))
     return Response((NotifyPayload(notify),), close=IkeClosed(reason, f"{session.describe()}: {why}"))

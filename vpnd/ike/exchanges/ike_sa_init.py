@@ -18,7 +18,7 @@ from vpnd.ike.iana import CertEncoding, Exchange, NotifyType
 from vpnd.ike.keymat import IkeSuite, ike_keys, skeyseed
 from vpnd.ike.nat import HASH_LENGTH, detection_payloads, floated
 from vpnd.ike.proposal import Proposal, accept, number_proposals, select
-from vpnd.ike.session import NONCE_LENGTH, Ask, IkeCrypto, KeepWaiting, Session, Steps, ask, first_error, reason_of
+from vpnd.ike.session import NONCE_LENGTH, Ask, IkeCrypto, KeepWaiting, Session, Steps, ask, error_name, first_error, reason_of
 from vpnd.ike.state import IkeSaState
 from vpnd.ike.wire.errors import MalformedMessage
 from vpnd.ike.wire.header import NO_SPI, Header, MessageId
@@ -101,7 +101,7 @@ def _complete(session: Session, proposals: Sequence[Proposal], exchange: KeyExch
     error = first_error(response)
     # RFC 7296 section 2.21.1: an unprotected error is a hint, no more
     if error is not None:
-        return KeepWaiting(reason_of(error), f"{who} refused IKE_SA_INIT with notification {error.type}")
+        return KeepWaiting(reason_of(error), f"{who} refused IKE_SA_INIT with {error_name(error)}")
     sa, ke, nonce = response.first(SaPayload), response.first(KePayload), response.first(NoncePayload)
     if sa is None or ke is None or nonce is None or not NONCE_MINIMUM <= len(nonce.data) <= NONCE_MAXIMUM or response.header.responder_spi == NO_SPI:
         return KeepWaiting(Reason.INVALID_SYNTAX, f"{who} sent an incomplete IKE_SA_INIT response")
