@@ -68,18 +68,17 @@ def first_packets(link: Pair, say: Narrator) -> tuple[int, float]:
     a, _ = gateways(link)
     near, far, target = link.ends(Side.A)
 
-    say.step("The policy is trapped: it stands in the kernel, no key has been exchanged yet")
+    say.step("The policy is trapped, no key has been exchanged: $ vpnctl policies")
     expect(not a.ike_sas(), "there is an IKE SA already")
     say.show(a.vpnctl("policies"))
 
-    say.step(f"A ping from host A to host B starts the tunnel: $ ping -c {PINGS} {target}")
+    say.step(f"A ping starts the tunnel: $ ping -c {PINGS} {target}")
     pinged = link.ping(count=PINGS)
     expect(pinged.lost == 0, f"{pinged.lost} of {PINGS} pings were lost")
-    say.tell(
-        f"{pinged.received} of {PINGS} answered, the first after {pinged.times[0] * 1000:.0f} ms with the key exchange, the last after {pinged.times[-1] * 1000:.1f} ms"
-    )
+    first, last = pinged.times[0] * 1000, pinged.times[-1] * 1000
+    say.tell(f"{pinged.received} of {PINGS} answered; the first took {first:.0f} ms with the key exchange, the last {last:.1f} ms")
 
-    say.step(f"The tunnel is taken down, then host A sends {STREAM_RATE:.0f} datagrams a second into nothing")
+    say.step(f"Tunnel down; then {STREAM_RATE:.0f} datagrams a second into the trap")
     down(link)
     with udp_sink(far, target) as sink:
         sent = UdpStream(near, [(target, sink.port)], count=STREAM_PACKETS, rate=STREAM_RATE).wait()
@@ -88,12 +87,12 @@ def first_packets(link: Pair, say: Narrator) -> tuple[int, float]:
     expect(not got.reordered, f"{got.reordered} datagrams came out of order")
     say.tell(f"{got.received} of {sent.sent} arrived, in order; the slowest took {got.slowest * 1000:.0f} ms")
 
-    say.step("Down again, then a TCP connection: its SYN waits in the gateway and is not lost")
+    say.step("Tunnel down; then a TCP connection, whose SYN waits in the gateway")
     down(link)
     with tcp_server(far, target) as port:
         connected = tcp_connect(near, target, port)
     expect(connected.retransmissions == 0, "the SYN was lost and had to be sent again")
-    say.tell(f"connect() took {connected.seconds * 1000:.0f} ms with the key exchange, no segment was sent twice (a gateway that drops the SYN costs a second)")
+    say.tell(f"connect() took {connected.seconds * 1000:.0f} ms with the key exchange; a lost SYN costs a second")
     return PINGS + sent.sent, connected.seconds
 
 
@@ -108,6 +107,7 @@ def throughput(link: Pair, say: Narrator) -> float:
     expect(result.intact, "the stream arrived damaged")
     expect(a.child().bytes_out - before > result.bytes, "the tunnel did not carry the stream")
     say.tell(f"{result.bytes / 1e6:,.0f} MB intact, {result.gigabits:.2f} Gbit/s through AES-128-GCM in UDP")
+    say.step("The security associations: $ vpnctl sas")
     say.show(a.vpnctl("sas"))
     return result.gigabits
 
@@ -132,7 +132,7 @@ def demonstrate(say: Narrator) -> str:
         b.stop()
         left = a.traces() + b.traces()
         expect(not left, f"left behind: {'; '.join(left)}")
-        say.tell("A deleted its SAs at B; no route, rule, nftables table or device of ours is left on either gateway")
+        say.tell("SAs deleted at the peer; no route, rule, table or device of ours is left")
     return (
         f"0 of {packets} first packets lost, connect() {connect * 1000:.0f} ms with the key exchange, "
         f"{rate:.2f} Gbit/s, nothing in clear, nothing left behind ({say.seconds:.0f} s)"

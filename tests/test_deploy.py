@@ -1,0 +1,39 @@
+"""What deploy/ offers: examples that the daemon accepts, units that agree with its defaults."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from lab.certs import Authority
+
+from vpnd.config import load
+from vpnd.config.model import DaemonConfig
+
+DEPLOY = Path(__file__).resolve().parents[1] / "deploy"
+
+
+@pytest.mark.parametrize("example", sorted((DEPLOY / "examples").glob("*.conf")), ids=lambda path: path.stem)
+def test_examples_are_accepted(example: Path, tmp_path: Path) -> None:
+    authority = Authority.make()
+    own = authority.issue("headquarters.example")
+    for folder, name, data in (
+        ("x509", "gateway.pem", own.certificate_pem),
+        ("x509ca", "ca.pem", authority.credential.certificate_pem),
+        ("private", "gateway.pem", own.key_pem),
+    ):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_bytes(data)
+    loaded = load(Path(shutil.copy(example, tmp_path)))
+    assert loaded.configuration.connections
+    assert loaded.warnings == ()
+
+
+@pytest.mark.parametrize("unit", ["kernel-shim.service", "vpnd.service"])
+def test_units_use_the_default_paths(unit: str) -> None:
+    text = (DEPLOY / "systemd" / unit).read_text()
+    assert "Type=notify" in text
+    for path in re.findall(r"--socket (\S+)", text):
+        assert Path(path) == DaemonConfig().shim_socket
