@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import structlog
 
-from kernel_shim.io.capture_plan import CapturePlan, sides
+from kernel_shim.io.capture_plan import CapturePlan, Change, sides
 from kernel_shim.io.connected import Connected, HostFacts
 from kernel_shim.io.guard import COUNTER, GuardPlan
 from kernel_shim.io.nft import Nft
@@ -136,25 +136,25 @@ class Capture:
             raise
 
     def _undo(self, policy: Policy) -> None:
-        for change in self._plan.remove(policy):
-            with suppress(KernelError):
-                self._routes.apply((change,))
+        with suppress(KernelError):
+            self._routes.apply(self._plan.remove(policy))
 
     def remove(self, policies: Iterable[Policy]) -> None:
         """Of policies that `add` took. What the kernel refuses to take away is logged and stays: too closed, never too open."""
+        changes: list[Change] = []
         commands: list[str] = []
         for policy in policies:
             self._count_sides(policy, add=False)
             if CapturePlan.captures(policy):
-                self._undo(policy)
+                changes += self._plan.remove(policy)
             elif GuardPlan.guards(policy):
                 commands.append(self._guard.remove(policy))
         try:
-            if commands:
-                self._nft.run("".join(commands))
+            self._routes.apply(changes)
+            self._nft.run("".join(commands))
             self._follow_connected()
         except KernelError as error:
-            log.warning("guard not reduced", reason=error.detail)
+            log.warning("not all taken away", reason=error.detail)
 
     def _count_sides(self, policy: Policy, *, add: bool) -> None:
         if policy.action is Action.BYPASS:

@@ -38,6 +38,8 @@ class Nft:
 
     def run(self, commands: str) -> str:
         """What the commands print. KernelError(EINVAL) with nftables' own complaint."""
+        if not commands or commands.isspace():
+            return ""
         if self._library is None:
             return _run_program(commands)
         library = self._library

@@ -1,8 +1,9 @@
-"""Our routing rules and routes in the host, over netlink (pyroute2)."""
+"""Our routing rules and routes in the host."""
 
 from __future__ import annotations
 
 import errno
+import os
 import socket
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -14,6 +15,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from kernel_shim.io.capture_plan import EVERYTHING, HOST_TABLE, Change, Kind, Route, Rule
 from kernel_shim.io.connected import HostAddress
+from kernel_shim.io.rtnetlink import RT_SCOPE_LINK, RouteChange, RouteSocket, RouteType
 from kernel_shim.io.settings import PRIORITIES, PROTOCOL_NUMBER, TABLES, ShimSettings
 from kernel_shim.model import IPAddress, IPNetwork, KernelError
 
@@ -28,15 +30,13 @@ SOURCES: Final = 10
 HOST: Final = 20
 END: Final = PRIORITIES - 1
 
-SCOPE_UNIVERSE: Final = 0
-SCOPE_LINK: Final = 253
-RT_SCOPE_HOST: Final = 254
 RTM_F_CLONED: Final = 0x200
 IFA_F_TENTATIVE: Final = 0x40
 IFA_F_DEPRECATED: Final = 0x20
 
 _FAMILY: Final = {4: socket.AF_INET, 6: socket.AF_INET6}
 _VERSION: Final = {socket.AF_INET: 4, socket.AF_INET6: 6}
+_KINDS: Final = {TWIN_METRIC: RouteType.UNREACHABLE, THROW_METRIC: RouteType.THROW}
 _UNSPECIFIED: Final = {4: "0.0.0.0", 6: "::"}  # noqa: S104 - a rule's "no source yet", not a bind
 
 
@@ -68,6 +68,7 @@ class HostRoutes:
         self._settings: Final = settings
         self._tun: Final = tun
         self._route: Final = IPRoute()
+        self._socket: Final = RouteSocket(PROTOCOL_NUMBER)
         self._rules: set[RuleKey] = set()
         self._routes: set[RouteKey] = set()
         self._stale_rules: set[RuleKey] = set()
@@ -103,12 +104,16 @@ class HostRoutes:
             self._put_rule(RuleKey(version, base + LEAVING, interface=self._settings.clear_tun, goto=base + END))
 
     def apply(self, changes: Iterable[Change]) -> None:
-        """KernelError at the first that the kernel refuses."""
+        """KernelError for the first that the kernel refuses; routes that were asked for together with it may stand."""
+        routes: list[RouteChange] = []
         for put, item in changes:
-            if isinstance(item, Rule):
-                (self._put_rule if put else self._remove_rule)(self._rule_key(item))
-            else:
-                (self._put_route if put else self._remove_route)(item)
+            if isinstance(item, Route):
+                routes += self._route_changes(put, item)
+                continue
+            self._change_routes(routes)
+            routes = []
+            (self._put_rule if put else self._remove_rule)(self._rule_key(item))
+        self._change_routes(routes)
 
     def _rule_key(self, rule: Rule) -> RuleKey:
         base, table = self._settings.rule_priority, self._settings.table + rule.table
@@ -142,58 +147,46 @@ class HostRoutes:
             arguments["iifname"] = key.interface
         if key.mark:
             arguments |= {"fwmark": key.mark, "fwmask": 0xFFFFFFFF}
-        self._call("rule", verb, arguments)
-
-    def _put_route(self, route: Route) -> None:
-        version, table = route.destination.version, self._settings.table + route.table
-        common: dict[str, Any] = {"family": _FAMILY[version], "dst": str(route.destination), "table": table, "proto": PROTOCOL_NUMBER}
-        if route.kind is Kind.THROW:
-            self._call("route", "replace", common | {"type": "throw", "priority": THROW_METRIC})
-            self._routes.add(RouteKey(version, table, route.destination, THROW_METRIC))
-            return
-        # The twin first: at no moment does the capture route stand alone.
-        self._call("route", "replace", common | {"type": "unreachable", "priority": TWIN_METRIC})
-        self._routes.add(RouteKey(version, table, route.destination, TWIN_METRIC))
-        capture = common | {"oif": self._tun, "priority": CAPTURE_METRIC, "scope": SCOPE_LINK if version == 4 else SCOPE_UNIVERSE}
-        if route.preferred is not None:
-            capture["prefsrc"] = str(route.preferred)
-        self._call("route", "replace", capture)
-        self._routes.add(RouteKey(version, table, route.destination, CAPTURE_METRIC))
-
-    def _remove_route(self, route: Route) -> None:
-        version, table = route.destination.version, self._settings.table + route.table
-        for metric in (THROW_METRIC,) if route.kind is Kind.THROW else (CAPTURE_METRIC, TWIN_METRIC):
-            self._delete(RouteKey(version, table, route.destination, metric))
-
-    def _delete(self, key: RouteKey) -> None:
-        arguments = {"family": _FAMILY[key.version], "dst": str(key.destination), "table": key.table, "priority": key.metric, "proto": PROTOCOL_NUMBER}
-        if key.metric == TWIN_METRIC:
-            arguments["type"] = "unreachable"
-        elif key.metric == THROW_METRIC:
-            arguments["type"] = "throw"
-        elif key.version == 4:
-            arguments["scope"] = SCOPE_LINK
-        self._call("route", "del", arguments)
-        self._routes.discard(key)
-        self._stale_routes.discard(key)
-
-    def _call(self, what: str, verb: str, arguments: dict[str, Any]) -> None:
         try:
-            getattr(self._route, what)(verb, **arguments)
+            self._route.rule(verb, **arguments)
         except NetlinkError as error:
-            # What is there already was taken over; what is gone went with its interface or its address.
-            if (verb == "add" and error.code == errno.EEXIST) or (verb == "del" and error.code in (errno.ESRCH, errno.ENOENT, errno.ENODEV)):
-                return
-            subject = arguments.get("dst") or arguments.get("src") or "all"
-            raise KernelError(error.code, f"{what} {verb} {subject} table {arguments.get('table', 0)}: {error.args[-1]}") from error
+            # What is there already was taken over; what is gone is gone.
+            if (verb, error.code) not in (("add", errno.EEXIST), ("del", errno.ENOENT), ("del", errno.ESRCH)):
+                raise KernelError(error.code, f"rule {verb} {key.source or 'all'} priority {key.priority}: {error.args[-1]}") from error
+
+    def _route_changes(self, put: bool, route: Route) -> list[RouteChange]:
+        table = self._settings.table + route.table
+        if route.kind is Kind.THROW:
+            return [RouteChange(put, RouteType.THROW, table, route.destination, THROW_METRIC)]
+        twin = RouteChange(put, RouteType.UNREACHABLE, table, route.destination, TWIN_METRIC)
+        capture = RouteChange(put, RouteType.UNICAST, table, route.destination, CAPTURE_METRIC, self._tun if put else 0, route.preferred)
+        # At no moment does the capture route stand alone.
+        return [twin, capture] if put else [capture, twin]
+
+    def _change_routes(self, changes: list[RouteChange]) -> None:
+        refused: KernelError | None = None
+        for change, error in zip(changes, self._socket.change(changes), strict=True):
+            key = RouteKey(change.destination.version, change.table, change.destination, change.metric)
+            if change.put and error == 0:
+                self._routes.add(key)
+            # What is gone already went with its interface or its address.
+            elif not change.put and error in (0, errno.ESRCH, errno.ENOENT, errno.ENODEV):
+                self._routes.discard(key)
+                self._stale_routes.discard(key)
+            elif refused is None:
+                refused = KernelError(error, f"route {change.destination} table {change.table}: {os.strerror(error)}")
+        if refused is not None:
+            raise refused
+
+    def _delete(self, keys: Iterable[RouteKey]) -> None:
+        self._change_routes([RouteChange(False, _KINDS.get(key.metric, RouteType.UNICAST), key.table, key.destination, key.metric) for key in keys])
 
     def remove_stale(self) -> int:
         """Take away what an earlier process left and nobody put again; how many."""
         rules, routes = self._stale_rules - self._rules, self._stale_routes - self._routes
         for rule in rules:
             self._remove_rule(rule)
-        for route in routes:
-            self._delete(route)
+        self._delete(routes)
         self._stale_rules, self._stale_routes = set(), set()
         return len(rules) + len(routes)
 
@@ -202,9 +195,8 @@ class HostRoutes:
         for rule in sorted(self._rules | self._stale_rules):
             with suppress(KernelError):
                 self._remove_rule(rule)
-        for route in list(self._routes | self._stale_routes):
-            with suppress(KernelError):
-                self._delete(route)
+        with suppress(KernelError):
+            self._delete(self._routes | self._stale_routes)
 
     def addresses(self) -> tuple[HostAddress, ...]:
         """Addresses of global scope that are usable as a source, those of our own interfaces excepted."""
@@ -215,7 +207,7 @@ class HostRoutes:
             text = entry.get("local") or entry.get("address")
             name = names.get(entry["index"])
             flags = entry.get("flags") or 0
-            if text is None or name is None or name in ours or entry["scope"] >= SCOPE_LINK or flags & (IFA_F_TENTATIVE | IFA_F_DEPRECATED):
+            if text is None or name is None or name in ours or entry["scope"] >= RT_SCOPE_LINK or flags & (IFA_F_TENTATIVE | IFA_F_DEPRECATED):
                 continue
             interface = ip_interface(f"{text}/{entry['prefixlen']}")
             found.append(HostAddress(name, ip_address(text), interface.network))
@@ -226,6 +218,7 @@ class HostRoutes:
 
     def close(self) -> None:
         self._route.close()
+        self._socket.close()
 
 
 def _rules(route: IPRoute) -> Iterator[RuleKey]:

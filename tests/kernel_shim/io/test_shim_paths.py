@@ -6,6 +6,7 @@ from ipaddress import ip_network
 
 import pytest
 from lab.capture import Capture
+from lab.process import wait_until
 from lab.topology import WAN, sites
 from lab.traffic import ping, tcp_bulk, tcp_server
 from shim_rig import Shim, associations, connect, host_state, install, policies, spis
@@ -63,6 +64,25 @@ async def test_a_decrypted_packet_for_another_site_is_protected_again() -> None:
             assert status[Direction.IN] >= 3
             assert status[Direction.OUT] >= 3
             assert wire.clear_packets(["10.3.0.0/16"]) == []
+
+
+async def test_addresses_that_come_and_go_are_followed() -> None:
+    with sites() as both:
+        gateway = both.a.gateway
+        shim = Shim(both.lab, gateway)
+        async with shim.channel() as channel:
+            for policy in policies(both.a.wan4, both.b.wan4, ip_network("10.77.0.0/16"), both.b.net4):
+                await channel.add_policy(policy)
+
+        def routed() -> str:
+            return gateway.run(["ip", "route", "get", str(both.b.host4)]).stdout
+
+        assert "dev wan" in routed()
+        gateway.ip("addr add 10.77.0.1/32 dev lo")
+        wait_until(lambda: "dev vpn0" in routed() and "src 10.77.0.1" in routed(), "the new address is preferred")
+        gateway.ip("addr del 10.77.0.1/32 dev lo")
+        wait_until(lambda: "dev wan" in routed(), "the host's own packets are no longer captured")
+        assert "dev vpn0" in gateway.run(["ip", "route", "get", str(both.b.host4), "from", "10.77.0.9", "iif", "lan"]).stdout
 
 
 @pytest.mark.parametrize("options", [("--table", "7000", "--rule-priority", "400"), ("--mark", "0x77"), ()])
