@@ -24,8 +24,20 @@ from kernel_shim.esp.rows import Rows, Workspace
 from kernel_shim.esp.wire import HEADER_FORMAT, SEQUENCE_LIMIT, TRAILER, strip
 from kernel_shim.model import Action, Direction, Endpoint, Mode, NewMapping
 from kernel_shim.packet import virtio
+from kernel_shim.packet.checksum import partial_sum, pseudo_header_sum
 from kernel_shim.packet.coalesce import Format, Joiner, format_of, runs
-from kernel_shim.packet.ip import IPV4_HEADER, IPV6_HEADER, NO_NEXT_HEADER, PROTOCOL_IPIP, PROTOCOL_IPV6, build_header, decrement_ttl
+from kernel_shim.packet.ip import (
+    IPV4_HEADER,
+    IPV6_HEADER,
+    NO_NEXT_HEADER,
+    PROTOCOL_IPIP,
+    PROTOCOL_IPV6,
+    PROTOCOL_UDP,
+    address_bytes,
+    build_header,
+    decrement_ttl,
+)
+from kernel_shim.packet.segment import CHECKSUM_FIELDS, finish_checksum
 from kernel_shim.policy.bundle import BundleCache
 from kernel_shim.policy.flowkey import FlowKeys, flow_of_key
 from kernel_shim.policy.spd import SecurityPolicyDatabase
@@ -118,7 +130,7 @@ class Inbound:
     def _open_rows(self, local: Endpoint, remote: Endpoint, length: int, segment: int, now: float) -> int:
         """Open rows of one SA with one check for all, and a shorter packet behind them; how many bytes that were.
 
-        0 when they must go one by one: another SA among them, a gap, an old number, a false ICV.
+        0 when they must go one by one: another SA among them, an old number, a false ICV.
         """
         spi, low = HEADER_FORMAT.unpack_from(self._buffer) if segment >= HEADER_FORMAT.size else (0, 0)
         entry = self._find(spi, local)
@@ -129,17 +141,27 @@ class Inbound:
         window, first = entry.window, entry.window.extend(low)
         counting = rows.tables.counting[:count]
         marks = (rows.wire_marks[:count] - counting).tobytes()
+        consecutive = marks == marks[:8] * count
+        sequences = counting + np.uint64(max(first, 0))
+        if not consecutive:
+            # Packets were lost on the way: the numbers still ascend, which leaves each of them fresh if the first one is.
+            distances = rows.wire_marks[:count] - rows.wire_marks[0]
+            if not (distances[1:] > distances[:-1]).all() or int(distances[-1]) > SEQUENCE_LIMIT - low:
+                first = 0
+            sequences = distances + np.uint64(max(first, 0))
         if (
             first <= window.top
-            or first + count - 1 > entry.sequence_limit
-            or marks != marks[:8] * count
             or low + count - 1 > SEQUENCE_LIMIT
             or entry.packets + count > entry.hard_packets
-            or not entry.cipher.open_rows(rows, count, counting + np.uint64(first))
+            or not entry.cipher.open_rows(rows, count, sequences)
         ):
             self._traffic.batch_fallbacks += 1
             return 0
-        window.accept_run(first, count)
+        if consecutive:
+            window.accept_run(first, count)
+        else:
+            for sequence in sequences.tolist():
+                window.accept(sequence)
         octets = count * (rows.plaintext_length - TRAILER) - sum(rows.trailers[:count, 0].tobytes())
         self._authentic(entry, local, remote, True, count, max(0, octets), now)
         begin = end = count * segment
@@ -206,6 +228,7 @@ class Inbound:
             header = self._prefix(entry, next_header, end - begin)
             begin -= len(header)
             buffer[begin : begin + len(header)] = header
+            _repair_checksum(buffer[begin:end], len(header), next_header)
         else:
             length = _inner_length(buffer[begin:end], next_header)
             if length is None:
@@ -339,3 +362,12 @@ def _inner_length(packet: memoryview, next_header: int) -> int | None:
     else:
         return None
     return length if IPV4_HEADER <= length <= len(packet) else None
+
+
+def _repair_checksum(packet: memoryview, upper: int, protocol: int) -> None:
+    """RFC 3948 section 3.1.2: a NAT changed the addresses under the transport checksum, which the peer that sealed the packet had computed."""
+    field = upper + CHECKSUM_FIELDS.get(protocol, len(packet))
+    if field + 2 > len(packet) or (protocol == PROTOCOL_UDP and not (packet[field] or packet[field + 1])):
+        return
+    if (partial_sum(packet[upper:]) + pseudo_header_sum(address_bytes(packet), protocol, len(packet) - upper)) % 0xFFFF:
+        finish_checksum(packet, upper, protocol)

@@ -24,6 +24,7 @@ TCP_CWR: Final = 0x80
 TCP_HEADER: Final = 20
 TCP_CHECKSUM: Final = 16
 UDP_CHECKSUM: Final = 6
+CHECKSUM_FIELDS: Final = {PROTOCOL_TCP: TCP_CHECKSUM, PROTOCOL_UDP: UDP_CHECKSUM}
 
 _COUNTING: Final = np.arange(65536, dtype=np.int64)
 
@@ -102,7 +103,7 @@ def segment_flags(flags: int, index: int, last: int) -> int:
 
 def finish_checksum(packet: bytearray | memoryview, upper: int, protocol: int) -> None:
     """Fill the TCP or UDP checksum of a whole packet."""
-    field = upper + (TCP_CHECKSUM if protocol == PROTOCOL_TCP else UDP_CHECKSUM)
+    field = upper + CHECKSUM_FIELDS[protocol]
     packet[field : field + 2] = b"\0\0"
     total = partial_sum(packet[upper:]) + pseudo_header_sum(address_bytes(packet), protocol, len(packet) - upper)
     value = checksum(total) if protocol == PROTOCOL_TCP else udp_checksum(total)
@@ -128,7 +129,7 @@ def fill_rows(big: SuperPacket, first: int, rows: Rows, words: Words, strip: int
     last_index = big.segments - 1
     head = bytearray(big.packet[: big.header])
     _set_lengths(head, big, length)
-    field = big.upper + (TCP_CHECKSUM if big.protocol == PROTOCOL_TCP else UDP_CHECKSUM)
+    field = big.upper + CHECKSUM_FIELDS[big.protocol]
     head[field : field + 2] = b"\0\0"
     flags = 0
     if big.protocol == PROTOCOL_TCP:

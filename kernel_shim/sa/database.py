@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from heapq import heapify, heappop, heappush
 from typing import Final
 
@@ -110,7 +109,7 @@ class Sad:
         return entry
 
     def update(self, sa: SecurityAssociation, now: float) -> SaEntry:
-        """ESRCH when it does not stand; EINVAL for other keys than the ones it has."""
+        """ESRCH when it does not stand; EINVAL for another key, mode, ESN or window than it has."""
         entry = self.get(sa.id)
         if entry.state is SaState.LARVAL:
             cipher = self._cipher(sa)
@@ -122,8 +121,10 @@ class Sad:
             return entry
         if sa.direction is not entry.sa.direction or sa.mode is not entry.sa.mode or not _same_keys(sa, entry.sa):
             raise KernelError(errno.EINVAL, f"SA {sa.spi:#x} has other keys, direction or mode")
+        if (sa.esn, sa.replay_window) != (entry.sa.esn, entry.sa.replay_window):
+            raise KernelError(errno.EINVAL, f"SA {sa.spi:#x} counts its packets otherwise")
         self._validate(sa)
-        entry.configure(replace(sa, replay_window=entry.sa.replay_window, esn=entry.sa.esn))
+        entry.configure(sa)
         self._watch(entry)
         self._changed()
         return entry

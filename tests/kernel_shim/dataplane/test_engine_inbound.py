@@ -67,6 +67,49 @@ def test_whatever_the_network_does_no_packet_arrives_twice(order: list[int], esn
     assert pair.right.received() == [packets[number] for number in accepted]
 
 
+@pytest.mark.parametrize("esn", [False, True])
+def test_lost_packets_leave_the_rest_of_a_batch_together(esn: bool) -> None:
+    pair = Pair()
+    pair.connect(esn=esn)
+    payload = bytes(random.Random(1).randbytes(30_000))
+    pair.left.engine.send(pair.super_frame(payload, 1000), pair.now)
+    sent = pair.left.sent()[0]
+    datagrams = sent.datagrams()
+    left = datagrams[:4] + datagrams[5:9] + datagrams[12:]
+    pair.right.engine.receive(sent.remote, sent.local, b"".join(left), sent.segment, pair.now)
+    assert len(pair.right.sink.frames) == 3
+    assert len(pair.right.received()) == len(left)
+    assert pair.right.count("batch_fallbacks") == 0
+    pair.right.take(one_by_one([sent]), pair.now)
+    assert len(pair.right.received()) == 4
+    assert pair.right.count("drop_replayed") == len(left)
+
+
+@pytest.mark.parametrize("big", [False, True])
+def test_transport_mode_behind_a_nat_gets_its_checksums_repaired(big: bool) -> None:
+    """The right host knows the left one by its NAT's address; the left one computed its checksums with its own."""
+    pair = Pair(4, 4, Mode.TRANSPORT)
+    outside = ip_address("203.0.113.7")
+    for policy in policy_pair(OUTER[4][1], str(outside), OUTER[4][1], str(outside), Mode.TRANSPORT):
+        pair.right.engine.add_policy(policy, pair.now)
+    pair.left.engine.add_sa(pair.sa(True, Direction.OUT), pair.now)
+    pair.right.engine.add_sa(pair.sa(True, Direction.IN, source=outside), pair.now)
+    if big:
+        pair.left.engine.send(pair.super_frame(bytes(5000), 1000), pair.now)
+    else:
+        pair.send(pair.packet(1), pair.packet(2, proto="tcp"))
+    for item in pair.left.sent():
+        pair.right.engine.receive(item.remote, Endpoint(outside, 1024), item.data, item.segment, pair.now)
+    got = pair.right.received()
+    assert len(got) == (5 if big else 2)
+    for packet in got:
+        parsed = IP(packet)
+        assert parsed.src == str(outside)
+        fresh = parsed.copy()
+        del fresh.payload.chksum
+        assert bytes(fresh) == packet
+
+
 def test_packets_for_a_larval_sa_wait_for_its_keys() -> None:
     pair = Pair()
     spi = pair.right.engine.get_spi(SpiRequest(ip_address(OUTER[4][0]), ip_address(OUTER[4][1]), Mode.TUNNEL, ReqId(7)), pair.now).sa.spi
