@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -123,11 +122,11 @@ def _check_signature(session: Session, remote: AuthRound, peer: Identity, messag
         else:
             held = [Certificate.parse(der) for der in remote.certs] or list(store.certificates)
             candidates = [certificate for certificate in held if certificate.asserts(peer)]
+        # `certs` pins certificates, `cacerts` authorities; else everything that is loaded counts
+        pinned = set(remote.certs) if remote.certs else set() if remote.cacerts else {certificate.der for certificate in store.certificates}
+        authorities = [] if remote.certs else [Certificate.parse(der) for der in remote.cacerts] or list(store.authorities)
     except CertificateRefused as error:
         raise PeerRefused(str(error)) from error
-    # `certs` pins certificates, `cacerts` authorities; else everything that is loaded counts
-    pinned = set(remote.certs) if remote.certs else set() if remote.cacerts else {certificate.der for certificate in store.certificates}
-    authorities = [] if remote.certs else _authorities(remote.cacerts) if remote.cacerts else list(store.authorities)
     for certificate in candidates[:MAX_CERTIFICATES]:
         try:
             check_peer(certificate, peer, pinned=pinned, authorities=authorities, utc=utc)
@@ -137,10 +136,6 @@ def _check_signature(session: Session, remote: AuthRound, peer: Identity, messag
         else:
             return
     raise PeerRefused(str(refusal)) from refusal
-
-
-def _authorities(ders: Sequence[bytes]) -> list[Certificate]:
-    return [Certificate.parse(der) for der in ders]
 
 
 def fitting(session: Session, peer: Identity, asked: Identity | None, method: int) -> ConnectionConfig | None:

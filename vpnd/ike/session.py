@@ -205,6 +205,7 @@ class Session:
     def established(self) -> None:
         self.state = IkeSaState.ESTABLISHED
         self.established_at = self.now
+        self.init_request = self.init_response = b""  # both AUTH payloads are done with them
         self.emit(IkeEstablished())
 
     def close(self, reason: Reason, detail: str = "") -> None:

@@ -67,9 +67,8 @@ def initiate(session: Session, task: Task) -> Steps[None]:
         # RFC 7296 section 2.21.2: without AUTH, an error is about the IKE SA
         reason = reason_of(error_notify) if error_notify else Reason.INVALID_SYNTAX
         if reason is Reason.PEER_AUTHENTICATION_FAILED:
-            session.emit(
-                AuthenticationRejected(connection.name, expected, f"peer {session.remote} refused our identity {own.identity}: received AUTHENTICATION_FAILED")
-            )
+            why = f"peer {session.remote} refused our identity {own.identity}: received AUTHENTICATION_FAILED"
+            session.emit(AuthenticationRejected(connection.name, expected, why))
         session.close(reason, f"{session.describe()} answered IKE_AUTH of {own.identity} with {error_name(error_notify) if error_notify else 'no AUTH'}")
         return
     session.remote_id = idr.identity
