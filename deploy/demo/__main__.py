@@ -57,12 +57,6 @@ def gateways(link: Pair) -> tuple[Gateway, Gateway]:
     return link.a, link.b
 
 
-def down(link: Pair) -> None:
-    link.a.terminate()
-    link.a.wait_gone()
-    link.b.wait_gone()
-
-
 def first_packets(link: Pair, say: Narrator) -> tuple[int, float]:
     """Each begins without an SA. Packets sent, and seconds of the connect()."""
     a, _ = gateways(link)
@@ -79,7 +73,7 @@ def first_packets(link: Pair, say: Narrator) -> tuple[int, float]:
     say.tell(f"{pinged.received} of {PINGS} answered; the first took {first:.0f} ms with the key exchange, the last {last:.1f} ms")
 
     say.step(f"Tunnel down; then {STREAM_RATE:.0f} datagrams a second into the trap")
-    down(link)
+    link.down()
     with udp_sink(far, target) as sink:
         sent = UdpStream(near, [(target, sink.port)], count=STREAM_PACKETS, rate=STREAM_RATE).wait()
         got = sink.expect(sent.sent)
@@ -88,7 +82,7 @@ def first_packets(link: Pair, say: Narrator) -> tuple[int, float]:
     say.tell(f"{got.received} of {sent.sent} arrived, in order; the slowest took {got.slowest * 1000:.0f} ms")
 
     say.step("Tunnel down; then a TCP connection, whose SYN waits in the gateway")
-    down(link)
+    link.down()
     with tcp_server(far, target) as port:
         connected = tcp_connect(near, target, port)
     expect(connected.retransmissions == 0, "the SYN was lost and had to be sent again")

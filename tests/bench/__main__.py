@@ -40,7 +40,7 @@ def measure(group: str) -> list[dict[str, Any]]:
         rows = importlib.import_module(GROUPS[group]).run()
     except Exception as error:
         traceback.print_exc()
-        first_line = str(error).partition("\n")[0]
+        first_line = str(error).partition("\n")[0][:80]
         rows = [Row(group, "", "high", None, note=f"not measured: {type(error).__name__}: {first_line}")]
     return [row.as_json() if isinstance(row, Row) else {"machine": machine(), "note": "", **row} for row in rows]
 

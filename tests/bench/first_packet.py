@@ -37,14 +37,6 @@ class Connect:
     exchange: float
 
 
-def _down(link: Pair) -> None:
-    """No IKE SA on either side; the trap stays."""
-    if link.a.ike_sas():
-        link.a.terminate()
-    link.a.wait_gone()
-    link.b.wait_gone()
-
-
 def exchange_seconds(packets: list[WirePacket]) -> float:
     """From the first IKE packet to the response of IKE_AUTH, at gateway A."""
     ike = [packet for packet in packets if packet.ike_exchange is not None]
@@ -60,7 +52,7 @@ def connects(link: Pair, runs: int) -> list[Connect]:
     near, far, target = link.ends(Side.A)
     with tcp_server(far, target) as port:
         for _ in range(runs):
-            _down(link)
+            link.down()
             seen = len(link.capture.packets())
             seconds = tcp_connect(near, target, port).seconds
             results.append(Connect(seconds, exchange_seconds(link.capture.packets()[seen:])))
@@ -72,7 +64,7 @@ def lost(link: Pair, runs: int) -> list[float]:
     losses = []
     near, far, target = link.ends(Side.A)
     for _ in range(runs):
-        _down(link)
+        link.down()
         with udp_sink(far, target) as sink:
             stream = UdpStream(near, [(target, sink.port)], count=STREAM_PACKETS, rate=STREAM_RATE)
             sent = stream.wait()

@@ -9,7 +9,7 @@ from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 
 from lab.capture import Capture
-from lab.daemon import ChildSa, Daemon
+from lab.daemon import ChildSa, Daemon, NegotiationFailed
 from lab.gateway import Gateway
 from lab.namespaces import Namespace
 from lab.process import LabError, wait_until
@@ -88,6 +88,19 @@ class Pair:
                 stack.callback(streams[side].abandon)
             sent = {side: stream.wait() for side, stream in streams.items()}
             return {side: sinks[side].expect(sent[side].sent - sent[side].refused, timeout=3.0) for side in Side}
+
+    def down(self, timeout: float = 15.0) -> None:
+        """No IKE SA on either side; traps stay. A late packet of earlier traffic may start one anew, so it looks again."""
+
+        def gone() -> bool:
+            for daemon in (self.a, self.b):
+                if daemon.ike_sas():
+                    with contextlib.suppress(NegotiationFailed):  # the peer's delete was faster
+                        daemon.terminate()
+                    return False
+            return True
+
+        wait_until(gone, "no IKE SA left", timeout, 0.02)
 
     def children(self, name: str = CHILD) -> tuple[ChildSa, ChildSa]:
         """The one installed CHILD_SA of either side; LabError when a side has none or several."""

@@ -174,7 +174,7 @@ class Connected:
 
 
 def tcp_connect(host: Namespace, target: IPAddress, port: int, *, timeout: float = 20.0) -> Connected:
-    """OSError as connect() gives it, TimeoutError among them."""
+    """Connect to a `tcp_server` and part again. OSError as connect() gives it, TimeoutError among them."""
     family = socket.AF_INET if target.version == 4 else socket.AF_INET6
     with host.socket(family, socket.SOCK_STREAM) as sock:
         sock.settimeout(timeout)
@@ -182,6 +182,10 @@ def tcp_connect(host: Namespace, target: IPAddress, port: int, *, timeout: float
         sock.connect((str(target), port))
         seconds = time.monotonic() - begin
         information = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+        # Both ends close before we return, else the last segments would meet whatever the test does next.
+        sock.shutdown(socket.SHUT_WR)
+        while sock.recv(4096):
+            pass
         return Connected(seconds, *TCP_TOTAL_RETRANS.unpack_from(information, TCP_TOTAL_RETRANS_OFFSET))
 
 
