@@ -113,7 +113,7 @@ class Daemon:
 
     async def start(self) -> None:
         self._kernel.event = self._demands.kernel_event
-        self._kernel.lost = self._manager.sas_lost
+        self._kernel.lost = self._demands.sas_lost
         await self._kernel.open()
         self._addresses_task = asyncio.create_task(self._follow_addresses(), name="addresses")
         await self._operations.load(self._configuration)

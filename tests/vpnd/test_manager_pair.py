@@ -80,7 +80,7 @@ class Node:
         self.demands = Demands(self.manager, mark=1)
         self.operations = Operations(self.manager, self.demands)
         side.event = self.demands.kernel_event
-        side.lost = self.manager.sas_lost
+        side.lost = self.demands.sas_lost
         self.configuration = loaded.configuration
         self.lines: list[str] = []
         self.manager.subscribe(lambda event: self.lines.append(event.text) if isinstance(event, LogLine) else None)
@@ -220,18 +220,31 @@ async def test_a_hard_expiry_leads_to_a_new_child() -> None:
     assert len(a.kernel.policies) == 3
 
 
+async def test_a_soft_expiry_makes_the_successor_before_the_old_one_goes() -> None:
+    a, b, _ = await pair()
+    await a.up()
+    await until(lambda: mirrored(a, b))
+    old = next(sa for sa in a.kernel.sas.values() if sa.direction is Direction.OUT)
+    least = []
+    a.manager.subscribe(lambda _event: least.append(min(len(a.spis(Direction.IN)), len(b.spis(Direction.OUT)))))
+    a.channels[-1].event(Expire(old.id, old.reqid, hard=False))
+    await until(lambda: mirrored(a, b) and old.spi not in a.spis(Direction.OUT))
+    assert min(least) >= 1
+
+
 async def test_a_kernel_that_lost_its_sas_gets_new_ones_never_the_old_keys() -> None:
-    a, b, _ = await pair("trap")
+    a, b, _ = await pair()
     await a.up()
     await until(lambda: mirrored(a, b))
     old = set(a.kernel.sas.values())
-    a.kernel = FakeKernel()
-    a.kernel.next_spi = 0x9000
+    fewest = []
+    b.manager.subscribe(lambda _event: fewest.append(len(b.kernel.policies)))
+    a.kernel = FakeKernel(next_spi=0x9000)
     a.channels[-1].die()
-    await until(lambda: len(a.channels) == 2 and len(a.kernel.policies) == 3 and not b.kernel.sas)
-    await a.up()
-    await until(lambda: mirrored(a, b))
+    await until(lambda: len(a.channels) == 2 and mirrored(a, b))
     assert not {sa.encryption_key for sa in old} & {sa.encryption_key for sa in a.kernel.sas.values()}
+    assert len(a.kernel.policies) == 3
+    assert min(fewest) == 3, "the peer is never without the policies"
 
 
 @pytest.mark.parametrize("standing", [False, True], ids=["two IKE SAs", "two CHILD_SAs"])

@@ -28,6 +28,7 @@ from kernel_shim.model import (
     KernelEvent,
     NewMapping,
     ReqId,
+    SaId,
     Selector,
     TrafficSelector,
 )
@@ -80,6 +81,7 @@ class Demands:
         self._demands: dict[ChildKey, Demand] = {}
         self._traps: dict[ChildKey, tuple[ConnectionConfig, ChildConfig]] = {}
         self._waiting: dict[ChildKey, list[asyncio.Future[None]]] = {}  # `wait` of the control socket
+        self._outgoing: dict[ChildKey, dict[int, tuple[Entry, bool]]] = {}  # children whose successor is sought, and whether the kernel lost them
         self._retries: dict[ChildKey, asyncio.TimerHandle] = {}
         self._recovering: dict[ChildKey, asyncio.TimerHandle] = {}
         self._background = Background()
@@ -202,6 +204,7 @@ class Demands:
             self._background.start(self._pursue(key, demand))
             return
         del self._demands[key]
+        self._retire(key)
         error = ChildNotUp(demand.child.name, reason, detail)
         for waiter in demand.waiters:
             if not waiter.done():
@@ -243,6 +246,7 @@ class Demands:
             if not waiter.done():
                 waiter.set_result(None)
         self._settle_crossing(entry, child)
+        self._retire(key, keep=child.id)
         demand = self._demands.get(key)
         if demand is None or demand.entry is not entry:
             return
@@ -265,17 +269,13 @@ class Demands:
         loop = asyncio.get_running_loop()
         extra = superfluous_child(entry.sa, child)
         if extra is not None:
-            loop.call_later(SETTLE, self._drop_child, entry, extra.sa.id)
+            loop.call_later(SETTLE, self._end, entry, extra.sa.id, False)
             return
         peers = self._manager.peers_of(entry)
         loser = superfluous_ike(entry.sa, [peer.sa for peer in peers])
         for peer in peers:
             if peer.sa is loser:
                 loop.call_later(SETTLE, self._drop_ike, peer)
-
-    def _drop_child(self, entry: Entry, child_id: int) -> None:
-        if not entry.sa.closed and child_id in entry.sa.children:
-            self._manager.run(entry, entry.sa.delete_child(child_id, asyncio.get_running_loop().time(), Reason.REPLACED))
 
     def _drop_ike(self, entry: Entry) -> None:
         if not entry.sa.closed:
@@ -286,12 +286,10 @@ class Demands:
         config = connection.children.get(child.name) if connection else None
         if connection is None or config is None or self._stopping:
             return
-        lost = reason in (Reason.EXPIRED, Reason.KERNEL_LOST)
-        dead = reason is Reason.PEER_SILENT
-        trap = self.trapped(connection.name, child.name)
-        wanted = (lost and (entry.sa.initiator or config.start_action is StartAction.START) and not trap) or (
-            dead and StartAction.START in (config.start_action, config.dpd_action)
-        )
+        if reason in (Reason.EXPIRED, Reason.KERNEL_LOST):
+            wanted = config.start_action is StartAction.START
+        else:
+            wanted = reason is Reason.PEER_SILENT and StartAction.START in (config.start_action, config.dpd_action)
         if wanted:
             # no clear packet while a successor is sought: its policies stay
             key = (connection.name, child.name)
@@ -332,15 +330,51 @@ class Demands:
         match event:
             case Acquire():
                 self._acquire(event)
-            case Expire(sa, _reqid, True):
-                self._manager.kernel.forget(sa)
+            case Expire(sa, _reqid, hard):
+                self._manager.counters.add("child_expired_hard" if hard else "child_expired_soft")
+                if hard:
+                    self._manager.kernel.forget(sa)
                 found = self._manager.child_with(sa)
-                if found is not None:
-                    self._manager.counters.add("child_expired")
-                    entry, child_id = found
-                    self._manager.run(entry, entry.sa.child_expired(child_id, asyncio.get_running_loop().time()))
-            case Expire() | NewMapping():
+                if found is not None and (hard or found[0].sa.initiator):
+                    self.replace(*found, lost=hard)
+            case NewMapping():
                 self._manager.counters.add("kernel_notices")
+
+    def sas_lost(self, ids: Sequence[SaId]) -> None:
+        """The kernel lost these SAs, and with them their sequence numbers: their keys are never used again."""
+        for entry, child_id in dict.fromkeys(child for sa in ids if (child := self._manager.child_with(sa)) is not None):
+            self.replace(entry, child_id, lost=True)
+
+    def replace(self, entry: Entry, child_id: int, *, lost: bool) -> None:
+        """Make a CHILD_SA anew, and only then delete the old one, so that neither side is without policies in between.
+
+        `lost`: the kernel has it no more. Without a configuration to make it from, it is deleted at once.
+        """
+        old = entry.sa.children.get(child_id)
+        if old is None or entry.sa.closed:
+            return
+        connection = self._manager.connections.get(entry.sa.connection.name)
+        config = connection.children.get(old.sa.name) if connection else None
+        if connection is None or config is None or self._stopping:
+            if lost:
+                self._end(entry, child_id, lost)
+            return
+        key = (connection.name, config.name)
+        outgoing = self._outgoing.setdefault(key, {})
+        if child_id not in outgoing or lost:
+            outgoing[child_id] = (entry, lost)
+            self.demand(connection, config)
+
+    def _retire(self, key: ChildKey, *, keep: int = 0) -> None:
+        for child_id, (entry, lost) in self._outgoing.pop(key, {}).items():
+            if child_id != keep:
+                self._end(entry, child_id, lost)
+
+    def _end(self, entry: Entry, child_id: int, lost: bool) -> None:
+        if entry.sa.closed or child_id not in entry.sa.children:
+            return
+        now = asyncio.get_running_loop().time()
+        self._manager.run(entry, entry.sa.child_expired(child_id, now) if lost else entry.sa.delete_child(child_id, now, Reason.REPLACED))
 
     def _acquire(self, event: Acquire) -> None:
         self._manager.counters.add("acquires")

@@ -78,6 +78,7 @@ class Entry:
     sa: IkeSa
     steps: deque[deque[Effect]] = field(default_factory=deque)
     task: asyncio.Task[None] | None = None
+    advancing: bool = False
     owners: set[int] = field(default_factory=set)  # children whose policies are claimed
     init_key: tuple[int, Endpoint] | None = None  # of a responder: the initiator's SPI and address
     half_open: IPAddress | None = None  # counted for this address
@@ -299,12 +300,6 @@ class Manager:
         self._idle.clear()
         return entry
 
-    def sas_lost(self, ids: Sequence[SaId]) -> None:
-        """The kernel lost these SAs, and with them their sequence numbers: their CHILD_SAs are over."""
-        for entry, child_id in {child for sa in ids if (child := self._child_of.get(sa)) is not None}:
-            if not entry.sa.closed:
-                self.run(entry, entry.sa.child_expired(child_id, self._now()))
-
     # Timers
 
     def _tick(self) -> None:
@@ -332,8 +327,12 @@ class Manager:
         """Carry out one step, after the steps of this IKE SA that are still under way."""
         if effects:
             entry.steps.append(deque(effects))
-        if entry.task is None:
-            self._advance(entry)
+        if entry.task is None and not entry.advancing:
+            entry.advancing = True
+            try:
+                self._advance(entry)
+            finally:
+                entry.advancing = False
         self._deadlines.set(entry.sa.spi_local, entry.sa.next_deadline() if entry.sa.spi_local in self._by_spi else None)
         self._arm()
 
