@@ -102,7 +102,8 @@ class Gateway:
         out, self.sink.esp = self.sink.esp, []
         return out
 
-    def received(self) -> list[bytes]:
+    def received(self, now: float = 100.0) -> list[bytes]:
+        self.engine.flush(now)
         frames, self.sink.frames = self.sink.frames, []
         return [packet for frame in frames for packet in packets_of(frame)]
 

@@ -146,7 +146,10 @@ class Engine:
     def flush(self, now: float) -> None:
         """Send every batch that is open: the end of one wake-up."""
         self._now = now
+        self._inbound.flush(now)  # before the batches: it may lead into another tunnel
         self._outbound.batches.flush_all()
+        self._out_keys.fragments.age(now)
+        self._in_keys.fragments.age(now)
 
     def path_mtu(self, local: Endpoint, remote: Endpoint, mtu: int, now: float) -> None:
         """The path from `local` to `remote` carries IP packets of `mtu` bytes (from an error queue or EMSGSIZE)."""
@@ -168,8 +171,6 @@ class Engine:
             self._generations.bump_route()
         self._poll_acquires(now)
         self._outbound.lost(self._pending.expire(now), now)
-        self._out_keys.fragments.age(now)
-        self._in_keys.fragments.age(now)
         self._drain(now)
 
     # SAD
@@ -285,7 +286,7 @@ class Engine:
             waiting, entry.waiting, entry.waiting_octets = entry.waiting, [], 0
             for early in waiting:
                 self._inbound.take_one(early.local, early.remote, memoryview(early.packet), now)
-            self._outbound.batches.flush_all()
+            self.flush(now)
             return status
         sa = entry.sa
         wanted = self._acquires.peer(sa.acquire) if sa.acquire else None

@@ -25,7 +25,7 @@ from kernel_shim.esp.wire import HEADER_FORMAT, SEQUENCE_LIMIT, TRAILER, strip
 from kernel_shim.model import Action, Direction, Endpoint, Mode, NewMapping
 from kernel_shim.packet import virtio
 from kernel_shim.packet.checksum import partial_sum, pseudo_header_sum
-from kernel_shim.packet.coalesce import Format, Joiner, format_of, runs
+from kernel_shim.packet.coalesce import Format, Joiner, format_of, runs, verifies
 from kernel_shim.packet.ip import (
     IPV4_HEADER,
     IPV6_HEADER,
@@ -87,6 +87,7 @@ class Inbound:
         self._single: Final = memoryview(bytearray(_BEGIN + _PREFIX_ROOM + 65535 + TAIL_ROOM))
         self._row: Final = memoryview(bytearray(_BEGIN + _PREFIX_ROOM + 65535 + TAIL_ROOM))
         self._joiner: Final = Joiner(TAIL_ROOM)
+        self._open: tuple[SaEntry, Admission] | None = None  # whose packets the joiner holds
 
     # 1. Take
 
@@ -252,9 +253,7 @@ class Inbound:
             flows += 1
             for start, stop in runs(form, rows.plaintext[begin:count], rows.words[begin:count]):
                 last = tail if begin + stop == count else None
-                if stop - start == 1 and last is None:
-                    self._deliver_row(entry, rows.plaintext_views[begin + start], now)
-                elif self._deliver_run(entry, form, rows, begin + start, begin + stop, last, now):
+                if self._deliver_run(entry, form, rows, begin + start, begin + stop, last, now):
                     tail = None
             begin += stop
         if tail is not None:
@@ -272,22 +271,26 @@ class Inbound:
         return None
 
     def _deliver_run(self, entry: SaEntry, form: Format, rows: Rows, start: int, stop: int, tail: tuple[SaEntry, int, int] | None, now: float) -> bool:
-        """Deliver rows as one super-packet; whether the packet in `_single` went along."""
+        """Join rows to one super-packet, or to the one that waits; whether the packet in `_single` went along."""
         row = rows.plaintext_views[start][: form.length]
         admission = self._admit(entry, memoryview(form.prefix + row) if form.prefix else row)
         if admission.reason is not None:
             self._traffic.drop(admission.reason, stop - start)
             return False
-        joined = False
-        self._joiner.begin(form, rows.plaintext[start:stop])
-        if tail is not None and tail[0] is entry and tail[2] == rows.plaintext[start, -1]:
-            begin = _BEGIN + _PREFIX_ROOM
-            joined = self._joiner.append(self._single[begin : tail[1]])
-        if stop - start == 1 and not joined:
+        rows_of_run = rows.plaintext[start:stop]
+        begin = _BEGIN + _PREFIX_ROOM
+        if stop - start == 1 and not verifies(form, row):
             self._deliver_row(entry, rows.plaintext_views[start], now)
             return False
-        length = len(self._joiner.frame())
-        self._write(admission, self._joiner.buffer, length, now)
+        if self._open is None or self._open[0] is not entry or not self._joiner.extend(form, rows_of_run):
+            self.flush(now)
+            self._joiner.begin(form, rows_of_run)
+            self._open = entry, admission
+        joined = False
+        if tail is not None and tail[0] is entry and tail[2] == rows.plaintext[start, -1]:
+            joined = self._joiner.append(self._single[begin : tail[1]])
+        if self._joiner.complete:
+            self.flush(now)
         return joined
 
     def _deliver_row(self, entry: SaEntry, row: memoryview, now: float) -> None:
@@ -338,7 +341,15 @@ class Inbound:
 
     # 7. Write
 
+    def flush(self, now: float) -> None:
+        """Write the super-packet that waits for its flow to go on."""
+        if self._open is not None:
+            (_, admission), self._open = self._open, None
+            length = len(self._joiner.frame())
+            self._write(admission, self._joiner.buffer, length, now)
+
     def _write(self, admission: Admission, buffer: memoryview, length: int, now: float) -> None:
+        self.flush(now)  # what came before leaves before
         if not admission.onward:
             self._traffic.in_writes += 1
             return self._sink.write_tun(buffer[:length])

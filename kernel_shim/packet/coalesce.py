@@ -138,7 +138,7 @@ def _sequences(form: Format, rows: Rows) -> npt.NDArray[np.int64]:
 
 
 class Joiner:
-    """Builds super-packets in one buffer of its own; `frame` gives it with its virtio header, valid until the next `begin`."""
+    """Builds super-packets in one buffer of its own: `begin`, then `extend` and `append` while they fit, then `frame`."""
 
     def __init__(self, tail_room: int) -> None:
         self.buffer: Final = memoryview(bytearray(virtio.LENGTH + _LARGEST + 1 + tail_room))
@@ -160,22 +160,34 @@ class Joiner:
         if form.protocol == PROTOCOL_TCP:
             self._ending = int(rows[count - 1, form.upper + 13]) & _ENDING
 
+    @property
+    def complete(self) -> bool:
+        """Nothing more can join: the last packet was a short one, or said that the data ends here."""
+        return self._shortened or self._ending != 0
+
+    def extend(self, form: Format, rows: Rows) -> bool:
+        """Join another range of verified rows; False when they do not continue what is here."""
+        size = len(rows) * form.size
+        if form != self._form or not self._continues(bytearray(rows[0, : form.header].tobytes()), size):
+            return False
+        self._bytes[self._end : self._end + size].reshape(len(rows), form.size)[:] = rows[:, form.header : form.length]
+        self._end += size
+        self._segments += len(rows)
+        if form.protocol == PROTOCOL_TCP:
+            self._ending = int(rows[-1, form.upper + 13]) & _ENDING
+        return True
+
     def append(self, packet: Buffer) -> bool:
         """Join one packet more, no longer than the others (in transport mode without its IP header); False when it does not fit."""
         form = self._form
         length, upper = len(packet), form.upper
         size = length - form.header
-        if self._shortened or self._ending or not 0 < size <= form.size or self._end - virtio.LENGTH + size > _LARGEST:
+        if not 0 < size <= form.size:
             return False
-        start = virtio.LENGTH + len(form.prefix)
-        mine, theirs = bytearray(self.buffer[start : self._head]), bytearray(packet[: form.header])
-        if form.protocol == PROTOCOL_TCP:
-            sequence = int.from_bytes(mine[upper + 4 : upper + 8], "big") + self._end - self._head & 0xFFFFFFFF
-            if theirs[upper + 13] & _UNMERGEABLE_FLAGS or theirs[upper + 4 : upper + 8] != sequence.to_bytes(4, "big"):
-                return False
-        if not _lengths_agree(form, theirs, length) or not _verifies(form, packet):
+        header = bytearray(packet[: form.header])
+        if form.protocol == PROTOCOL_TCP and header[upper + 13] & _UNMERGEABLE_FLAGS:
             return False
-        if _canonical(form, mine) != _canonical(form, theirs):
+        if not _lengths_agree(form, header, length) or not verifies(form, packet) or not self._continues(header, size):
             return False
         self.buffer[self._end : self._end + size] = packet[form.header :]
         self._end += size
@@ -185,7 +197,20 @@ class Joiner:
             self._ending = packet[upper + 13] & _ENDING
         return True
 
+    def _continues(self, header: bytearray, size: int) -> bool:
+        """Whether `size` bytes behind `header` come next in this flow. Uses `header` up."""
+        form, upper = self._form, self._form.upper
+        if self.complete or self._end - virtio.LENGTH + size > _LARGEST:
+            return False
+        mine = bytearray(self.buffer[virtio.LENGTH + len(form.prefix) : self._head])
+        if form.protocol == PROTOCOL_TCP:
+            sequence = int.from_bytes(mine[upper + 4 : upper + 8], "big") + self._end - self._head & 0xFFFFFFFF
+            if header[upper + 4 : upper + 8] != sequence.to_bytes(4, "big"):
+                return False
+        return _canonical(form, mine) == _canonical(form, header)
+
     def frame(self) -> memoryview:
+        """What was joined, with its virtio header. Nothing can join it any more."""
         form, upper = self._form, virtio.LENGTH + len(self._form.prefix) + self._form.upper
         buffer, total = self.buffer, self._end - virtio.LENGTH
         covered = self._end - upper
@@ -259,7 +284,8 @@ def _lengths_agree(form: Format, header: bytearray, length: int) -> bool:
     return True
 
 
-def _verifies(form: Format, packet: Buffer) -> bool:
+def verifies(form: Format, packet: Buffer) -> bool:
+    """Whether the checksums of one packet of this form, which may be shorter than the others, are right."""
     if form.version == 4 and not form.prefix and partial_sum(packet[: form.upper]):
         return False
     # The constant holds the length of a full segment.

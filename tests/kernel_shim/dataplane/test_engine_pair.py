@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from dataplane_pair import Pair
+from dataplane_pair import Pair, packets_of
 
 from kernel_shim.dataplane.engine import EngineConfig
 from kernel_shim.esp.cipher import SUPPORTED
@@ -100,3 +100,25 @@ def test_several_flows_and_sizes_through_one_sa_stay_in_order() -> None:
     pair.right.take(sent, pair.now)
     assert pair.right.received() == packets
     assert pair.right.count("batch_fallbacks") == 0
+
+
+def test_what_took_two_sends_is_written_once() -> None:
+    pair = Pair()
+    pair.connect()
+    payload = random.Random(5).randbytes(65_400)
+    pair.left.engine.send(pair.super_frame(payload, 1334), pair.now)
+    assert len(pair.left.sink.esp) == 2
+    pair.pass_on()
+    assert len(pair.right.sink.frames) == 1
+    assert b"".join(packet[52:] for packet in pair.right.received()) == payload
+
+
+def test_interleaved_flows_are_joined_apart_and_stay_in_order() -> None:
+    pair = Pair()
+    pair.connect()
+    frames = [pair.super_frame(random.Random(n).randbytes(9_000), 1000, proto) for n, proto in enumerate(["tcp", "udp", "tcp", "udp"])]
+    for frame in frames:
+        pair.left.engine.send(frame, pair.now)
+    pair.pass_on()
+    assert len(pair.right.sink.frames) == 4
+    assert pair.right.received() == [packet for frame in frames for packet in packets_of(frame)]
