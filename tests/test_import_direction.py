@@ -38,6 +38,8 @@ IMPURE_MODULES = frozenset(
         *("random", "secrets", "time"),
     }
 )
+# Message classes that do no I/O, from packages that otherwise do.
+PURE_PARTS = {"kernel_shim.xfrm": ("pyroute2.netlink",)}
 IMPURE_NAMES = frozenset({"os.urandom", "os.getrandom", "datetime.now", "datetime.utcnow", "datetime.today", "date.today", "uuid.uuid4", "uuid.uuid1"})
 
 
@@ -133,7 +135,13 @@ def test_vpnd_sees_a_kernel_only_through_the_channel_and_the_shared_words() -> N
 
 
 def test_cores_do_no_io() -> None:
-    wrong = [_where(m, line, f"imports {name}") for m in MODULES if not is_edge(m) for name, line in imports(m) if name.split(".")[0] in IMPURE_MODULES]
+    wrong = [
+        _where(m, line, f"imports {name}")
+        for m in MODULES
+        if not is_edge(m)
+        for name, line in imports(m)
+        if name.split(".")[0] in IMPURE_MODULES and not any(within(name, part) for part in PURE_PARTS.get(m.rpartition(".")[0], ()))
+    ]
     wrong += [_where(m, line, f"uses {name}") for m in MODULES if not is_edge(m) for name, line in impure_uses(m)]
     assert wrong == []
 
