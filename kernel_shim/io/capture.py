@@ -19,7 +19,7 @@ from typing import Any, Final
 import structlog
 
 from kernel_shim.io.capture_plan import CapturePlan, Change, sides
-from kernel_shim.io.connected import Connected, HostFacts
+from kernel_shim.io.connected import Connected, Sides
 from kernel_shim.io.guard import COUNTER, GuardPlan
 from kernel_shim.io.nft import Nft
 from kernel_shim.io.routes import HostRoutes
@@ -94,9 +94,9 @@ class Capture:
             log.warning("addresses not followed", reason=error.detail)
 
     def _refresh_host(self) -> None:
-        facts = HostFacts(self._routes.addresses(), frozenset(self._bound))
-        self._connected.set_host(facts)
-        self._routes.apply(self._plan.set_host(facts))
+        addresses = self._routes.addresses()
+        self._connected.set_host(addresses)
+        self._routes.apply(self._plan.set_host(addresses))
         self._refresh_inside()
 
     def _refresh_inside(self) -> None:
@@ -161,7 +161,8 @@ class Capture:
             return
         source, destination = sides(policy)
         local, remote = (source, destination) if policy.direction is Direction.OUT else (destination, source)
-        (self._connected.add if add else self._connected.remove)(local, remote)
+        outer = frozenset(address for template in policy.templates for address in (template.source, template.destination) if address is not None)
+        (self._connected.add if add else self._connected.remove)(Sides(local, remote, outer))
 
     def _follow_connected(self) -> None:
         self._routes.apply(self._plan.refresh())
@@ -174,14 +175,12 @@ class Capture:
         if address not in self._bound:
             self._nft.run(self._guard.bind(address))
             self._bound.add(address)
-            self._refresh_host()
 
     def unbound(self, address: IPAddress) -> None:
         if address in self._bound:
             self._bound.discard(address)
             with suppress(KernelError):
                 self._nft.run(self._guard.unbind(address))
-            self._refresh_host()
 
     # Life
 

@@ -20,7 +20,7 @@ from ipaddress import ip_network
 from itertools import islice, product
 from typing import Final, NamedTuple
 
-from kernel_shim.io.connected import Connected, HostFacts
+from kernel_shim.io.connected import Connected, HostAddress
 from kernel_shim.io.settings import TABLES
 from kernel_shim.model import Action, AddressRange, Direction, IPAddress, IPNetwork, KernelError, Policy
 
@@ -93,7 +93,7 @@ class CapturePlan:
 
     def __init__(self, connected: Connected) -> None:
         self._connected: Final = connected
-        self._facts = HostFacts()
+        self._addresses: tuple[HostAddress, ...] = ()
         self._sources: dict[IPNetwork, _Source] = {}
         self._overflow: dict[IPNetwork, int] = {}  # source prefixes that share the table without a source, with their pairs
         self._shared: dict[int, _Source] = {version: _Source(SHARED_TABLE) for version in (4, 6)}
@@ -123,9 +123,9 @@ class CapturePlan:
             self._slots[source.version].append(table)
         self._adopted.clear()
 
-    def set_host(self, facts: HostFacts) -> list[Change]:
+    def set_host(self, addresses: tuple[HostAddress, ...]) -> list[Change]:
         """Addresses of the host changed; `connected` knows already."""
-        self._facts = facts
+        self._addresses = addresses
         changes: list[Change] = []
         for destination in list(self._host):
             changes += self._refresh_host(destination)
@@ -230,7 +230,7 @@ class CapturePlan:
     def _choose(self, destination: IPNetwork) -> IPAddress | None:
         # A source of everything covers whatever address the host chooses by itself.
         narrow = [source for source in self._host[destination] if source.prefixlen > 0]
-        covered = (host.address for host in self._facts.addresses if any(host.address.version == s.version and host.address in s for s in narrow))
+        covered = (host.address for host in self._addresses if any(host.address.version == s.version and host.address in s for s in narrow))
         return min(covered, default=None, key=int)
 
     def refresh(self) -> list[Change]:

@@ -22,7 +22,7 @@ from kernel_shim.io.capture_plan import (
     Route,
     Rule,
 )
-from kernel_shim.io.connected import Connected, HostAddress, HostFacts
+from kernel_shim.io.connected import Connected, HostAddress, Sides
 from kernel_shim.model import Action, AddressRange, Direction, IPNetwork, KernelError, Policy, Selector
 
 LAN = HostAddress("lan", ip_address("10.1.0.1"), IPv4Network("10.1.0.0/16"))
@@ -37,14 +37,14 @@ def policy(source: str, destination: str, action: Action = Action.PROTECT, direc
 class Host:
     """What the changes make of a host, with the source of each table instead of its number."""
 
-    def __init__(self, *addresses: HostAddress, bound: str = "192.0.2.1") -> None:
+    def __init__(self, *addresses: HostAddress, outer: str = "192.0.2.1") -> None:
         self.connected = Connected()
         self.plan = CapturePlan(self.connected)
         self.rules: set[Rule] = set()
         self.routes: dict[tuple[int, IPNetwork, Kind], Route] = {}
-        facts = HostFacts(addresses, frozenset({ip_address(bound)}))
-        self.connected.set_host(facts)
-        self.apply(self.plan.set_host(facts))
+        self._outer = frozenset({ip_address(outer)})
+        self.connected.set_host(addresses)
+        self.apply(self.plan.set_host(addresses))
 
     def apply(self, changes: list[Change]) -> None:
         for put, item in changes:
@@ -56,12 +56,15 @@ class Host:
                 del self.routes[item.table, item.destination, item.kind]
 
     def add(self, added: Policy) -> None:
-        self.connected.add(added.selector.source.prefixes(), added.selector.destination.prefixes())
+        self.connected.add(self._sides(added))
         self.apply(self.plan.add(added))
 
     def remove(self, removed: Policy) -> None:
-        self.connected.remove(removed.selector.source.prefixes(), removed.selector.destination.prefixes())
+        self.connected.remove(self._sides(removed))
         self.apply(self.plan.remove(removed))
+
+    def _sides(self, policy: Policy) -> Sides:
+        return Sides(tuple(policy.selector.source.prefixes()), tuple(policy.selector.destination.prefixes()), self._outer)
 
     def view(self) -> set[tuple[object, ...]]:
         """Each route with the source whose table it is in."""
@@ -102,7 +105,7 @@ def test_a_packet_of_the_host_without_a_source_gets_one_that_the_policy_covers()
     route = host.lookup(None, "10.2.0.9")
     assert route is not None
     assert route.preferred == LAN.address
-    host.apply(host.plan.set_host(HostFacts((WAN,))))
+    host.apply(host.plan.set_host((WAN,)))
     assert host.lookup(None, "10.2.0.9") is None
 
 
@@ -116,7 +119,7 @@ def test_the_inside_subnet_stays_on_its_link_when_everything_else_is_captured() 
 
 def test_a_subnet_that_a_tunnel_ends_in_is_never_inside() -> None:
     outer = HostAddress("wan", ip_address("10.9.0.1"), IPv4Network("10.9.0.0/24"))
-    host = Host(LAN, outer, bound="10.9.0.1")
+    host = Host(LAN, outer, outer="10.9.0.1")
     host.add(policy("10.0.0.0/8", "10.0.0.0/8"))
     assert host.lookup("10.9.0.1", "10.9.0.2") is not None
     assert host.lookup("10.1.0.1", "10.1.0.2") is None
