@@ -138,6 +138,7 @@ class IkeSa(Transport):
         if child is None or child.state is ChildSaState.DELETING:
             return []
         child.state = ChildSaState.DELETING
+        self._revoke(child_id)
         self._enqueue(Task("CHILD_DELETE", informational.delete_child(self, child.sa.inbound.spi, child_id, reason)))
         return self._done()
 
@@ -148,6 +149,7 @@ class IkeSa(Transport):
         if child is None:
             return []
         self.close_child(child, Reason.EXPIRED)
+        self._revoke(child_id)
         if child.state is not ChildSaState.DELETING:
             informational.delete_spi(self, child.sa.inbound.spi)
         self._start_next()
@@ -192,15 +194,13 @@ class IkeSa(Transport):
             return []
         self.emit(RemoveSa(child.sa.outbound.id))
         self.emit(RemoveSa(child.sa.inbound.id))
-        fallback = self._fallback
-        if direction is Direction.IN and fallback is not None and fallback.child_id == child_id:
+        serving = self._revoke(child_id)
+        if direction is Direction.IN and serving is not None:
             # the answer has not left: the peer gets another one
-            self._fallback = None
             for other in self.children.values():
                 if other.sa.reqid == child.sa.reqid and other.state is ChildSaState.REKEYED:
                     other.state = ChildSaState.INSTALLED
-            self._inbox.response = self._seal(fallback.serving.exchange, fallback.serving.message_id, fallback.payloads, response=True)
-            self._send(self._inbox.response, fallback.serving.local, fallback.serving.remote)
+            self._send(self._inbox.response, serving.local, serving.remote)
         else:
             informational.delete_spi(self, child.sa.inbound.spi)
         if child.initiator:

@@ -31,6 +31,7 @@ T = TypeVar("T")
 
 NONCE_LENGTH: Final = 32  # octets; RFC 7296 section 2.10 asks for half the PRF's key at least
 
+MAX_EARLY_DELETES: Final = 16  # of one exchange; a peer makes one CHILD_SA in it
 MAX_AUTHORITIES: Final = 256  # hashes of a CERTREQ that are looked at
 
 
@@ -134,6 +135,7 @@ class Session:
         self.queue: deque[Task] = deque()
         self.active: Task | None = None
         self.held: set[SaId] = set()  # larval SPIs that belong to no CHILD_SA yet
+        self.early_deletes: set[bytes] = set()  # SPIs that the peer deleted before its answer that made them arrived
         self.tokens = 0
         self.effects: list[Effect] = []
 

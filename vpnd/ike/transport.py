@@ -226,6 +226,15 @@ class Transport(Session):
         if self.established_at is None or (self.nat_remote and not self.nat_local):
             self.local, self.remote = local, remote
 
+    def _revoke(self, child_id: int) -> Serving | None:
+        """A CHILD_SA that our last answer gave goes: a peer that missed the answer gets a refusal instead of an SA without a twin."""
+        fallback = self._fallback
+        if fallback is None or fallback.child_id != child_id:
+            return None
+        self._fallback = None
+        self._inbox.response = self._seal(fallback.serving.exchange, fallback.serving.message_id, fallback.payloads, response=True)
+        return fallback.serving
+
     # 4, 5
 
     def _answer(self, spi: Spi | None) -> None:

@@ -34,6 +34,7 @@ def _negotiate(session: Session, task: Task, offer: Offer) -> Steps[None]:
     exchange = group(groups[0]).initiate(session.context.entropy) if groups else None
     tried = {exchange.group} if exchange else set()
     nonce = session.context.entropy(NONCE_LENGTH)
+    session.early_deletes.clear()
     while True:
         # HDR, SK {SA, Ni, [KEi,] TSi, TSr} -->   <-- HDR, SK {SA, Nr, [KEr,] TSi, TSr}
         sa, *rest = offer.payloads()
@@ -49,6 +50,8 @@ def _negotiate(session: Session, task: Task, offer: Offer) -> Steps[None]:
     error = first_error(response)
     if error is not None:
         raise ChildRefused(reason_of(error), 0, detail=f"peer answered with {error_name(error)}")
+    if any(proposal.spi in session.early_deletes for payload in response.all(SaPayload) for proposal in payload.proposals):
+        raise ChildRefused(Reason.PEER_DELETED, 0, detail="the peer deleted it before its answer came")
     try:
         agreed = read_answer(session, offer, response)
         nonce_r, ke = response.first(NoncePayload), response.first(KePayload)

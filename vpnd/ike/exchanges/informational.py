@@ -8,7 +8,7 @@ from typing import Final
 from kernel_shim.model import Spi
 from vpnd.ike.effects import IkeClosed, Reason
 from vpnd.ike.iana import Exchange, NotifyType, ProtocolId
-from vpnd.ike.session import Ask, Response, Session, Steps, Task, ask
+from vpnd.ike.session import MAX_EARLY_DELETES, Ask, Response, Session, Steps, Task, ask
 from vpnd.ike.state import MAX_TASKS, ChildSaState
 from vpnd.ike.wire.message import Message
 from vpnd.ike.wire.payloads import DeletePayload, Payload
@@ -69,6 +69,9 @@ def _delete(session: Session, spis: Iterable[bytes]) -> Iterable[bytes]:
     for spi in spis:
         child = session.child_by_outbound(spi)
         if child is None:
+            # its answer to our CREATE_CHILD_SA may still be on its way, or lost
+            if session.active is not None and session.active.child is not None and len(session.early_deletes) < MAX_EARLY_DELETES:
+                session.early_deletes.add(spi)
             continue
         state = child.state
         session.close_child(child, Reason.REPLACED if state is ChildSaState.REKEYED else Reason.PEER_DELETED)

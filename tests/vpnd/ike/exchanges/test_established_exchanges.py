@@ -536,3 +536,20 @@ def test_the_queue_is_bounded() -> None:
     assert pair.a.failed == [Reason.TEMPORARY_FAILURE] * 2
     pair.a.run(pair.a.sa, pair.a.sa.abort(pair.now, Reason.SHUTDOWN), pair.now)
     assert len(pair.a.failed) == MAX_TASKS + 2
+
+
+@pytest.mark.parametrize("arrives", ["never", "late"])
+def test_a_child_that_the_responder_deletes_before_its_answer_arrives(arrives: str) -> None:
+    pair = pair_of(FIRST, SECOND)
+    pair.a.run(pair.a.sa, pair.a.sa.create_child(SECOND, pair.now), pair.now)
+    pair.step()
+    answer = pair.take()
+    child_id = max(pair.b.sa.children)
+    # the answer is lost or late; INFORMATIONAL { D(SPI) } --> overtakes it
+    pair.b.run(pair.b.sa, pair.b.sa.delete_child(child_id, pair.now), pair.now)
+    pair.settle()
+    if arrives == "late":
+        pair.deliver(answer)
+    pair.wait(10.0)
+    agree(pair, 1)
+    assert pair.a.failed == [Reason.PEER_DELETED if arrives == "late" else Reason.TEMPORARY_FAILURE]
