@@ -164,7 +164,7 @@ class Inbound:
             for sequence in sequences.tolist():
                 window.accept(sequence)
         octets = count * (rows.plaintext_length - TRAILER) - sum(rows.trailers[:count, 0].tobytes())
-        self._authentic(entry, local, remote, True, count, max(0, octets), now)
+        self._authentic(entry, remote, True, count, max(0, octets), now)
         begin = end = count * segment
         tail = None
         if 0 < length - begin < segment:
@@ -198,14 +198,14 @@ class Inbound:
         newest = sequence > entry.window.top
         entry.window.accept(sequence)
         stripped = strip(plaintext)
-        self._authentic(entry, local, remote, newest, 1, stripped[0] if stripped else 0, now)
+        self._authentic(entry, remote, newest, 1, stripped[0] if stripped else 0, now)
         if stripped is None:
             return drop(DropReason.ESP_MALFORMED)
         return entry, begin + stripped[0], stripped[1]
 
     # 4. Authentic
 
-    def _authentic(self, entry: SaEntry, local: Endpoint, remote: Endpoint, newest: bool, packets: int, octets: int, now: float) -> None:
+    def _authentic(self, entry: SaEntry, remote: Endpoint, newest: bool, packets: int, octets: int, now: float) -> None:
         self._traffic.in_packets += packets
         self._traffic.in_octets += octets
         # An old packet says where the peer was, not where it is.
