@@ -66,6 +66,7 @@ class Tunnel:
     ts_b_at_b: str = ""
     dpd_a: str = ""  # dpd_delay of A
     dpd_b: str = ""
+    more_children: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # name -> ts_a, ts_b; else like the first
 
     def _selector(self, site: Site, given: str) -> str:
         if given:
@@ -115,15 +116,18 @@ class Tunnel:
             **({"dpd_delay": dpd} if dpd else {}),
             **self.connection_options,
         }
-        child = {
-            "esp_proposals": self.esp_proposals,
-            "mode": self.mode,
-            "local_ts": near_ts,
-            "remote_ts": far_ts,
-            "start_action": start,
-            **self.child_options,
-            **more,
-        }
+        children = ""
+        for name, ours, theirs in ((CHILD, near_ts, far_ts), *((name, *(ts if side is Side.A else ts[::-1])) for name, ts in self.more_children.items())):
+            child = {
+                "esp_proposals": self.esp_proposals,
+                "mode": self.mode,
+                "local_ts": ours,
+                "remote_ts": theirs,
+                "start_action": start,
+                **self.child_options,
+                **more,
+            }
+            children += f"      {name} {{\n" + "".join(f"        {option} = {value}\n" for option, value in child.items()) + "      }\n"
         path = directory / "swanctl.conf"
         path.write_text(
             "connections {\n"
@@ -134,9 +138,8 @@ class Tunnel:
             + "    }\n    remote {\n"
             + "".join(f"      {line}\n" for line in remote)
             + "    }\n    children {\n"
-            + f"      {CHILD} {{\n"
-            + "".join(f"        {name} = {value}\n" for name, value in child.items())
-            + "      }\n    }\n  }\n}\n"
+            + children
+            + "    }\n  }\n}\n"
             + secrets
         )
         return path
