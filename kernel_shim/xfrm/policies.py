@@ -92,7 +92,7 @@ def policy_id_message(kind: MessageType, direction: Direction, selector: Selecto
     return Message(kind, body.pack(), selector_attributes(selector), NetlinkFlag.REQUEST | NetlinkFlag.ACK)
 
 
-def dump_message() -> Message:
+def policy_dump_message() -> Message:
     return Message(MessageType.GETPOLICY, PolicyIdStruct(NO_SELECTOR, 0, 0).pack(), {}, NetlinkFlag.REQUEST | NetlinkFlag.DUMP)
 
 

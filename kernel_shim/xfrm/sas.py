@@ -188,7 +188,7 @@ def sa_id_message(kind: MessageType, sa: SaId) -> Message:
     return Message(kind, body.pack(), {}, NetlinkFlag.REQUEST | NetlinkFlag.ACK)
 
 
-def dump_message() -> Message:
+def sa_dump_message() -> Message:
     return Message(MessageType.GETSA, SaIdStruct(bytes(16), 0, 0, 0).pack(), {}, NetlinkFlag.REQUEST | NetlinkFlag.DUMP)
 
 
@@ -340,6 +340,8 @@ def _selector_from(struct: SelectorStruct, attributes: Mapping[int, bytes]) -> S
     """None where the selector takes every packet, or is one that no policy of ours could have."""
     if not struct.family or not (struct.prefixlen_s or struct.prefixlen_d or struct.proto):
         return None
+    # a larval SA's names the device of the packet that asked
+    struct = struct._replace(ifindex=0, user=0)
     return selector_from(struct, {kind: attributes[kind] for kind in (Attribute.MARK, Attribute.IF_ID) if kind in attributes})
 
 
