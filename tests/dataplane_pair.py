@@ -12,6 +12,7 @@ from scapy.packet import Raw
 
 from kernel_shim.algorithms import EncryptionId, EspAlgorithm
 from kernel_shim.dataplane.engine import Engine, EngineConfig
+from kernel_shim.esp.cipher import EspCipher, make_cipher
 from kernel_shim.model import (
     PORT_NAT_T,
     Acquire,
@@ -161,6 +162,11 @@ class Pair:
                 **changes,
             }
         )
+
+    def cipher(self, from_left: bool) -> EspCipher:
+        """The cipher of the SA that `connect` made."""
+        sa = self.sa(from_left, Direction.OUT)
+        return make_cipher(sa.algorithm, sa.encryption_key, sa.integrity_key, sa.spi, sa.esn, entropy(1))
 
     def connect(self, **changes: object) -> None:
         """Both directions, inbound before outbound."""

@@ -82,6 +82,10 @@ class Workspace:
         self.plaintext = memoryview(bytearray(_CAPACITY))
         self._layouts: dict[tuple[int, int, int], Rows] = {}
 
+    def __len__(self) -> int:
+        """How many layouts there are."""
+        return len(self._layouts)
+
     def rows(self, wire_length: int, shape: Shape) -> Rows:
         """The layout for packets of `wire_length` bytes, which must be plausible for `shape` and at most MAX_DATAGRAMS."""
         key = (wire_length, shape.iv, shape.icv)

@@ -167,6 +167,11 @@ class Sad:
         self._discarded(entry)
         self._emit(Expire(entry.sa.id, entry.sa.reqid, hard=True))
 
+    @property
+    def deadlines(self) -> int:
+        """How many are kept; those of SAs that are gone are thrown out when they are most of them."""
+        return len(self._deadlines)
+
     def next_deadline(self) -> float | None:
         while self._deadlines and not self._due_at(self._deadlines[0]):
             heappop(self._deadlines)

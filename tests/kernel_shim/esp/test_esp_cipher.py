@@ -16,7 +16,7 @@ from scapy.packet import Raw
 
 from kernel_shim.algorithms import EncryptionId, EspAlgorithm, IntegrityId
 from kernel_shim.esp.cipher import SUPPORTED, EspCipher, make_cipher
-from kernel_shim.esp.rows import Workspace
+from kernel_shim.esp.rows import MAX_LAYOUTS, Workspace
 from kernel_shim.esp.wire import Shape, padded, strip, trailer
 from kernel_shim.secret import NO_SECRET, Secret
 
@@ -210,7 +210,7 @@ def test_layouts_are_bounded() -> None:
     shape = Shape(EspAlgorithm(EncryptionId.AES_GCM_16, 128))
     for payload in range(2, 4000, 4):
         work.rows(shape.sealed(payload), shape)
-    assert len(work._layouts) <= 64
+    assert len(work) <= MAX_LAYOUTS
 
 
 @given(st.integers(0, 3000), st.sampled_from([4, 16]))
