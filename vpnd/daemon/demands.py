@@ -82,6 +82,7 @@ class Demands:
         self._traps: dict[ChildKey, tuple[ConnectionConfig, ChildConfig]] = {}
         self._waiting: dict[ChildKey, list[asyncio.Future[None]]] = {}  # `wait` of the control socket
         self._outgoing: dict[ChildKey, dict[int, tuple[Entry, bool]]] = {}  # children whose successor is sought, and whether the kernel lost them
+        self._retired: set[int] = set()  # children that close because their successor stands, or cannot be had
         self._retries: dict[ChildKey, asyncio.TimerHandle] = {}
         self._recovering: dict[ChildKey, asyncio.TimerHandle] = {}
         self._background = Background()
@@ -287,9 +288,11 @@ class Demands:
         if connection is None or config is None or self._stopping:
             return
         if reason in (Reason.EXPIRED, Reason.KERNEL_LOST):
-            wanted = config.start_action is StartAction.START
+            again = config.start_action is StartAction.START or (entry.sa.initiator and not self.trapped(connection.name, child.name))
+            wanted = again and child.id not in self._retired
         else:
             wanted = reason is Reason.PEER_SILENT and StartAction.START in (config.start_action, config.dpd_action)
+        self._retired.discard(child.id)
         if wanted:
             # no clear packet while a successor is sought: its policies stay
             key = (connection.name, child.name)
@@ -368,10 +371,12 @@ class Demands:
     def _retire(self, key: ChildKey, *, keep: int = 0) -> None:
         for child_id, (entry, lost) in self._outgoing.pop(key, {}).items():
             if child_id != keep:
+                self._retired.add(child_id)
                 self._end(entry, child_id, lost)
 
     def _end(self, entry: Entry, child_id: int, lost: bool) -> None:
         if entry.sa.closed or child_id not in entry.sa.children:
+            self._retired.discard(child_id)
             return
         now = asyncio.get_running_loop().time()
         self._manager.run(entry, entry.sa.child_expired(child_id, now) if lost else entry.sa.delete_child(child_id, now, Reason.REPLACED))
@@ -383,6 +388,8 @@ class Demands:
         if known is None or connection is None:
             self._background.start(self._refuse([event.sequence]))
             return
+        if self._manager.installing(event.reqid):
+            return  # the kernel asks again should that SA not cover the flow
         self._manager.say(f"creating acquire job for policy {event.flow or event.selector} with reqid {{{event.reqid}}}", group="KNL")
         self.demand(connection, known[1], flow=event.flow, acquire=event.sequence)
 

@@ -19,7 +19,7 @@ from typing import Final, Protocol, TypeVar
 import structlog
 
 from kernel_shim.channel.api import ChannelClosed
-from kernel_shim.model import Capabilities, Direction, Endpoint, IPAddress, KernelError, ReqId, SaId, SpiRequest
+from kernel_shim.model import Capabilities, Direction, Endpoint, IPAddress, KernelError, ReqId, SaId, SecurityAssociation, SpiRequest
 from vpnd.auth.credentials import CredentialStore
 from vpnd.config.model import ChildConfig, ConnectionConfig
 from vpnd.control.backend import DaemonEvent, LogLine
@@ -31,6 +31,7 @@ from vpnd.ike.effects import (
     AllocateSpi,
     AuthenticationRejected,
     ChildClosed,
+    ChildDenied,
     ChildEstablished,
     ChildFailed,
     ChildSa,
@@ -80,6 +81,7 @@ class Entry:
     task: asyncio.Task[None] | None = None
     advancing: bool = False
     owners: set[int] = field(default_factory=set)  # children whose policies are claimed
+    installing: dict[int, int] = field(default_factory=dict)  # reqid by child whose SA in stands and whose SA out does not yet
     init_key: tuple[int, Endpoint] | None = None  # of a responder: the initiator's SPI and address
     half_open: IPAddress | None = None  # counted for this address
 
@@ -115,6 +117,7 @@ class Manager:
         self._of_connection: dict[str, dict[int, Entry]] = {}  # initiators, and responders whose peer is authenticated
         self._of_peer: dict[tuple[Identity | None, Identity | None], dict[int, Entry]] = {}  # established, by local and remote identity
         self._child_of: dict[SaId, tuple[Entry, int]] = {}
+        self._installing: Counter[int] = Counter()  # half installed CHILD_SAs by reqid
         self._reqids: dict[tuple[str, str], ReqId] = {}
         self._child_of_reqid: dict[int, tuple[str, ChildConfig]] = {}
         self._deadlines: Deadlines[int] = Deadlines()
@@ -202,6 +205,10 @@ class Manager:
     def peers_of(self, entry: Entry) -> list[Entry]:
         """The established IKE SAs between the same two identities, `entry` included."""
         return list(self._of_peer.get((entry.sa.local_id, entry.sa.remote_id), {}).values())
+
+    def installing(self, reqid: int) -> bool:
+        """Whether a CHILD_SA of that reqid is half installed: its SA out is about to come."""
+        return self._installing[reqid] > 0
 
     def child_with(self, sa: SaId) -> tuple[Entry, int] | None:
         return self._child_of.get(sa)
@@ -364,19 +371,20 @@ class Manager:
         """Take the first effect of the step and carry it out; what the core says to the outcome is returned."""
         answer: Sequence[Effect] = ()
         match step.popleft():
-            case AllocateSpi(token, _child, local, remote, mode):
+            case AllocateSpi(token, _child, local, remote, mode, reqid, acquire):
                 spi = None
                 try:
-                    spi = await self.kernel.get_spi(SpiRequest(remote.address, local.address, mode, ReqId(0)))
+                    spi = await self.kernel.get_spi(SpiRequest(remote.address, local.address, mode, ReqId(reqid), acquire=acquire))
                 except KERNEL_ERRORS as error:
                     self.say(f"kernel gave no SPI: {error}", entry, group="KNL", warning=True)
                 answer = entry.sa.spi_allocated(token, spi, self._now())
             case InstallSa(child_id, sa):
                 try:
-                    await self._install(entry, child_id, sa.id, InstallSa(child_id, sa))
+                    await self._install(entry, child_id, sa)
                 except KERNEL_ERRORS as error:
                     self.say(f"kernel refused the {sa.direction.name.lower()}bound SA {sa.spi:08x}: {error}", entry, group="KNL", warning=True)
                     step.clear()
+                    self._installed(entry, child_id)
                     answer = entry.sa.install_failed(child_id, sa.direction, self._now())
             case RemoveSa(sa_id):
                 self._child_of.pop(sa_id, None)
@@ -385,25 +393,28 @@ class Manager:
                 raise AssertionError(f"{effect} does not need the kernel")
         return answer
 
-    async def _install(self, entry: Entry, child_id: int, sa_id: SaId, effect: InstallSa) -> None:
-        """Policies for traffic in before the SA in, policies for traffic out after the SA out: no packet meets one without the other."""
-        sa = effect.sa
+    async def _install(self, entry: Entry, child_id: int, sa: SecurityAssociation) -> None:
+        """Policies in all directions stand before the first SA: what is sent before the SA out stands waits for it in the kernel, and is not sent in clear."""
         inbound = sa.direction is Direction.IN
-        local_ts, remote_ts = (sa.destination_selectors, sa.source_selectors) if inbound else (sa.source_selectors, sa.destination_selectors)
-        local, remote = (sa.destination, sa.source) if inbound else (sa.source, sa.destination)
-        known = self._child_of_reqid.get(sa.reqid)
-        child = known[1] if known else None
-        spec = PolicySpec.of_child(child, sa.mode, sa.reqid, local, remote)
-        wanted = [policy for policy in policies_for(spec, local_ts, remote_ts) if (policy.direction is Direction.OUT) is not inbound]
-        entry.owners.add(child_id)
         if inbound:
-            await self.kernel.claim(("child", child_id), wanted)
-            await self.kernel.install(sa)
-        else:
-            await self.kernel.install(sa)
-            self._child_of[sa_id] = (entry, child_id)
-            await self.kernel.claim(("child", child_id), wanted)
-        self._child_of[sa_id] = (entry, child_id)
+            local_ts, remote_ts = sa.destination_selectors, sa.source_selectors
+            known = self._child_of_reqid.get(sa.reqid)
+            spec = PolicySpec.of_child(known[1] if known else None, sa.mode, sa.reqid, sa.destination, sa.source)
+            entry.owners.add(child_id)
+            entry.installing[child_id] = sa.reqid
+            self._installing[sa.reqid] += 1
+            await self.kernel.claim(("child", child_id), list(policies_for(spec, local_ts, remote_ts)))
+        await self.kernel.install(sa)
+        self._child_of[sa.id] = (entry, child_id)
+        if not inbound:
+            self._installed(entry, child_id)
+
+    def _installed(self, entry: Entry, child_id: int) -> None:
+        reqid = entry.installing.pop(child_id, None)
+        if reqid is not None:
+            self._installing[reqid] -= 1
+            if not self._installing[reqid]:
+                del self._installing[reqid]
 
     def _carry_out(self, entry: Entry, effect: Effect) -> None:
         match effect:
@@ -436,6 +447,9 @@ class Manager:
                 self.say(f"CHILD_SA {effect.name} failed: {effect.reason.value}{detail}", entry, warning=True)
                 if self.listener:
                     self.listener.child_failed(entry, effect)
+            case ChildDenied(reason, detail):
+                self.counters.add("child_denied")
+                self.say(f"peer's request for a CHILD_SA denied: {reason.value}{f' ({detail})' if detail else ''}", entry, warning=True)
             case AuthenticationRejected(connection, peer, why):
                 self.counters.add("authentication_rejected")
                 self.say(
@@ -488,6 +502,7 @@ class Manager:
             entry.half_open = None
 
     def _release(self, entry: Entry, child_id: int) -> None:
+        self._installed(entry, child_id)
         entry.owners.discard(child_id)
         owner = ("child", child_id)
         if self.kernel.has_claims(owner):
