@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import math
 import signal
 import subprocess
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import structlog
 
 from kernel_shim.channel.api import ChannelClosed, KernelChannel
 from kernel_shim.channel.pfkey import PfKeyChannel
+from kernel_shim.channel.xfrm import XfrmChannel
 from kernel_shim.model import SOCKET_MARK, Endpoint, IPAddress, KernelError
 from vpnd.auth.credentials import CredentialError, CredentialStore
 from vpnd.config import load
@@ -29,6 +31,7 @@ from vpnd.gate import GateSettings
 from vpnd.ike.context import IkeSettings, Retransmission
 from vpnd.ike.effects import Reason
 from vpnd.io.addresses import local_addresses, watch_addresses
+from vpnd.io.ike_sockets import open_ike_sockets
 from vpnd.io.shim import ShimStartError, shim_listens, start_shim
 from vpnd.io.systemd import notify
 from vpnd.io.udp import IkeSockets
@@ -36,6 +39,8 @@ from vpnd.telemetry.counters import Counters
 from vpnd.telemetry.logging import configure_logging
 
 SHUTDOWN_DEADLINE: Final = 3.0  # s for the peers to answer our deletes
+MINIMUM_ACQUIRE: Final = 30  # s, what the kernel does by itself
+MAXIMUM_ACQUIRE: Final = 3600  # s
 ADDRESS_SETTLE: Final = 0.1  # s; changes of addresses come in groups
 
 log = structlog.get_logger("vpnd")
@@ -126,8 +131,13 @@ class Daemon:
         """
         config = self._config
         await self._sockets.clear()
+        if config.kernel is KernelChoice.XFRM:
+            xfrm = XfrmChannel(acquire_seconds=_negotiation_seconds(config))
+            await xfrm.open()
+            await self._bind(xfrm)
+            return xfrm
         if config.kernel is not KernelChoice.USERSPACE:
-            raise StartError(f"kernel = {config.kernel.value} is not implemented yet; use kernel = userspace")
+            raise StartError(f"kernel = {config.kernel.value} is not implemented yet; use kernel = userspace or xfrm")
         if not shim_listens(config.shim_socket):
             if not config.start_shim:
                 raise ConnectionRefusedError(errno.ECONNREFUSED, f"no userspace kernel listens at {config.shim_socket}")
@@ -153,7 +163,7 @@ class Daemon:
             if address in self._sockets.addresses:
                 continue
             try:
-                descriptors = await channel.bind(address)
+                descriptors = await channel.bind(address) if channel.capabilities().binds_ike_sockets else open_ike_sockets(address)
             except KernelError as error:
                 log.warning("no IKE sockets on an address", address=str(address), error=error.detail)
                 continue
@@ -202,6 +212,12 @@ class Daemon:
         if self._shim is not None and self._shim.poll() is None:
             self._shim.terminate()
             await asyncio.get_running_loop().run_in_executor(None, self._shim.wait)
+
+
+def _negotiation_seconds(config: DaemonConfig) -> int:
+    """How long one exchange may take before it is given up: the kernel's larval SAs stand as long."""
+    waits = (config.retransmit_timeout * config.retransmit_base**attempt for attempt in range(config.retransmit_tries + 1))
+    return max(MINIMUM_ACQUIRE, math.ceil(min(sum(waits), MAXIMUM_ACQUIRE)))
 
 
 async def _serve(loaded: LoadedConfiguration) -> int:

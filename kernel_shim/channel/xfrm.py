@@ -18,7 +18,8 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Final
 
-from kernel_shim.algorithms import EncryptionId, EspAlgorithm, IntegrityId
+from kernel_shim.algorithms import EncryptionId, EspAlgorithm
+from kernel_shim.channel.linux import XFRM
 from kernel_shim.channel.netlink import LONG_TIMEOUT, NetlinkSocket
 from kernel_shim.channel.sysctl import Sysctls
 from kernel_shim.model import (
@@ -43,7 +44,7 @@ from kernel_shim.model import (
     Unresolved,
 )
 from kernel_shim.secret import Secret
-from kernel_shim.xfrm.constants import MAX_REPLAY_WINDOW, OURS, Group, MessageType
+from kernel_shim.xfrm.constants import OURS, Group, MessageType
 from kernel_shim.xfrm.events import notice_from
 from kernel_shim.xfrm.policies import FIRST_INDEX, INDEX_STEP, LAST_INDEX, policy_dump_message, policy_from, policy_id_message, policy_message, socket_bypass
 from kernel_shim.xfrm.sas import (
@@ -73,20 +74,6 @@ STATISTICS: Final = Path("/proc/thread-self/net/xfrm_stat")
 _IP_XFRM_POLICY: Final = 17
 _IPV6_XFRM_POLICY: Final = 35
 
-_AES_BITS: Final = (128, 192, 256)
-_AEADS: Final = (
-    *(EncryptionId.AES_GCM_8, EncryptionId.AES_GCM_12, EncryptionId.AES_GCM_16),
-    *(EncryptionId.AES_CCM_8, EncryptionId.AES_CCM_12, EncryptionId.AES_CCM_16),
-)
-_INTEGRITY: Final = (IntegrityId.HMAC_SHA1_96, IntegrityId.HMAC_SHA2_256_128, IntegrityId.HMAC_SHA2_384_192, IntegrityId.HMAC_SHA2_512_256)
-ALGORITHMS: Final = frozenset(
-    {
-        *(EspAlgorithm(aead, bits) for aead in _AEADS for bits in _AES_BITS),
-        EspAlgorithm(EncryptionId.CHACHA20_POLY1305, 256),
-        *(EspAlgorithm(cipher, bits, hmac) for cipher in (EncryptionId.AES_CBC, EncryptionId.AES_CTR) for bits in _AES_BITS for hmac in _INTEGRITY),
-    }
-)
-
 
 class XfrmChannel:
     """A `KernelChannel` to the Linux kernel, in the network namespace of the thread that opens it. Opened once.
@@ -113,15 +100,7 @@ class XfrmChannel:
         self._counters = {"acquires": 0, "expires": 0, "mappings": 0, "foreign": 0, "malformed": 0, "kicks": 0, "repeated": 0}
 
     def capabilities(self) -> Capabilities:
-        return Capabilities(
-            name="xfrm",
-            algorithms=ALGORITHMS,
-            maximum_replay_window=MAX_REPLAY_WINDOW,
-            port_ranges=False,
-            address_ranges=False,
-            sa_selectors=False,
-            unresolved_modes=frozenset({Unresolved.QUEUE if self._holds else Unresolved.DROP}),
-        )
+        return replace(XFRM, unresolved_modes=frozenset({Unresolved.QUEUE if self._holds else Unresolved.DROP}))
 
     def on_event(self, listener: Callable[[KernelEvent], None]) -> None:
         self._event_listeners.append(listener)

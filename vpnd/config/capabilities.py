@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 from kernel_shim.algorithms import EncryptionId, EspAlgorithm, IntegrityId
+from kernel_shim.channel.linux import XFRM
 from kernel_shim.model import Action, Capabilities, Unresolved
 from vpnd.config.errors import ConfigError, Position
 from vpnd.config.model import ChildConfig, Configuration, KernelChoice, TsTemplate
@@ -30,7 +31,8 @@ EXPECTED: Final[Mapping[KernelChoice, Capabilities]] = {
         encapsulation_required=True,
         unresolved_modes=frozenset(Unresolved),
         binds_ike_sockets=True,
-    )
+    ),
+    KernelChoice.XFRM: XFRM,
 }
 """What `vpnd check` measures against. A running daemon asks its kernel, whose answer counts."""
 

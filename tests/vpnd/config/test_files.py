@@ -215,7 +215,7 @@ def test_a_whole_daemon_section(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("kernel = xfrm", "kernel: the kernel 'xfrm' is not implemented yet"),
+        ("kernel = pfkey", "kernel: the kernel 'pfkey' is not implemented yet"),
         ("kernel = linux", "kernel: 'linux' is not one of userspace, xfrm, pfkey"),
         ("kernell = xfrm", "kernell: unknown option 'kernell', did you mean 'kernel'?"),
         ("control_socket = vici.sock", "control_socket: 'vici.sock' is not an absolute path of at most 107 bytes"),
