@@ -40,7 +40,7 @@ lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mypy -p lab -p bench -p demo
+	MYPYPATH=tests:deploy $(BIN)/mypy --strict -p lab -p bench -p demo
 
 demo: venv
 	@.ci/provide demo

@@ -23,6 +23,7 @@ GROUPS: Final = {
     "tcp-throughput": "bench.tcp_throughput",
     "pending-burst": "bench.pending_burst",
     "spd-scale": "bench.spd_scale",
+    "dataplane": "bench.dataplane_micro",
 }
 
 

@@ -118,7 +118,7 @@ def run() -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
 
     def row(name: str, value: float) -> None:
-        figures = {"ours": round(value, 3), "peer": None, "ratio": None, "floor": None, "aim": None, "met": True, "runs": []}
+        figures: dict[str, object] = {"ours": round(value, 3), "peer": None, "ratio": None, "floor": None, "aim": None, "met": True, "runs": []}
         rows.append({"name": name, "unit": "us/packet", "better": "low", **figures})
 
     for name, algorithm in _ALGORITHMS.items():

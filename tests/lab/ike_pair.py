@@ -203,8 +203,8 @@ class Peer:
 
     # Looking
 
-    def happened(self, kind: type[Effect]) -> list[Effect]:  # type: ignore[valid-type]
-        return [event for event in self.events if isinstance(event, kind)]  # type: ignore[arg-type]
+    def happened(self, kind: type[Effect]) -> list[Effect]:
+        return [event for event in self.events if isinstance(event, kind)]
 
     @property
     def closed(self) -> Reason | None:
