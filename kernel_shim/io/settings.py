@@ -8,7 +8,7 @@ from typing import Final
 
 from kernel_shim.model import SOCKET_MARK
 
-DEFAULT_SOCKET: Final = Path("/run/vpnd/kernel.sock")
+DEFAULT_SOCKET: Final = Path("/run/vpnd/shim.sock")
 DEFAULT_TUN: Final = "vpn0"
 DEFAULT_TABLE: Final = 4500
 DEFAULT_RULE_PRIORITY: Final = 200
