@@ -9,7 +9,7 @@ from kernel_shim.xfrm.constants import AF_INET, Attribute, MessageType
 from kernel_shim.xfrm.policies import templates_from
 from kernel_shim.xfrm.sas import is_ours, reqid_from
 from kernel_shim.xfrm.selectors import flow_from, selector_from
-from kernel_shim.xfrm.structs import SA_SIZE, AcquireStruct, MalformedMessage, MappingStruct, SaStruct, TemplateStruct, unpack_address
+from kernel_shim.xfrm.structs import OCTET, SA_SIZE, AcquireStruct, MalformedMessage, MappingStruct, SaStruct, TemplateStruct, unpack, unpack_address
 from kernel_shim.xfrm.wire import Message
 
 
@@ -61,9 +61,9 @@ def _expire(message: Message) -> Notice | None:
     info = SaStruct.unpack(message.body)
     if info.spi == 0 or info.proto != PROTOCOL_ESP:
         return None
-    hard = bool(message.body[SA_SIZE])
+    (hard,) = unpack(OCTET, message.body[SA_SIZE:], "user_expire")
     sa = SaId(unpack_address(info.daddr, info.family), Spi(info.spi), info.proto)
-    return Notice(Expire(sa, reqid_from(info.reqid), hard), is_ours(info.reqid))
+    return Notice(Expire(sa, reqid_from(info.reqid), bool(hard)), is_ours(info.reqid))
 
 
 def _mapping(message: Message) -> Notice:

@@ -110,10 +110,14 @@ def dissect(frame: bytes, time: float = 0.0) -> WirePacket | None:
 
 
 class Capture:
-    """Captures on one interface of a namespace from `__enter__` on."""
+    """Captures on one interface of a namespace from `__enter__` on.
 
-    def __init__(self, namespace: Namespace, interface: str) -> None:
+    `outgoing`: only what is sent there. A kernel that does IPsec shows what it decrypts once more, as if it had come in clear.
+    """
+
+    def __init__(self, namespace: Namespace, interface: str, *, outgoing: bool = False) -> None:
         self.interface = interface
+        self._outgoing = outgoing
         self._frames: list[tuple[bytes, float]] = []
         self._stop = threading.Event()
         self._dropped = 0
@@ -131,11 +135,13 @@ class Capture:
     def _read(self) -> None:
         while not self._stop.is_set():
             try:
-                frame, ancillary, _, _ = self._socket.recvmsg(SNAP_BYTES, 64)
+                frame, ancillary, _, sender = self._socket.recvmsg(SNAP_BYTES, 64)
             except TimeoutError:
                 continue
             except OSError:
                 return  # the interface went away
+            if self._outgoing and sender[2] != socket.PACKET_OUTGOING:
+                continue
             if len(self._frames) < MAX_PACKETS:
                 seconds, nanoseconds = struct.unpack("qq", ancillary[0][2]) if ancillary else (0, 0)
                 self._frames.append((frame, seconds + nanoseconds / 1e9))
