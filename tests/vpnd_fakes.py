@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -38,6 +39,7 @@ class FakeKernel:
     refuse: set[Selector] = field(default_factory=set)
     requests: list[str] = field(default_factory=list)
     next_spi: int = 0x1000
+    faults: dict[str, Exception] = field(default_factory=dict)  # what the next request of that name raises
 
 
 class FakeChannel:
@@ -52,6 +54,8 @@ class FakeChannel:
         if self.closed:
             raise ChannelClosed("gone")
         self.kernel.requests.append(request)
+        if (fault := self.kernel.faults.pop(request, None)) is not None:
+            raise fault
         return self.kernel
 
     def die(self) -> None:
@@ -108,6 +112,7 @@ class FakeChannel:
 
     async def update_policy(self, policy: Policy) -> Policy:
         kernel = self._ask("update_policy")
+        await asyncio.sleep(0)  # others go on meanwhile
         if policy.selector in kernel.refuse:
             raise KernelError(errno.EINVAL, "refused")
         stored = replace(policy, index=PolicyIndex(8 * (len(kernel.policies) + 1)))

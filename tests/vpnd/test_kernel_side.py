@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from ipaddress import ip_address, ip_network
 
 import pytest
@@ -86,6 +87,84 @@ async def test_a_refused_policy_leaves_nothing_half_applied() -> None:
         await side.claim("trap", wanted)
     assert not lab.kernel.policies
     assert not side.has_claims("trap")
+
+
+async def test_a_refusal_is_heard_by_who_asked_for_the_policy_not_by_who_carried_it_over() -> None:
+    lab = Lab()
+    side = lab.side()
+    await side.open()
+    good, bad = policies("10.2.0.0/16"), policies("10.3.0.0/16", reqid=2)
+    lab.kernel.refuse.add(bad[0].selector)
+    outcome = await asyncio.gather(side.claim("good", good), side.claim("bad", bad), return_exceptions=True)
+    assert outcome[0] is None
+    assert isinstance(outcome[1], KernelError)
+    assert lab.selectors() == {"10.1.0.0/16 => 10.2.0.0/16"}
+    await side.close()
+
+
+async def test_policies_that_the_kernel_does_not_answer_for_are_not_claimed_and_leave_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_side, "REPAIR_FIRST", 0.0)
+    lab = Lab()
+    side = lab.side()
+    await side.open()
+    lab.kernel.faults["update_policy"] = TimeoutError("no answer")
+    with pytest.raises(TimeoutError):
+        await side.claim("trap", policies("10.2.0.0/16"))
+    assert not side.has_claims("trap")
+    assert not lab.kernel.policies
+    await side.claim("trap", policies("10.2.0.0/16"))
+    assert len(lab.kernel.policies) == 3
+    await side.close()
+
+
+@pytest.mark.parametrize("fault", [TimeoutError("no answer"), KernelError(errno.ENOMEM, "no memory")], ids=["silent", "refused"])
+async def test_a_deletion_that_failed_is_made_again(fault: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_side, "REPAIR_FIRST", 0.0)
+    lab = Lab()
+    side = lab.side()
+    await side.open()
+    await side.claim("trap", policies("10.2.0.0/16"))
+    await side.install(association(2, Direction.OUT))
+    lab.kernel.faults |= {"delete_sa": fault, "delete_policy": fault}
+    await side.remove(association(2, Direction.OUT).id)
+    await side.release("trap")
+    async with asyncio.timeout(5):
+        while lab.kernel.sas or lab.kernel.policies:
+            await asyncio.sleep(0)
+    await side.close()
+
+
+async def test_a_kernel_that_dies_while_it_is_examined_is_attached_once() -> None:
+    lab = Lab()
+    side = lab.side()
+    await side.open()
+    await side.claim("trap", policies("10.2.0.0/16"))
+    lab.kernel = FakeKernel(faults={"sas": KernelError(errno.EIO, "half alive")})
+    lab.channels[-1].die()
+    async with asyncio.timeout(5):
+        while not lab.kernel.policies:
+            await asyncio.sleep(0)
+    assert [channel.closed for channel in lab.channels] == [True, True, False]
+    await side.close()
+
+
+async def test_one_policy_that_a_new_kernel_refuses_does_not_keep_the_others_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_side, "REPAIR_FIRST", 0.0)
+    lab = Lab()
+    side = lab.side()
+    await side.open()
+    await side.claim("one", policies("10.2.0.0/16"))
+    await side.claim("two", policies("10.3.0.0/16", reqid=2))
+    lab.kernel = FakeKernel(refuse={policies("10.2.0.0/16")[0].selector})
+    lab.channels[-1].die()
+    async with asyncio.timeout(5):
+        while "10.1.0.0/16 => 10.3.0.0/16" not in lab.selectors():
+            await asyncio.sleep(0)
+        assert side.connected
+        lab.kernel.refuse.clear()
+        while "10.1.0.0/16 => 10.2.0.0/16" not in lab.selectors():
+            await asyncio.sleep(0)
+    await side.close()
 
 
 async def test_a_restarted_kernel_gets_its_policies_back_and_lost_sas_are_told() -> None:

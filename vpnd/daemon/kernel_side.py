@@ -1,6 +1,7 @@
 """The daemon's side of its kernel: which policies and SAs should be there, and the carrying over of the difference.
 
 Policies are level, not edge: a change marks its key, and one synchroniser at a time makes the kernel agree with the table.
+What the kernel refused or did not answer, deletions of SAs included, is tried again with back-off until the kernel agrees or is gone.
 After the kernel side was restarted the policies come back as they should be; SAs do not, for their sequence numbers are
 lost and an outbound key is never installed twice (their owners hear of it and negotiate anew).
 What an earlier run of the daemon left in a kernel that lived on, its orphans, keeps carrying packets until a successor of
@@ -39,6 +40,8 @@ from vpnd.telemetry.counters import Counters
 ORPHAN_GRACE: Final = 30.0  # s, the time a successor has before an earlier run's SAs and policies are removed
 RECONNECT_FIRST: Final = 0.05  # s
 RECONNECT_LAST: Final = 5.0  # s
+REPAIR_FIRST: Final = 0.5  # s, until what the kernel refused or did not answer is tried again; doubles
+REPAIR_LAST: Final = 60.0  # s
 REQID_FIRST: Final = 1
 REQID_LAST: Final = 0x7FFFFFFF
 
@@ -58,6 +61,9 @@ class KernelSide:
         self.table: Final = PolicyTable()
         self._installed: dict[PolicyKey, Policy] = {}
         self._dirty: dict[PolicyKey, None] = {}
+        self._unsure: set[PolicyKey] = set()  # the kernel did not say whether it has them
+        self._refused: dict[PolicyKey, KernelError] = {}
+        self._doomed: dict[SaId, None] = {}  # to be deleted, which the kernel has not done yet
         self._claims: dict[Hashable, list[Policy]] = {}
         self._sync_lock = asyncio.Lock()
         self._ours: dict[SaId, SecurityAssociation] = {}
@@ -65,6 +71,7 @@ class KernelSide:
         self._orphan_policies: dict[PolicyKey, Policy] = {}
         self._orphan_task: asyncio.Task[None] | None = None
         self._reconnect_task: asyncio.Task[None] | None = None
+        self._repair_task: asyncio.Task[None] | None = None
         self._next_reqid = REQID_FIRST
         self._reqids: set[int] = set()
         self._closing = False
@@ -81,7 +88,7 @@ class KernelSide:
     async def close(self, *, leave: bool = False) -> None:
         """Detach. Unless `leave`, every policy and SA of ours goes first."""
         self._closing = True
-        for task in (self._orphan_task, self._reconnect_task):
+        for task in (self._orphan_task, self._reconnect_task, self._repair_task):
             if task is not None:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
@@ -117,8 +124,13 @@ class KernelSide:
         channel = await self._connect()
         self._capabilities = channel.capabilities()
         self._channel = channel
-        channel.on_closed(self._on_closed)
-        await self._examine(channel, orphans=True)
+        channel.on_closed(lambda: self._on_closed(channel))
+        try:
+            await self._examine(channel, orphans=True)
+        except BaseException:
+            self._channel = None
+            await channel.close()
+            raise
         channel.on_overrun(lambda: self._background.start(self._resynchronise()))
         channel.on_event(self._on_event)
 
@@ -137,6 +149,8 @@ class KernelSide:
             self._orphans = {sa: status for sa, status in actual.items() if sa not in self._ours and status.state is not SaState.LARVAL}
             if self._orphans or self._orphan_policies:
                 log.info("adopting what an earlier run left in the kernel", sas=len(self._orphans), policies=len(self._orphan_policies))
+                if self._orphan_task is not None:
+                    self._orphan_task.cancel()
                 self._orphan_task = asyncio.create_task(self._drop_orphans_later(), name="orphans")
         self._dirty.update(dict.fromkeys((policy.direction, policy.selector) for policy in self.table.desired()))
         self._dirty.update(dict.fromkeys(key for key in standing if key not in self._orphan_policies))
@@ -156,13 +170,15 @@ class KernelSide:
     def _on_event(self, event: KernelEvent) -> None:
         self.event(event)
 
-    def _on_closed(self) -> None:
-        if self._closing:
+    def _on_closed(self, channel: KernelChannel) -> None:
+        if self._closing or channel is not self._channel:
             return
         log.warning("the kernel side went away")
         self._counters.add("kernel_disconnects")
         self._channel = None
         self._installed = {}
+        self._unsure.clear()
+        self._doomed.clear()  # found as orphans, should they still be there
         self._reconnect_task = asyncio.create_task(self._reconnect(), name="kernel-reconnect")
 
     async def _reconnect(self) -> None:
@@ -171,7 +187,6 @@ class KernelSide:
             try:
                 await self._attach()
             except (OSError, RuntimeError, TimeoutError, KernelError) as error:
-                self._channel = None
                 log.warning("no kernel yet", error=str(error), next_try=f"{delay:.2f} s")
                 await asyncio.sleep(delay)
                 delay = min(delay * 2, RECONNECT_LAST)
@@ -182,24 +197,26 @@ class KernelSide:
     # Policies
 
     async def claim(self, owner: Hashable, policies: Sequence[Policy]) -> None:
-        """`owner` needs these policies. KernelError when the kernel refuses one: then none of them is claimed."""
+        """`owner` needs these policies. KernelError when the kernel refuses one, TimeoutError when it does not answer: then none of them is claimed.
+
+        While the kernel is away they are claimed, and carried over when it is back.
+        """
         changes = self.table.claim(owner, policies)
         self._claims.setdefault(owner, []).extend(policies)
         self._dirty.update(dict.fromkeys((change.policy.direction, change.policy.selector) for change in changes))
-        try:
-            await self._synchronise()
-        except KernelError:
+        await self._synchronise()
+        keys = [(policy.direction, policy.selector) for policy in policies]
+        refusals = [self._refused.pop(key) for key in keys if key in self._refused]
+        unanswered = self.connected and any(key in self._dirty for key in keys)
+        if refusals or unanswered:
             await self.release(owner)
-            raise
+            raise refusals[0] if refusals else TimeoutError("the kernel does not answer")
 
     async def release(self, owner: Hashable) -> None:
         """`owner` needs its policies no more."""
         changes = self.table.release(owner, self._claims.pop(owner, []))
         self._dirty.update(dict.fromkeys((change.policy.direction, change.policy.selector) for change in changes))
-        try:
-            await self._synchronise()
-        except KernelError as error:
-            log.error("kernel refused a policy", error=str(error))
+        await self._synchronise()
 
     def transfer(self, owner: Hashable, heir: Hashable) -> None:
         """`heir` takes over all that `owner` claimed; nothing changes in the kernel."""
@@ -212,32 +229,60 @@ class KernelSide:
         return owner in self._claims
 
     async def _synchronise(self) -> None:
-        """Make the kernel agree with the table in all marked keys. KernelError for the first refusal, after the others were tried."""
-        refusal: KernelError | None = None
+        """Make the kernel agree with the table in all marked keys. What it refuses is in `_refused` afterwards, for whoever claimed it."""
         async with self._sync_lock:
             while self._dirty and self._channel is not None:
                 key = next(iter(self._dirty))
                 del self._dirty[key]
                 desired = self.table.get(key)
-                standing = self._installed.get(key)
+                self._refused.pop(key, None)
                 try:
-                    if desired is not None:
-                        self._orphan_policies.pop(key, None)
-                        if standing is None or not _same_policy(standing, desired):
-                            self._installed[key] = await self._channel.update_policy(desired)
-                    elif standing is not None and key not in self._orphan_policies:
-                        del self._installed[key]
-                        await self._channel.delete_policy(*key)
+                    await self._carry_over(self._channel, key, desired)
                 except KernelError as error:
-                    if desired is not None:
-                        refusal = refusal or error
-                    elif error.errno not in (errno.ESRCH, errno.ENOENT):
-                        log.warning("policy not deleted", selector=str(key[1]), error=str(error))
-                except (ChannelClosed, TimeoutError):
+                    # A later call may carry over what this one marked: a refusal belongs to the key, not to the caller.
+                    self._refused[key] = error
+                    log.warning("kernel refused a policy" if desired else "policy not deleted", selector=str(key[1]), error=str(error))
+                    self._repair_soon()
+                except TimeoutError:
+                    self._unsure.add(key)
+                    self._dirty[key] = None
+                    self._repair_soon()
+                    return
+                except ChannelClosed:
                     self._dirty[key] = None
                     return  # the reconnection marks everything again
-        if refusal is not None:
-            raise refusal
+
+    async def _carry_over(self, channel: KernelChannel, key: PolicyKey, desired: Policy | None) -> None:
+        standing, unsure = self._installed.get(key), key in self._unsure
+        if desired is not None:
+            self._orphan_policies.pop(key, None)
+            if standing is None or unsure or not _same_policy(standing, desired):
+                self._installed[key] = await channel.update_policy(desired)
+        elif (standing is not None or unsure) and key not in self._orphan_policies:
+            try:
+                await channel.delete_policy(*key)
+            except KernelError as error:
+                if error.errno not in (errno.ESRCH, errno.ENOENT):
+                    raise
+            self._installed.pop(key, None)
+        self._unsure.discard(key)
+
+    # Repair
+
+    def _repair_soon(self) -> None:
+        if not self._closing and (self._repair_task is None or self._repair_task.done()):
+            self._repair_task = asyncio.create_task(self._repair(), name="kernel-repair")
+
+    async def _repair(self) -> None:
+        """Ask again for what the kernel has not done, until it has; the reconnection does so for a kernel that is away."""
+        delay = REPAIR_FIRST
+        while self.connected and (self._doomed or self._dirty or self._refused):
+            await asyncio.sleep(delay)
+            delay = min(delay * 2, REPAIR_LAST)
+            for sa in list(self._doomed):
+                await self.remove(sa)
+            self._dirty.update(dict.fromkeys(self._refused))
+            await self._synchronise()
 
     # SAs
 
@@ -251,21 +296,25 @@ class KernelSide:
         else:
             await self.channel.add_sa(sa)
         self._ours[sa.id] = sa
+        self._doomed.pop(sa.id, None)
         if sa.direction is Direction.OUT and self._orphans:
             await self._drop_superseded(sa)
 
     async def remove(self, sa: SaId) -> None:
         """That it is gone already is no error."""
         self._ours.pop(sa, None)
+        self._doomed.pop(sa, None)
         if self._channel is None:
             return
         try:
             await self._channel.delete_sa(sa)
-        except KernelError as error:
-            if error.errno != errno.ESRCH:
-                log.warning("SA not deleted", spi=f"{sa.spi:08x}", error=str(error))
-        except (ChannelClosed, TimeoutError) as error:
+        except ChannelClosed as error:
             log.warning("SA not deleted", spi=f"{sa.spi:08x}", error=str(error))
+        except (KernelError, TimeoutError) as error:
+            if not isinstance(error, KernelError) or error.errno != errno.ESRCH:
+                log.warning("SA not deleted", spi=f"{sa.spi:08x}", error=str(error))
+                self._doomed[sa] = None
+                self._repair_soon()
 
     def forget(self, sa: SaId) -> None:
         """The kernel dropped it of its own accord."""
