@@ -301,6 +301,22 @@ async def test_initial_contact_replaces_what_a_restarted_peer_had() -> None:
     reborn = Node(network, config("a"), A)
     reborn.kernel.next_spi = 0x8000
     await reborn.start()
+    fewest = []
+    b.manager.subscribe(lambda _event: fewest.append(len(b.kernel.policies)))
     await reborn.up()
     await until(lambda: mirrored(reborn, b))
     assert len(b.manager) == 1
+    assert min(fewest) == 3, "it is never without the policies"
+
+
+async def test_a_late_packet_of_a_deleted_child_brings_nothing_back() -> None:
+    a, b, _ = await pair()
+    await a.up()
+    await until(lambda: mirrored(a, b))
+    out = next(policy for policy in b.kernel.policies.values() if policy.direction is Direction.OUT)
+    await a.down(ike="site")
+    await until(lambda: len(b.manager) == 0)
+    flow = Flow(IPv4Address("10.2.0.9"), IPv4Address("10.1.0.1"), 17, 1, 2)
+    b.channels[-1].event(Acquire(AcquireSequence(9), PolicyIndex(8), out.templates[0].reqid, Mode.TUNNEL, B, A, out.selector, flow))
+    await until(lambda: "acquire_failed" in b.kernel.requests)
+    assert len(b.manager) == len(a.manager) == 0

@@ -47,6 +47,7 @@ MAXIMUM_WAITING: Final = 1024  # ACQUIREs that wait for one demand; the kernel r
 RETRY_FIRST: Final = 1.0  # s, until a failed start action is tried again; doubles
 RETRY_LAST: Final = 60.0  # s
 RECOVERY_GRACE: Final = 60.0  # s, for which policies outlive a CHILD_SA that was lost while its successor is sought
+SUCCESSION_GRACE: Final = 5.0  # s, for which they outlive one whose peer came back with a new IKE SA
 
 ChildKey = tuple[str, str]  # connection, child
 
@@ -122,8 +123,8 @@ class Demands:
             await self.uninstall(*key)
         try:
             await self._manager.kernel.claim(("trap", *key), policies)
-        except KernelError as error:
-            raise ControlError(f"kernel refused the policies of child '{child.name}': {error.detail}") from error
+        except (KernelError, TimeoutError) as error:
+            raise ControlError(f"kernel refused the policies of child '{child.name}': {error}") from error
         self._traps[key] = (connection, child)
 
     async def uninstall(self, connection: str, child: str) -> None:
@@ -170,7 +171,11 @@ class Demands:
         self.demand(connection, child).waiters.append(future)
         return await future
 
-    async def _pursue(self, key: ChildKey, demand: Demand) -> None:
+    async def _pursue(self, key: ChildKey, demand: Demand, delay: float = 0.0) -> None:
+        if delay:
+            await asyncio.sleep(delay)
+            if self._demands.get(key) is not demand:
+                return  # settled meanwhile
         name = demand.connection.name
         now = asyncio.get_running_loop().time()
         entry = self._manager.established(name)
@@ -199,10 +204,14 @@ class Demands:
 
     def _failed(self, key: ChildKey, demand: Demand, reason: Reason, detail: str) -> None:
         tries = demand.connection.keyingtries
-        if reason is Reason.PEER_SILENT and (tries == 0 or demand.attempts < tries) and not self._stopping:
+        config = self._configured(key)
+        if reason is Reason.PEER_SILENT and (tries == 0 or demand.attempts < tries) and config is not None and not self._stopping:
+            # without an entry nothing was sent, so no retransmission has taken time
+            delay = 0.0 if demand.entry is not None else _backoff(demand.attempts)
+            demand.connection, demand.child = config
             demand.attempts += 1
             demand.entry = None
-            self._background.start(self._pursue(key, demand))
+            self._background.start(self._pursue(key, demand, delay))
             return
         del self._demands[key]
         self._retire(key)
@@ -214,6 +223,12 @@ class Demands:
         if demand.child.start_action is StartAction.START and not self._stopping:
             self._retry_later(key, demand)
 
+    def _configured(self, key: ChildKey) -> tuple[ConnectionConfig, ChildConfig] | None:
+        """As it is configured now; it may have been unloaded."""
+        connection = self._manager.connections.get(key[0])
+        child = connection.children.get(key[1]) if connection else None
+        return (connection, child) if connection and child else None
+
     async def _refuse(self, acquires: Sequence[AcquireSequence]) -> None:
         for sequence in acquires:
             try:
@@ -222,15 +237,14 @@ class Demands:
                 log.warning("ACQUIRE not answered", sequence=sequence, error=str(error))
 
     def _retry_later(self, key: ChildKey, demand: Demand) -> None:
-        delay = min(RETRY_FIRST * 2 ** min(demand.attempts - 1, 10), RETRY_LAST)
+        delay = _backoff(demand.attempts)
         attempts = demand.attempts + 1
 
         def again() -> None:
             self._retries.pop(key, None)
-            connection = self._manager.connections.get(key[0])
-            child = connection.children.get(key[1]) if connection else None
-            if connection and child and not self._stopping:
-                self.demand(connection, child).attempts = attempts
+            config = self._configured(key)
+            if config is not None and not self._stopping:
+                self.demand(*config).attempts = attempts
 
         if (old := self._retries.pop(key, None)) is not None:
             old.cancel()
@@ -293,13 +307,15 @@ class Demands:
         else:
             wanted = reason is Reason.PEER_SILENT and StartAction.START in (config.start_action, config.dpd_action)
         self._retired.discard(child.id)
-        if wanted:
-            # no clear packet while a successor is sought: its policies stay
+        if wanted or entry.superseded:
+            # no clear packet while a successor is sought, or comes with the peer's new IKE SA: its policies stay
             key = (connection.name, child.name)
             self._manager.kernel.transfer(("child", child.id), ("recovery", *key))
             entry.owners.discard(child.id)
             if key not in self._recovering:
-                self._recovering[key] = asyncio.get_running_loop().call_later(RECOVERY_GRACE, self._give_up_recovery, key)
+                grace = RECOVERY_GRACE if wanted else SUCCESSION_GRACE
+                self._recovering[key] = asyncio.get_running_loop().call_later(grace, self._give_up_recovery, key)
+        if wanted:
             self.demand(connection, config)
 
     def _give_up_recovery(self, key: ChildKey) -> None:
@@ -385,11 +401,16 @@ class Demands:
         self._manager.counters.add("acquires")
         known = self._manager.child_of_reqid(event.reqid)
         connection = self._manager.connections.get(known[0]) if known else None
-        if known is None or connection is None:
+        if known is None or connection is None or self._stopping:
             self._background.start(self._refuse([event.sequence]))
             return
         if self._manager.installing(event.reqid):
             return  # the kernel asks again should that SA not cover the flow
+        key = (connection.name, known[1].name)
+        if not self.trapped(*key) and key not in self._demands and key not in self._recovering and key not in self._outgoing:
+            # a late packet of a CHILD_SA that is being deleted: nobody asked for it to come back by itself
+            self._background.start(self._refuse([event.sequence]))
+            return
         self._manager.say(f"creating acquire job for policy {event.flow or event.selector} with reqid {{{event.reqid}}}", group="KNL")
         self.demand(connection, known[1], flow=event.flow, acquire=event.sequence)
 
@@ -402,6 +423,10 @@ class Demands:
             handle.cancel()
         for key, demand in list(self._demands.items()):
             self._failed(key, demand, Reason.SHUTDOWN, "")
+
+
+def _backoff(attempts: int) -> float:
+    return min(RETRY_FIRST * 2 ** min(attempts - 1, 10), RETRY_LAST)
 
 
 def selectors(templates: Sequence[TsTemplate], address: IPAddress | None) -> list[TrafficSelector] | None:

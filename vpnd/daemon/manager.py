@@ -80,6 +80,7 @@ class Entry:
     steps: deque[deque[Effect]] = field(default_factory=deque)
     task: asyncio.Task[None] | None = None
     advancing: bool = False
+    superseded: bool = False  # its peer came back with a new IKE SA
     owners: set[int] = field(default_factory=set)  # children whose policies are claimed
     installing: dict[int, int] = field(default_factory=dict)  # reqid by child whose SA in stands and whose SA out does not yet
     init_key: tuple[int, Endpoint] | None = None  # of a responder: the initiator's SPI and address
@@ -127,6 +128,7 @@ class Manager:
         self._subscribers: dict[int, Callable[[DaemonEvent], None]] = {}
         self._subscription = 0
         self.listener: Listener | None = None
+        self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
         self._background = Background()
@@ -269,6 +271,9 @@ class Manager:
         if entry is not None:
             self.run(entry, entry.sa.receive(data, local, remote, now))
             return
+        if self._draining:
+            self.counters.add("ike_refused_draining")
+            return
         match self._gate.judge(data, remote, self._half_open_total, self._half_open[remote.address], now):
             case Reply(answer, counter):
                 self.counters.add(counter)
@@ -294,6 +299,10 @@ class Manager:
                 self._half_open[remote.address] += 1
                 self._half_open_total += 1
                 self.run(entry, effects)
+
+    def drain(self) -> None:
+        """Take no new IKE SA of a peer from now on: it would be left without us."""
+        self._draining = True
 
     def add_initiator(self, connection: ConnectionConfig, local: Endpoint, remote: Endpoint) -> Entry:
         """A new IKE SA that has sent nothing yet."""
@@ -458,6 +467,7 @@ class Manager:
             case InitialContact(local_id, remote_id):
                 for other in list(self._of_peer.get((local_id, remote_id), {}).values()):
                     if other is not entry:
+                        other.superseded = True
                         self.run(other, other.sa.abort(self._now(), Reason.REPLACED))
             case _:
                 raise AssertionError(f"{effect} needs the kernel")
