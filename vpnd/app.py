@@ -191,6 +191,7 @@ class Daemon:
         """Delete what stands, with a deadline; give back what the kernel holds; the shim that we started ends too."""
         notify("STOPPING=1")
         self._demands.stop()
+        self._manager.drain()
         await self._control.stop()
         now = asyncio.get_running_loop().time()
         for entry in self._manager.entries():

@@ -320,3 +320,62 @@ async def test_a_late_packet_of_a_deleted_child_brings_nothing_back() -> None:
     b.channels[-1].event(Acquire(AcquireSequence(9), PolicyIndex(8), out.templates[0].reqid, Mode.TUNNEL, B, A, out.selector, flow))
     await until(lambda: "acquire_failed" in b.kernel.requests)
     assert len(b.manager) == len(a.manager) == 0
+
+
+async def test_nothing_new_begins_while_the_daemon_stops() -> None:
+    a, b, network = await pair("trap", "trap")
+    a.demands.stop()
+    a.manager.drain()
+    policy = next(iter(a.kernel.policies.values()))
+    a.channels[-1].event(Acquire(AcquireSequence(6), PolicyIndex(8), policy.templates[0].reqid, Mode.TUNNEL, A, B, policy.selector, None))
+    await until(lambda: "acquire_failed" in a.kernel.requests)
+    assert not network.sent
+    with pytest.raises(ControlError):
+        await b.up()
+    assert len(a.manager) == 0
+    assert a.manager.counters.snapshot()["ike_refused_draining"] > 0
+
+
+async def test_a_peer_without_address_that_is_tried_for_ever_is_tried_with_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    async def unresolved(host: str) -> None:
+        asked.append(host)
+
+    monkeypatch.setattr(demands, "resolve", unresolved)
+    network = Network()
+    a = Node(network, config("a").replace(f"remote_addrs = {B}", "remote_addrs = nowhere.example\n keyingtries = 0"), A)
+    await a.start()
+    up = asyncio.ensure_future(a.up())
+    for _ in range(200):
+        await asyncio.sleep(0)
+    assert asked == ["nowhere.example"]
+    a.demands.stop()
+    with pytest.raises(ControlError):
+        await up
+
+
+async def test_unloading_a_connection_ends_its_trying_for_ever() -> None:
+    network = Network(cut=True)
+    a = Node(network, config("a").replace("proposals", "keyingtries = 0\n proposals", 1), A)
+    await a.start()
+    up = asyncio.ensure_future(a.up())
+    await until(lambda: network.sent)
+    await a.operations.unload_connection("site")
+    with pytest.raises(ControlError):
+        await up
+    assert len(a.manager) == 0
+
+
+async def test_a_client_that_leaves_in_the_middle_leaves_no_task_behind() -> None:
+    network = Network(cut=True)
+    a = Node(network, config("a"), A)
+    await a.start()
+    before = asyncio.all_tasks()
+    up = asyncio.ensure_future(a.up())
+    await until(lambda: network.sent)
+    up.cancel()
+    await asyncio.gather(up, return_exceptions=True)
+    await until(lambda: len(a.manager) == 0)
+    await asyncio.sleep(0.01)
+    assert asyncio.all_tasks() <= before

@@ -324,6 +324,7 @@ class Operations:
 
         unsubscribe = self._manager.subscribe(take)
         deadline = self._monotonic() + timeout if timeout else None
+        waiting: asyncio.Future[LogLine | None] | None = None
         try:
             while not work.done() or not lines.empty():
                 waiting = asyncio.ensure_future(lines.get())
@@ -341,8 +342,10 @@ class Operations:
             work.result()
         finally:
             unsubscribe()
-            if not work.done():
-                work.cancel()
+            if waiting is not None:
+                waiting.cancel()
+            work.cancel()
+            await asyncio.gather(work, return_exceptions=True)
 
     async def initiate(self, *, child: str | None, ike: str | None, timeout: float) -> AsyncIterator[LogLine]:
         if child is None:

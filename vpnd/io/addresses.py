@@ -48,13 +48,13 @@ async def watch_addresses(changed: Callable[[], None]) -> None:
 def source_towards(remote: IPAddress, mark: int) -> IPAddress | None:
     """The source address that the host's routing chooses for `remote`, with our own mark, so that capture routes do not count."""
     family = socket.AF_INET if remote.version == 4 else socket.AF_INET6
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        try:
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
             probe.connect((str(remote), PORT_IKE))
-        except OSError:
-            return None
-        return ip_address(probe.getsockname()[0].partition("%")[0])
+            return ip_address(probe.getsockname()[0].partition("%")[0])
+    except OSError:
+        return None
 
 
 async def resolve(host: str) -> IPAddress | None:
@@ -65,6 +65,6 @@ async def resolve(host: str) -> IPAddress | None:
         pass
     try:
         found = await asyncio.get_running_loop().getaddrinfo(host, PORT_IKE, type=socket.SOCK_DGRAM)
-    except OSError:
+    except (OSError, UnicodeError):  # UnicodeError: no host could have that name
         return None
     return ip_address(found[0][4][0]) if found else None
