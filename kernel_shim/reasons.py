@@ -41,7 +41,7 @@ class DropReason(Enum):
     # Outbound, on the way into an SA.
     TOO_BIG = "too_big"  # over the path's MTU and not to be fragmented; the sender is told
     OFFLOAD_INVALID = "offload_invalid"  # a virtio_net_hdr that does not fit its packet
-    TRANSPORT_FRAGMENT = "transport_fragment"  # RFC 4303 section 3.1.1: transport mode takes whole datagrams only
+    TRANSPORT_FRAGMENT = "transport_fragment"  # transport mode takes whole datagrams (RFC 4303 section 3.1.1), and not all of this one came
     TTL_EXPIRED = "ttl_expired"  # from one tunnel into another
 
     # Inbound, on the way out of an SA.

@@ -57,6 +57,7 @@ class Sent:
     remote: Endpoint
     data: bytes
     segment: int
+    whole: bool = True  # False: may travel in fragments
 
     def datagrams(self) -> list[bytes]:
         return [self.data[i : i + self.segment] for i in range(0, len(self.data), self.segment)]
@@ -70,10 +71,10 @@ class MemorySink:
     frames: list[bytes] = field(default_factory=list)
     clear: list[bytes] = field(default_factory=list)
 
-    def send_esp(self, local: Endpoint, remote: Endpoint, buffer: memoryview, segment_size: int) -> None:
+    def send_esp(self, local: Endpoint, remote: Endpoint, buffer: memoryview, segment_size: int, *, whole: bool = True) -> None:
         assert 0 < len(buffer) <= 65507
         assert -(-len(buffer) // segment_size) <= 64
-        self.esp.append(Sent(local, remote, bytes(buffer), segment_size))
+        self.esp.append(Sent(local, remote, bytes(buffer), segment_size, whole))
 
     def write_tun(self, frame: memoryview) -> None:
         self.frames.append(bytes(frame))

@@ -61,13 +61,17 @@ class Batches:
         while self._open:
             self._close(self._open.pop(next(iter(self._open))))
 
-    def _close(self, batch: Batch) -> None:
-        self._send(batch)
+    def flush_in_fragments(self, entry: SaEntry) -> None:
+        """Send the SA's batch, which holds one packet over the path's MTU."""
+        self._close(self._open.pop(entry.serial), whole=False)
+
+    def _close(self, batch: Batch, *, whole: bool = True) -> None:
+        self._send(batch, whole=whole)
         batch.end = batch.count = 0
         del batch.entry
         self._free.append(batch)
 
-    def _send(self, batch: Batch) -> None:
+    def _send(self, batch: Batch, *, whole: bool = True) -> None:
         entry = batch.entry
         self._traffic.out_sends += 1
-        self._sink.send_esp(entry.local, entry.remote, batch.buffer[: batch.end], batch.segment)
+        self._sink.send_esp(entry.local, entry.remote, batch.buffer[: batch.end], batch.segment, whole=whole)

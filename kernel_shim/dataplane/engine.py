@@ -150,6 +150,7 @@ class Engine:
         self._outbound.batches.flush_all()
         self._out_keys.fragments.age(now)
         self._in_keys.fragments.age(now)
+        self._outbound.count_fragments_lost(now)
 
     def path_mtu(self, local: Endpoint, remote: Endpoint, mtu: int, now: float) -> None:
         """The path from `local` to `remote` carries IP packets of `mtu` bytes (from an error queue or EMSGSIZE)."""

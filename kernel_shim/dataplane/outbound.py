@@ -4,7 +4,7 @@
 2. `_waits`     a flow that has packets waiting gets this one behind them
 3. `_resolve`   bundle cache; on a miss SPD and SAD, and a new bundle
 4. `_unresolved` no SA: wait and ask for one, or be dropped with a reason
-5. `_protect`   the path's MTU: too big, or cut into fragments; then single packets or rows of a super-packet
+5. `_protect`   transport mode joins fragments first; the path's MTU: too big, or fragments; then single packets or rows of a super-packet
 6. `_seal_one`, `_seal_super`  sequence numbers, sealing, out
 
 `drain` takes packets that waited through 3, 5 and 6 when their SA came.
@@ -25,9 +25,10 @@ from kernel_shim.esp.rows import MAX_DATAGRAMS, MAX_ROWS, Workspace
 from kernel_shim.esp.wire import trailer
 from kernel_shim.model import Acquire, Action, Direction, Flow, Level, Policy, SaState, Template, Unresolved
 from kernel_shim.packet import virtio
-from kernel_shim.packet.fragment import SMALLEST_FRAGMENT, fragments
+from kernel_shim.packet.fragment import fragments
 from kernel_shim.packet.icmp import IcmpError, RateLimit, error_packet
-from kernel_shim.packet.ip import IPV4_HEADER, IPV6_HEADER, PROTOCOL_IPIP, PROTOCOL_IPV6, Malformed, layout
+from kernel_shim.packet.ip import IPV4_HEADER, IPV6_HEADER, IPV6_SMALLEST_MTU, PROTOCOL_IPIP, PROTOCOL_IPV6, Malformed, fragmented, layout
+from kernel_shim.packet.reassembly import Reassembler
 from kernel_shim.packet.segment import SuperPacket, complete_checksum, fill_rows, read_super, segment, segments
 from kernel_shim.packet.virtio import VnetHeader
 from kernel_shim.policy.acquire import AcquireTable, Need
@@ -81,6 +82,7 @@ class Outbound:
         self._errors: Final = RateLimit()
         self._scratch: Final = memoryview(bytearray(_BEGIN + 65535 + TAIL_ROOM))
         self._piece: Final = memoryview(bytearray(65535 + TAIL_ROOM))
+        self._apart: Final = Reassembler()
 
     # 1. Take
 
@@ -204,6 +206,13 @@ class Outbound:
     def _protect(self, bundle: Bundle, frame: memoryview, length: int, big: SuperPacket | None, now: float) -> None:
         entry = bundle.entry
         assert entry is not None
+        if bundle.transport and not big and fragmented(frame[_BEGIN:length]):
+            # RFC 4303 section 3.1.1: transport mode takes whole datagrams.
+            whole = self._apart.take(frame[_BEGIN:length], layout(frame[_BEGIN:length]), now)
+            self.count_fragments_lost()
+            if whole is not None:
+                self._seal_piece(bundle, whole, now)
+            return
         size = big.segment_length if big else length - _BEGIN
         if size > bundle.limit:
             return self._too_big(bundle, frame, length, big, now)
@@ -216,30 +225,47 @@ class Outbound:
             self._seal_one(bundle, entry, frame, _BEGIN, length, now)
 
     def _too_big(self, bundle: Bundle, frame: memoryview, length: int, big: SuperPacket | None, now: float) -> None:
-        """RFC 4301 section 8.2: tell the sender, or fragment what may be fragmented."""
+        """RFC 4301 section 8.2: tell the sender, or fragment what may be fragmented: before sealing, or the sealed packet."""
         packet = frame[_BEGIN:length]
         try:
             parsed = layout(packet)
         except Malformed:
             return self._traffic.drop(DropReason.HEADER_INVALID)
-        if parsed.dont_fragment or bundle.limit < SMALLEST_FRAGMENT:
+        size = big.segment_length if big else parsed.length
+        # RFC 8200 section 5: below 1280 bytes a link cuts and joins by itself. RFC 4303 section 3.1.1: transport mode takes whole datagrams.
+        sealed_whole = size <= IPV6_SMALLEST_MTU if parsed.version == 6 else bundle.transport and not parsed.dont_fragment
+        if not sealed_whole and parsed.dont_fragment:
             if big:
                 packet = memoryview(segment(big, 0, big.segments - 1))
             self._traffic.drop(DropReason.TOO_BIG, big.segments if big else 1)
-            return self._tell(IcmpError.TOO_BIG, packet, now, bundle.limit)
-        if bundle.transport:
-            # RFC 4303 section 3.1.1: transport mode takes whole datagrams, and its outer packet may not be fragmented here.
-            return self._traffic.drop(DropReason.TRANSPORT_FRAGMENT, big.segments if big else 1)
-        for whole in segments(big) if big else (packet,):
-            for piece in fragments(whole, layout(whole), bundle.limit):
-                self._traffic.fragments_made += 1
-                entry = bundle.entry
-                assert entry is not None
-                if not entry.room(1):
-                    self._sad.expire_hard(entry)
-                    return self._traffic.drop(DropReason.TOO_BIG)
-                self._piece[: len(piece)] = piece
-                self._seal_one(bundle, entry, self._piece, 0, len(piece), now)
+            return self._tell(IcmpError.TOO_BIG, packet, now, bundle.limit if parsed.version == 4 else max(bundle.limit, IPV6_SMALLEST_MTU))
+        for datagram in segments(big) if big else (packet,):
+            for piece in (datagram,) if sealed_whole else fragments(datagram, layout(datagram), bundle.limit):
+                self._traffic.fragments_made += not sealed_whole
+                if not self._seal_piece(bundle, piece, now):
+                    return
+
+    def _seal_piece(self, bundle: Bundle, piece: bytearray | memoryview, now: float) -> bool:
+        """Seal a packet that is elsewhere; one over the path's MTU travels in fragments. False when the SA is used up."""
+        entry = bundle.entry
+        assert entry is not None
+        assert entry.cipher is not None
+        if not entry.room(1) or not entry.usable:
+            self._sad.expire_hard(entry)
+            self._traffic.drop(DropReason.TOO_BIG)
+            return False
+        length = len(piece)
+        if entry.cipher.shape.sealed(length) > MAX_DATAGRAMS:
+            self._traffic.drop(DropReason.TOO_BIG)
+            return True
+        self._piece[:length] = piece
+        if length <= bundle.limit:
+            self._seal_one(bundle, entry, self._piece, 0, length, now)
+        else:
+            self.batches.flush(entry)
+            self._seal_one(bundle, entry, self._piece, 0, length, now)
+            self.batches.flush_in_fragments(entry)
+        return True
 
     # 6. Seal
 
@@ -250,8 +276,6 @@ class Outbound:
         next_header = PROTOCOL_IPIP if first >> 4 == 4 else PROTOCOL_IPV6
         if bundle.transport:
             if first >> 4 == 4:
-                if (frame[begin + 6] << 8 | frame[begin + 7]) & 0x3FFF:
-                    return self._traffic.drop(DropReason.TRANSPORT_FRAGMENT)
                 next_header, end = frame[begin + 9], begin + (frame[begin + 2] << 8 | frame[begin + 3])
                 begin += (first & 15) << 2
             else:
@@ -311,6 +335,16 @@ class Outbound:
         entry.sequence += 1
         cipher.seal(entry.sequence, memoryview(packet), wire[begin:end])
         return end
+
+    # Fragments in transport mode
+
+    def count_fragments_lost(self, now: float | None = None) -> None:
+        """With `now`, those that waited too long for the others as well."""
+        if now is not None:
+            self._apart.expire(now)
+        if self._apart.lost:
+            self._traffic.drop(DropReason.TRANSPORT_FRAGMENT, self._apart.lost)
+            self._apart.lost = 0
 
     # Packets that waited
 

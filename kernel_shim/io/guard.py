@@ -64,6 +64,9 @@ class GuardPlan:
             # IKE and ESP to our own sockets. Marked, for a strict reverse path check would else be told of the TUN (src_valid_mark).
             f"ip daddr @local4 udp dport {{ 500, 4500 }} meta mark set {mark} accept",
             f"ip6 daddr @local6 udp dport {{ 500, 4500 }} meta mark set {mark} accept",
+            # Their fragments have no ports; without a first one, which has, no datagram comes of them.
+            f"ip daddr @local4 ip protocol udp ip frag-off & 0x1fff != 0 meta mark set {mark} accept",
+            f"ip6 daddr @local6 frag nexthdr udp frag frag-off != 0 meta mark set {mark} accept",
             "ip daddr @local4 ip protocol esp accept",
             "ip6 daddr @local6 ip6 nexthdr esp accept",
             # Path MTU discovery of the tunnels themselves (RFC 4301 section 8.2.1).

@@ -20,12 +20,12 @@ class EdgeSink:
         self._sockets: Final = sockets
         self._counters: Final = counters
 
-    def send_esp(self, local: Endpoint, remote: Endpoint, buffer: memoryview, segment_size: int) -> None:
+    def send_esp(self, local: Endpoint, remote: Endpoint, buffer: memoryview, segment_size: int, *, whole: bool = True) -> None:
         esp = self._sockets.esp(local.address)
         if esp is None:
             self._counters.add("io.esp.send.unbound")
             return
-        esp.send(remote, buffer, segment_size)
+        esp.send(remote, buffer, segment_size, whole=whole)
 
     def write_tun(self, frame: memoryview) -> None:
         self._write(self._tun, frame, "io.tun.write")

@@ -153,8 +153,11 @@ class EspSocket:
                 remote = remotes[address] = Endpoint(ip_address(address[0]), address[1])
             yield Batch(remote, length, segment_size)
 
-    def send(self, remote: Endpoint, buffer: memoryview, segment_size: int) -> None:
-        """Send datagrams of `segment_size` bytes, the last may be shorter. Never raises: what did not go is counted."""
+    def send(self, remote: Endpoint, buffer: memoryview, segment_size: int, *, whole: bool = True) -> None:
+        """Send datagrams of `segment_size` bytes, the last may be shorter. Never raises: what did not go is counted.
+
+        With `whole` false the host may cut the datagram into fragments.
+        """
         address = self._addresses.get(remote)
         if address is None:
             if len(self._addresses) >= MAX_REMOTES:
@@ -164,16 +167,26 @@ class EspSocket:
             except OSError:
                 self._counters.add("io.esp.send.unreachable", _datagrams(buffer, segment_size))
                 return
-        if len(buffer) > segment_size:
-            if self._segmentation and self._attempt(remote, address, buffer, segment_size):
+        if not whole:
+            self._discover_mtu(IP_PMTUDISC_DONT)
+            self._attempt(remote, address, buffer, segment_size)
+            self._discover_mtu(IP_PMTUDISC_DO)
+        elif len(buffer) > segment_size:
+            if self._segmentation and self._attempt(remote, address, buffer, segment_size) is not None:
                 return
-            for start in range(0, len(buffer), segment_size):
-                self._attempt(remote, address, buffer[start : start + segment_size], segment_size)
+            singly = [self._attempt(remote, address, buffer[start : start + segment_size], segment_size) for start in range(0, len(buffer), segment_size)]
+            if all(singly):
+                # What did not go at once went singly: it was the segmentation. Else it was the address or the MTU (EINVAL in Linux 6.1).
+                self._segmentation = False
         else:
             self._attempt(remote, address, buffer, segment_size)
 
-    def _attempt(self, remote: Endpoint, address: SocketAddress, buffer: memoryview, segment_size: int) -> bool:
-        """One sendmsg, with its repetitions; False asks for the datagrams one by one."""
+    def _discover_mtu(self, discovery: int) -> None:
+        option = (socket.IPPROTO_IP, IP_MTU_DISCOVER) if self.local.address.version == 4 else (socket.IPPROTO_IPV6, IPV6_MTU_DISCOVER)
+        self._socket.setsockopt(*option, discovery)
+
+    def _attempt(self, remote: Endpoint, address: SocketAddress, buffer: memoryview, segment_size: int) -> bool | None:
+        """One sendmsg, with its repetitions; whether it went. None asks for the datagrams one by one."""
         segments = len(buffer) > segment_size
         ancillary = [(socket.IPPROTO_UDP, UDP_SEGMENT, struct.pack("=H", segment_size))] if segments else []
         failure = "busy"
@@ -190,8 +203,7 @@ class EspSocket:
                     failure = "too-big"
                     break
                 if segments and number in _NO_SEGMENTATION:
-                    self._segmentation = False
-                    return False
+                    return None
                 failure = errno.errorcode.get(number, "other").lower()
                 if number in _PENDING_ERRORS:  # an ICMP error for an earlier datagram: this one was not sent yet
                     self.read_errors()
@@ -200,7 +212,7 @@ class EspSocket:
             else:
                 return True
         self._counters.add(f"io.esp.send.{failure}", _datagrams(buffer, segment_size))
-        return True
+        return False
 
     def read_errors(self) -> None:
         """Empty the error queue: what ICMP said of the path, and the MTU that it carries."""

@@ -13,6 +13,7 @@ Buffer = bytes | bytearray | memoryview
 
 IPV4_HEADER: Final = 20
 IPV6_HEADER: Final = 40
+IPV6_SMALLEST_MTU: Final = 1280  # RFC 8200 section 5: every path carries this
 UDP_HEADER: Final = 8
 PROTOCOL_IPIP: Final = 4
 PROTOCOL_IPV6: Final = 41
@@ -73,6 +74,18 @@ def layout(packet: Buffer) -> Layout:
     if version == 6:
         return _layout6(packet)
     raise Malformed("neither IPv4 nor IPv6")
+
+
+def fragmented(packet: Buffer) -> bool:
+    """Whether a whole packet's header is that of a fragment; of a packet that is not whole, either."""
+    if packet[0] >> 4 == 4:
+        return bool((packet[6] << 8 | packet[7]) & 0x3FFF)
+    if packet[6] not in (HOP_BY_HOP, ROUTING, DESTINATION_OPTIONS, FRAGMENT):
+        return False
+    try:
+        return layout(packet).fragment
+    except Malformed:
+        return False
 
 
 def _layout6(packet: Buffer) -> Layout:

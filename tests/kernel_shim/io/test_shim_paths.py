@@ -9,9 +9,9 @@ from lab.capture import Capture
 from lab.process import wait_until
 from lab.topology import WAN, sites
 from lab.traffic import ping, tcp_bulk, tcp_server
-from shim_rig import Shim, associations, connect, host_state, install, policies, spis
+from shim_rig import Shim, associations, connect, host, host_state, install, policies, spis
 
-from kernel_shim.model import Direction, IPNetwork
+from kernel_shim.model import Direction, IPNetwork, Mode
 
 pytestmark = pytest.mark.pair
 
@@ -118,3 +118,23 @@ async def test_a_broken_state_file_costs_nothing_but_what_only_it_knew() -> None
         shim.restart()
         assert shim.stop() == 0
         assert host_state(gateway) == before
+
+
+@pytest.mark.parametrize("offloads", [True, False])
+@pytest.mark.parametrize("version", [4, 6])
+async def test_large_datagrams_pass_from_host_to_host_in_transport_mode(version: int, offloads: bool) -> None:
+    with sites(offloads=offloads) as both:
+        near, far = (both.a.wan4, both.b.wan4) if version == 4 else (both.a.wan6, both.b.wan6)
+        a, b = Shim(both.lab, both.a.gateway), Shim(both.lab, both.b.gateway)
+        one, other = spis(0)
+        for shim, here, there, keys in ((a, near, far, (one, other)), (b, far, near, (other, one))):
+            async with shim.channel() as channel:
+                wanted = policies(here, there, host(here), host(there), mode=Mode.TRANSPORT)
+                await install(channel, here, wanted, associations(here, there, *keys, mode=Mode.TRANSPORT))
+        with Capture(both.a.gateway, WAN) as wire:
+            for size in (1430, 3000, 20_000, 60_000):
+                assert ping(both.a.gateway, far, size=size, count=3).lost == 0, size
+            echoes = [
+                packet for packet in wire.packets() if (packet.protocol, packet.payload[:1]) in ((1, b"\x08"), (1, b"\x00"), (58, b"\x80"), (58, b"\x81"))
+            ]
+            assert echoes == []
