@@ -11,7 +11,7 @@ import pytest
 from vpnd_fakes import FakeChannel, FakeKernel
 
 from kernel_shim.channel.api import KernelChannel
-from kernel_shim.model import Acquire, AcquireSequence, Direction, Endpoint, Expire, Flow, Mode, PolicyIndex
+from kernel_shim.model import Acquire, AcquireSequence, Action, Direction, Endpoint, Expire, Flow, KernelError, Mode, PolicyIndex
 from vpnd.auth.credentials import CredentialStore
 from vpnd.config import load_text
 from vpnd.control.backend import ControlError, LogLine
@@ -379,3 +379,50 @@ async def test_a_client_that_leaves_in_the_middle_leaves_no_task_behind() -> Non
     await until(lambda: len(a.manager) == 0)
     await asyncio.sleep(0.01)
     assert asyncio.all_tasks() <= before
+
+
+async def test_a_trap_towards_a_name_waits_for_the_resolver_and_discards_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers: list[object] = [None, None, B]
+    gate = asyncio.Event()
+
+    async def resolve(host: str) -> object:
+        await gate.wait()
+        return answers.pop(0)
+
+    monkeypatch.setattr(demands, "resolve", resolve)
+    monkeypatch.setattr(demands, "RETRY_FIRST", 0.01)
+    network = Network()
+    a, b = Node(network, config("a", "trap").replace(f"remote_addrs = {B}", "remote_addrs = b.example"), A), Node(network, config("b"), B)
+    await b.start()
+    await a.start()  # although the resolver says nothing
+    assert {policy.action for policy in a.kernel.policies.values()} == {Action.DISCARD}
+    gate.set()
+    await until(lambda: any("is trapped" in line for line in a.lines))
+    assert {policy.action for policy in a.kernel.policies.values()} == {Action.PROTECT}
+    assert any("b.example" in line and "does not resolve" in line for line in a.lines)
+    await a.operations.unload_connection("site")
+    await until(lambda: not a.kernel.policies)
+
+
+async def test_a_trap_that_waits_for_an_address_goes_with_its_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def resolve(host: str) -> None:
+        return None
+
+    monkeypatch.setattr(demands, "resolve", resolve)
+    a = Node(Network(), config("a", "trap").replace(f"remote_addrs = {B}", "remote_addrs = b.example"), A)
+    await a.start()
+    await until(lambda: a.lines)
+    await a.operations.unload_connection("site")
+    await until(lambda: not a.kernel.policies)
+
+
+async def test_a_connection_that_could_not_be_loaded_can_be_loaded_later() -> None:
+    a = Node(Network(), config("a", "trap"), A)
+    await a.manager.kernel.open()
+    site = a.configuration.connections["site"]
+    a.kernel.faults["update_policy"] = KernelError(22, "not today")
+    with pytest.raises(ControlError, match="not today"):
+        await a.operations.load_connection(site)
+    assert "site" not in a.operations.connections()
+    await a.operations.load_connection(site)
+    assert len(a.kernel.policies) == 3

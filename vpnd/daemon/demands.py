@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import errno
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import structlog
@@ -39,7 +39,7 @@ from vpnd.daemon.crossings import SETTLE, superfluous_child, superfluous_ike
 from vpnd.daemon.manager import Entry, Manager
 from vpnd.ike.effects import ChildFailed, ChildSa, IkeClosed, Reason
 from vpnd.io.addresses import resolve, source_towards
-from vpnd.peers import ANY, fixed_address
+from vpnd.peers import ANY, fixed_address, host_names
 from vpnd.policies import PolicySpec, policies_for
 
 NO_ACQUIRE: Final = AcquireSequence(0)
@@ -52,6 +52,10 @@ SUCCESSION_GRACE: Final = 5.0  # s, for which they outlive one whose peer came b
 ChildKey = tuple[str, str]  # connection, child
 
 log = structlog.get_logger("child")
+
+
+class NoAddressYet(ControlError):
+    """A name does not resolve or no route leads to the peer: it may be otherwise later."""
 
 
 class ChildNotUp(ControlError):
@@ -81,6 +85,7 @@ class Demands:
         self._mark = mark
         self._demands: dict[ChildKey, Demand] = {}
         self._traps: dict[ChildKey, tuple[ConnectionConfig, ChildConfig]] = {}
+        self._held: dict[ChildKey, asyncio.TimerHandle] = {}  # traps that wait for an address; when each is tried again
         self._waiting: dict[ChildKey, list[asyncio.Future[None]]] = {}  # `wait` of the control socket
         self._outgoing: dict[ChildKey, dict[int, tuple[Entry, bool]]] = {}  # children whose successor is sought, and whether the kernel lost them
         self._retired: set[int] = set()  # children that close because their successor stands, or cannot be had
@@ -96,15 +101,24 @@ class Demands:
         return list(self._traps.values())
 
     def trapped(self, connection: str, child: str) -> bool:
-        return (connection, child) in self._traps
+        """Or about to be, once there is an address."""
+        return (connection, child) in self._traps or (connection, child) in self._held
+
+    def held(self, connection: str, child: str) -> bool:
+        """Whether its trap still waits for an address."""
+        return (connection, child) in self._held
 
     async def install(self, connection: ConnectionConfig, child: ChildConfig) -> None:
-        """Install the trap or shunt policies of a child. ControlError when it cannot be: the text says why."""
+        """Install the trap or shunt policies of a child. ControlError when it cannot be: the text says why. NoAddressYet when it may be later."""
         key = (connection.name, child.name)
         remote = await self._remote_address(connection)
         local = self._local_address(connection, remote)
         local_ts = selectors(child.local_ts, local)
         remote_ts = selectors(child.remote_ts, remote)
+        if remote is None and child.action is Action.PROTECT and (names := host_names(connection.remote_addrs)):
+            raise NoAddressYet(f"child '{child.name}' cannot be trapped: {', '.join(names)} of connection '{connection.name}' does not resolve")
+        if local_ts is None and remote is not None:
+            raise NoAddressYet(f"child '{child.name}' cannot be trapped: its local traffic selector is dynamic, and there is no route to {remote}")
         if local_ts is None or remote_ts is None:
             raise ControlError(
                 f"child '{child.name}' cannot be trapped: its dynamic traffic selector needs an address of {connection.remote_addrs} that is known"
@@ -126,11 +140,57 @@ class Demands:
         except (KernelError, TimeoutError) as error:
             raise ControlError(f"kernel refused the policies of child '{child.name}': {error}") from error
         self._traps[key] = (connection, child)
+        self._stop_holding(key)
+        await self._manager.kernel.release(("hold", *key))
+
+    async def install_when_resolved(self, connection: ConnectionConfig, child: ChildConfig) -> None:
+        """Install a trap as soon as the peer has an address; until then what it protects is discarded, so that it does not leave in clear."""
+        key = (connection.name, child.name)
+        if not self._manager.kernel.orphans:  # else the policies of an earlier run may still carry its packets
+            await self._hold(key, child)
+        self._try_to_install(key, 1, 0.0)
+
+    async def _hold(self, key: ChildKey, child: ChildConfig) -> None:
+        local_ts, remote_ts = selectors(child.local_ts, None), selectors(child.remote_ts, None)
+        if not local_ts or not remote_ts or self._manager.kernel.has_claims(("hold", *key)):
+            return
+        spec = PolicySpec.of_child(child, child.mode, ReqId(0), None, None)
+        policies = [replace(policy, action=Action.DISCARD, templates=()) for policy in policies_for(spec, local_ts, remote_ts)]
+        try:
+            await self._manager.kernel.claim(("hold", *key), policies)
+        except (KernelError, TimeoutError) as error:
+            raise ControlError(f"kernel refused the policies of child '{child.name}': {error}") from error
+
+    def _try_to_install(self, key: ChildKey, attempt: int, delay: float) -> None:
+        async def work() -> None:
+            config = self._configured(key)
+            if config is None or key not in self._held:
+                return
+            try:
+                await self.install(*config)
+            except ControlError as error:
+                if key in self._held:
+                    delay = _backoff(attempt)
+                    self._manager.say(f"{error}; trying again in {delay:g} s", group="CFG", warning=True)
+                    self._try_to_install(key, attempt + 1, delay)
+                    await self._hold(key, config[1])
+            else:
+                self._manager.say(f"child '{key[1]}' of connection '{key[0]}' is trapped", group="CFG")
+
+        self._held[key] = asyncio.get_running_loop().call_later(delay, lambda: self._background.start(work()))
+
+    def _stop_holding(self, key: ChildKey) -> bool:
+        handle = self._held.pop(key, None)
+        if handle is not None:
+            handle.cancel()
+        return handle is not None
 
     async def uninstall(self, connection: str, child: str) -> None:
         """ControlError when it is not installed."""
-        if self._traps.pop((connection, child), None) is None:
+        held = self._stop_holding((connection, child))
+        if self._traps.pop((connection, child), None) is None and not held:
             raise ControlError(f"child '{child}' of connection '{connection}' is not installed")
+        await self._manager.kernel.release(("hold", connection, child))
         await self._manager.kernel.release(("trap", connection, child))
 
     async def _remote_address(self, connection: ConnectionConfig) -> IPAddress | None:
@@ -419,14 +479,14 @@ class Demands:
     def stop(self) -> None:
         """Nothing new is begun; what is under way fails."""
         self._stopping = True
-        for handle in (*self._retries.values(), *self._recovering.values()):
+        for handle in (*self._retries.values(), *self._recovering.values(), *self._held.values()):
             handle.cancel()
         for key, demand in list(self._demands.items()):
             self._failed(key, demand, Reason.SHUTDOWN, "")
 
 
 def _backoff(attempts: int) -> float:
-    return min(RETRY_FIRST * 2 ** min(attempts - 1, 10), RETRY_LAST)
+    return min(RETRY_FIRST * 2.0 ** min(attempts - 1, 10), RETRY_LAST)
 
 
 def selectors(templates: Sequence[TsTemplate], address: IPAddress | None) -> list[TrafficSelector] | None:

@@ -24,11 +24,12 @@ from vpnd.control.backend import (
     LogLine,
     PolicyStatus,
 )
-from vpnd.daemon.demands import Demands, selectors
+from vpnd.daemon.demands import Demands, NoAddressYet, selectors
 from vpnd.daemon.manager import Entry, Manager
 from vpnd.ike.effects import ChildFailed, ChildSa, IkeClosed, Reason
 from vpnd.ike.proposal import within
 from vpnd.ike.sa import Child
+from vpnd.peers import host_names
 
 SINGLE_LOOKUPS: Final = 16  # up to so many SAs are asked for one by one, beyond that the SAD is dumped once
 QUEUED_LINES: Final = 1000  # log lines kept for one slow control client
@@ -248,6 +249,14 @@ class Operations:
             if self._demands.trapped(connection.name, name) and before[name] != connection.children.get(name):
                 await self._demands.uninstall(connection.name, name)
         self._manager.connections[connection.name] = connection
+        try:
+            await self._start_children(connection, old)
+        except ControlError:
+            await self.unload_connection(connection.name)  # whole or not at all, so that loading it again tries again
+            raise
+
+    async def _start_children(self, connection: ConnectionConfig, old: ConnectionConfig | None) -> None:
+        before: Mapping[str, ChildConfig] = old.children if old else {}
         for child in connection.children.values():
             if before.get(child.name) == child and old is not None and (old.local_addrs, old.remote_addrs) == (connection.local_addrs, connection.remote_addrs):
                 continue
@@ -255,8 +264,14 @@ class Operations:
 
     async def _start_action(self, connection: ConnectionConfig, child: ChildConfig) -> None:
         if child.start_action is StartAction.TRAP or (child.action is not Action.PROTECT and child.start_action is not StartAction.NONE):
-            await self._demands.install(connection, child)
-            if child.action is Action.PROTECT and self._orphaned(connection, child):
+            if child.action is Action.PROTECT and host_names(connection.remote_addrs):
+                await self._demands.install_when_resolved(connection, child)  # a resolver that does not answer holds nobody up
+            else:
+                try:
+                    await self._demands.install(connection, child)
+                except NoAddressYet:
+                    await self._demands.install_when_resolved(connection, child)
+            if child.action is Action.PROTECT and not self._demands.held(connection.name, child.name) and self._orphaned(connection, child):
                 self._demands.demand(connection, child)
         elif child.start_action is StartAction.START:
             self._demands.demand(connection, child)
