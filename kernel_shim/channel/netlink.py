@@ -73,6 +73,7 @@ class NetlinkSocket:
         self._sequence = secrets.randbelow(1 << 31)
         self._window = asyncio.Semaphore(MAX_UNDER_WAY)
         self._dump_lock = asyncio.Lock()  # the kernel runs one dump a socket, and refuses a second with EBUSY
+        self._repeating = asyncio.Lock()  # one by one, for together they may have been too many
         self.malformed = 0
         self.overruns = 0
         self.timeouts = 0
@@ -91,6 +92,7 @@ class NetlinkSocket:
                     opened.setsockopt(SOL_NETLINK, option, 1)
             _enlarge(opened, self._receive_buffer)
             opened.bind((0, self._groups))
+            self._port = opened.getsockname()[0]
         except BaseException:
             opened.close()
             raise
@@ -119,7 +121,10 @@ class NetlinkSocket:
         async with self._dump_lock if dump else self._window:
             for left in reversed(range(ATTEMPTS if repeat else 1)):
                 try:
-                    return await self._once(message, dump, timeout)
+                    if left == ATTEMPTS - 1 or not repeat:
+                        return await self._once(message, dump, timeout)
+                    async with self._repeating:
+                        return await self._once(message, dump, timeout)
                 except (TimeoutError, _DumpInterrupted):
                     if left == 0:
                         raise TimeoutError(f"no answer to message {message.type:#x}") from None
@@ -133,19 +138,24 @@ class NetlinkSocket:
         self._requests[sequence] = request
         self._restart_timer(request)
         try:
-            self._socket.send(encode(replace(message, sequence=sequence)))
+            self._send(encode(replace(message, sequence=sequence)))
             return await request.future
-        except OSError as error:
-            if isinstance(error, TimeoutError):
-                self.timeouts += 1
-                raise
-            # The kernel works a request off within the call, and refuses the call itself only for want of memory.
-            number = error.errno or errno.EIO
-            raise KernelError(number, f"netlink: {os.strerror(number)}") from error
+        except TimeoutError:
+            self.timeouts += 1
+            raise
         finally:
             del self._requests[sequence]
             if request.timer is not None:
                 request.timer.cancel()
+
+    def _send(self, data: bytes) -> None:
+        assert self._socket is not None
+        try:
+            self._socket.send(data)
+        except OSError as error:
+            # The kernel works a request off within the call, and refuses the call itself only for want of memory.
+            number = error.errno or errno.EIO
+            raise KernelError(number, f"netlink: {os.strerror(number)}") from error
 
     def _restart_timer(self, request: _Request) -> None:
         if request.timer is not None:
@@ -191,8 +201,8 @@ class NetlinkSocket:
             return
         request = self._requests.get(message.sequence) if message.sequence else None
         if request is None or request.future.done():
-            # An answer that came too late has our port id, what is multicast has none.
-            if message.port == 0 and message.type not in (NetlinkType.NOOP, NetlinkType.ERROR, NetlinkType.DONE):
+            # An answer that came too late has our port id.
+            if message.port != self._port and message.type not in (NetlinkType.NOOP, NetlinkType.ERROR, NetlinkType.DONE):
                 self._on_message(message)
             return
         request.interrupted |= bool(message.flags & NetlinkFlag.DUMP_INTR)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import socket
 import time
@@ -178,9 +179,8 @@ def test_lifetimes_in_packets_are_reported_soft_then_hard(ends: Ends) -> None:
         await channel.add_policy(TRAP)
         sa = outbound(soft=Lifetime(packets=3), hard=Lifetime(packets=6))
         await channel.add_sa(sa)
-        for _ in range(8):
-            send(1)
-            await asyncio.sleep(0)
+        with contextlib.suppress(OSError):  # the kernel refuses what is beyond the hard limit to its sender
+            send(8)
         await until(lambda: Expire(SaId(PEER, SPI), REQID, True) in events)
         expiries = [event for event in events if isinstance(event, Expire)]
         assert expiries[0] == Expire(SaId(PEER, SPI), REQID, False)
