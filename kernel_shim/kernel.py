@@ -39,7 +39,12 @@ class Kernel(Protocol):
         """EEXIST when (destination, SPI) is taken by an SA that is not larval."""
 
     def update_sa(self, sa: SecurityAssociation, now: float) -> SaStatus:
-        """Give keys to a larval SA, or new lifetimes and encapsulation ports to a mature one. ESRCH when there is none."""
+        """Give keys to a larval SA, or new lifetimes, encapsulation ports and outer addresses to a mature one. ESRCH when there is none.
+
+        After a `NewMapping` the kernel goes on sending to the old address: the key manager decides, and updates the outbound SA.
+        An SA whose destination changes is found by its SPI and key; its sequence numbers go on. The templates of its policies
+        name outer addresses too: update the policies in the same breath, or their packets ask for a new SA.
+        """
 
     def delete_sa(self, sa: SaId) -> SaStatus:
         """ESRCH when there is none."""

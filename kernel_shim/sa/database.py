@@ -109,8 +109,12 @@ class Sad:
         return entry
 
     def update(self, sa: SecurityAssociation, now: float) -> SaEntry:
-        """ESRCH when it does not stand; EINVAL for another key, mode, ESN or window than it has."""
-        entry = self.get(sa.id)
+        """ESRCH when it does not stand; EINVAL for another key, mode, reqid, ESN or window than it has.
+
+        A peer that moved keeps its SA: one that has this SPI and this key, to another destination, becomes this one. Sequence
+        numbers, window and counters go on.
+        """
+        entry = self._entries.get(sa.id) or self._elsewhere(sa) or self.get(sa.id)
         if entry.state is SaState.LARVAL:
             cipher = self._cipher(sa)
             larval, entry = entry, SaEntry(sa, cipher, self._next_serial(), now)
@@ -123,7 +127,12 @@ class Sad:
             raise KernelError(errno.EINVAL, f"SA {sa.spi:#x} has other keys, direction or mode")
         if (sa.esn, sa.replay_window) != (entry.sa.esn, entry.sa.replay_window):
             raise KernelError(errno.EINVAL, f"SA {sa.spi:#x} counts its packets otherwise")
+        if sa.reqid != entry.sa.reqid:
+            raise KernelError(errno.EINVAL, f"SA {sa.spi:#x} is of reqid {entry.sa.reqid}")
         self._validate(sa)
+        if sa.id != entry.sa.id:
+            del self._entries[entry.sa.id]
+            self._entries[sa.id] = entry
         entry.configure(sa)
         self._watch(entry)
         self._changed()
@@ -191,6 +200,11 @@ class Sad:
                 self._watch(entry)
 
     # Inside
+
+    def _elsewhere(self, sa: SecurityAssociation) -> SaEntry | None:
+        """The SA to or from another address that has the SPI and the keys of this one: no two have both."""
+        candidates = self.inbound(sa.spi) if sa.direction is Direction.IN else self.outbound(sa.reqid)
+        return next((entry for entry in candidates if entry.sa.spi == sa.spi and entry.state is not SaState.LARVAL and _same_keys(entry.sa, sa)), None)
 
     def _expire_soft(self, entry: SaEntry) -> None:
         if entry.state is SaState.MATURE:

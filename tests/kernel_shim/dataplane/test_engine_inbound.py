@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from ipaddress import ip_address
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from scapy.layers.inet import ICMP, IP
 
 from kernel_shim.esp.wire import trailer
-from kernel_shim.model import Direction, Endpoint, Expire, Mode, NewMapping, ReqId, SpiRequest
+from kernel_shim.model import Direction, Endpoint, Expire, Mode, NewMapping, ReqId, SpiRequest, UdpEncapsulation
 from kernel_shim.packet import virtio
 
 
@@ -319,3 +320,29 @@ def test_damaged_frames_outbound_raise_nothing(position: int, damage: bytes, cut
 
 _fuzzed = Pair()
 _fuzzed.connect()
+
+
+def test_a_peer_that_moved_is_followed_by_an_update_of_sa_and_policy() -> None:
+    pair = Pair()
+    pair.connect()
+    pair.send(pair.packet(1))
+    before = pair.left.sent()[0]
+    moved = ip_address("198.51.100.7")
+    left = pair.left.engine
+    left.update_sa(replace(pair.sa(True, Direction.OUT), destination=moved, encapsulation=UdpEncapsulation(4500, 61000)), pair.now)
+    left.update_sa(replace(pair.sa(False, Direction.IN), source=moved, encapsulation=UdpEncapsulation(61000, 4500)), pair.now)
+    for policy in left.policies():
+        template = policy.templates[0]
+        side = "destination" if policy.direction is Direction.OUT else "source"
+        left.update_policy(replace(policy, templates=(replace(template, **{side: moved}),)), pair.now)
+    pair.send(pair.packet(2))
+    after = pair.left.sent()[0]
+    assert after.remote == Endpoint(moved, 61000)
+    assert int.from_bytes(after.data[4:8], "big") == int.from_bytes(before.data[4:8], "big") + 1
+    assert pair.left.acquires() == []
+    back = pair.packet(3, left=False)
+    pair.send(back, left=False)
+    for item in pair.right.sent():
+        left.receive(item.remote, Endpoint(moved, 61000), item.data, item.segment, pair.now)
+    assert pair.left.received() == [back]
+    assert [event for event in pair.left.events if isinstance(event, NewMapping)] == []

@@ -204,3 +204,40 @@ def test_two_destinations_may_share_an_spi() -> None:
     sad.delete(one.id)
     assert [entry.sa for entry in sad.inbound(one.spi)] == [other]
     assert one.algorithm == GCM
+
+
+@pytest.mark.parametrize("direction", [Direction.IN, Direction.OUT])
+def test_an_sa_whose_peer_moved_goes_on_counting(direction: Direction) -> None:
+    sad, _ = new_sad()
+    sa = pair.sa(True, direction)
+    entry = sad.add(sa, 1.0)
+    entry.sequence, entry.packets = 77, 70
+    entry.window.accept(9)
+    elsewhere = ip_address("198.51.100.7")
+    moved = replace(sa, destination=elsewhere, encapsulation=UdpEncapsulation(4500, 61000))
+    assert sad.update(moved, 2.0) is entry
+    assert (entry.sequence, entry.packets, entry.window.top) == (77, 70, 9)
+    assert (entry.remote if direction is Direction.OUT else entry.local).address == elsewhere
+    assert refused(sad, sa) == errno.EEXIST if direction is Direction.OUT else sad.delete(moved.id) is entry
+    with pytest.raises(KernelError):
+        sad.get(sa.id)
+
+
+def test_an_update_that_is_not_of_the_sa_changes_nothing() -> None:
+    sad, _ = new_sad()
+    sa = pair.sa(True, Direction.OUT)
+    entry = sad.add(sa, 1.0)
+    elsewhere = ip_address("198.51.100.7")
+    for wrong in (
+        replace(sa, reqid=ReqId(8)),
+        replace(sa, destination=elsewhere, encryption_key=Secret(bytes(20))),
+        replace(sa, destination=elsewhere, reqid=ReqId(8)),
+        replace(sa, destination=elsewhere, esn=True),
+        replace(sa, destination=ip_address("2001:db8::9")),
+    ):
+        with pytest.raises(KernelError):
+            sad.update(wrong, 2.0)
+    assert sad.get(sa.id) is entry
+    assert sad.outbound(sa.reqid) == [entry]
+    assert sad.delete(sa.id) is entry
+    assert len(sad) == 0
