@@ -73,7 +73,11 @@ def tcp_client(control: int, settings: Settings) -> None:
 
 
 def udp_sink(control: int, settings: Settings) -> None:
-    """Account numbered datagrams by flow. Asked {"expect": n, "timeout": s}, it answers once n distinct ones are here or time is up."""
+    """Account numbered datagrams by flow. Asked {"expect": n, "timeout": s}, it answers once n distinct ones are here or time is up.
+
+    With `acknowledge` every so many datagrams, and the last of its expectation, are answered with how many are here.
+    """
+    acknowledge = settings["acknowledge"]
     sock = socket.socket(_family(settings["address"]), socket.SOCK_DGRAM)
     sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, BUFFER_BYTES)
     sock.bind((settings["address"], settings["port"]))
@@ -113,7 +117,7 @@ def udp_sink(control: int, settings: Settings) -> None:
                 continue
             for _ in range(256):
                 try:
-                    datagram = sock.recv(65535)
+                    datagram, sender = sock.recvfrom(65535)
                 except BlockingIOError:
                     break
                 flow, number, sent = DATAGRAM.unpack_from(datagram)
@@ -127,10 +131,16 @@ def udp_sink(control: int, settings: Settings) -> None:
                 if number < last.get(flow, -1):
                     reordered.append((flow, number))
                 last[flow] = max(number, last.get(flow, -1))
+                if acknowledge and total % acknowledge == 0:
+                    sock.sendto(DATAGRAM.pack(flow, total, sent), sender)
 
 
 def udp_source(control: int, settings: Settings) -> None:
-    """Send `count` numbered datagrams a flow at `rate` a second in all; flows go round robin. A refused send counts as sent."""
+    """Send `count` numbered datagrams a flow at `rate` a second in all; flows go round robin. A refused send counts as sent.
+
+    With `window` no more than so many are under way to a sink that acknowledges; a second without a word of it gives up waiting.
+    """
+    window, acknowledged = settings["window"], 0
     address, size = settings["address"], max(settings["size"], DATAGRAM.size)
     flows: list[tuple[str, int]] = [(target, port) for target, port in settings["targets"]]
     socks = []
@@ -149,12 +159,25 @@ def udp_source(control: int, settings: Settings) -> None:
             due = begin + sent / settings["rate"]
             if (ahead := due - time.monotonic()) > 0.0005:
                 time.sleep(ahead)
+            while window and sent - acknowledged >= window:
+                acknowledged = _acknowledgement(socks[flow]) or sent
             try:
                 socks[flow].sendto(DATAGRAM.pack(flow, number, time.monotonic_ns()) + filler, target)
             except OSError:
                 refused += 1
             sent += 1
+    while window and acknowledged < sent:
+        acknowledged = _acknowledgement(socks[0]) or sent
     _say(control, sent=sent, refused=refused, seconds=time.monotonic() - begin)
+
+
+def _acknowledgement(sock: socket.socket) -> int:
+    """How many the sink says are there; 0 when it says nothing for a second."""
+    sock.settimeout(1.0)
+    try:
+        return int(DATAGRAM.unpack(sock.recv(DATAGRAM.size))[1])
+    except (TimeoutError, OSError, struct.error):
+        return 0
 
 
 ROLES: Final = {"tcp-server": tcp_server, "tcp-client": tcp_client, "udp-sink": udp_sink, "udp-source": udp_source}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
+from typing import Final
 
 from lab.capture import Capture
 from lab.daemon import ChildSa, Daemon, NegotiationFailed
@@ -24,6 +25,8 @@ IPAddress = IPv4Address | IPv6Address
 
 OURS: DaemonFactory = Gateway
 STRONGSWAN: DaemonFactory = StrongSwan
+
+WINDOW: Final = 128  # datagrams under way; strongSwan's libipsec and every socket buffer hold as many
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,16 +78,19 @@ class Pair:
         with tcp_server(far, target) as port:
             return tcp_bulk(near, target, port, size=size, seconds=seconds)
 
-    def datagrams(self, *, count: int = 10_000, rate: float = 2500.0, size: int = 256) -> dict[Side, Received]:
-        """`count` numbered datagrams each way at once; by the sending side, what the other received."""
+    def datagrams(self, *, count: int = 10_000, rate: float = 2500.0, size: int = 256, window: int = WINDOW) -> dict[Side, Received]:
+        """`count` numbered datagrams each way at once; by the sending side, what the other received.
+
+        No more are under way than any peer's queues hold, however slow the machine: what is lost then, a gateway lost.
+        """
         with contextlib.ExitStack() as stack:
             sinks, streams = {}, {}
             for side in Side:
                 _, far, target = self.ends(side)
-                sinks[side] = stack.enter_context(udp_sink(far, target))
+                sinks[side] = stack.enter_context(udp_sink(far, target, acknowledge=window // 4))
             for side in Side:
                 near, _, target = self.ends(side)
-                streams[side] = UdpStream(near, [(target, sinks[side].port)], count=count, rate=rate, size=size)
+                streams[side] = UdpStream(near, [(target, sinks[side].port)], count=count, rate=rate, size=size, window=window)
                 stack.callback(streams[side].abandon)
             sent = {side: stream.wait() for side, stream in streams.items()}
             return {side: sinks[side].expect(sent[side].sent - sent[side].refused, timeout=3.0) for side in Side}

@@ -192,9 +192,9 @@ def tcp_connect(host: Namespace, target: IPAddress, port: int, *, timeout: float
 class UdpSink:
     """Receives and accounts numbered datagrams."""
 
-    def __init__(self, host: Namespace, address: IPAddress, port: int = 0) -> None:
+    def __init__(self, host: Namespace, address: IPAddress, port: int = 0, *, acknowledge: int = 0) -> None:
         self.address = address
-        self._agent = Agent(host, "udp-sink", address=str(address), port=port)
+        self._agent = Agent(host, "udp-sink", address=str(address), port=port, acknowledge=acknowledge)
         self.port: int = self._agent.read(START_SECONDS)["ready"]
 
     def expect(self, count: int, timeout: float = 10.0) -> Received:
@@ -206,8 +206,9 @@ class UdpSink:
 
 
 @contextmanager
-def udp_sink(host: Namespace, address: IPAddress, port: int = 0) -> Iterator[UdpSink]:
-    sink = UdpSink(host, address, port)
+def udp_sink(host: Namespace, address: IPAddress, port: int = 0, *, acknowledge: int = 0) -> Iterator[UdpSink]:
+    """`acknowledge`: answer every so many datagrams, for a stream with a window."""
+    sink = UdpSink(host, address, port, acknowledge=acknowledge)
     try:
         yield sink
     finally:
@@ -215,14 +216,29 @@ def udp_sink(host: Namespace, address: IPAddress, port: int = 0) -> Iterator[Udp
 
 
 class UdpStream:
-    """A constant-rate stream under way: `count` numbered datagrams to each target, `rate` a second in all."""
+    """A constant-rate stream under way: `count` numbered datagrams to each target, `rate` a second in all; never more than `window` (0: any number) under way."""
 
     def __init__(
-        self, host: Namespace, targets: Sequence[tuple[IPAddress, int]], *, count: int, rate: float, size: int = 64, source: IPAddress | None = None
+        self,
+        host: Namespace,
+        targets: Sequence[tuple[IPAddress, int]],
+        *,
+        count: int,
+        rate: float,
+        size: int = 64,
+        source: IPAddress | None = None,
+        window: int = 0,
     ) -> None:
         self._timeout = count * len(targets) / rate + START_SECONDS
         self._agent = Agent(
-            host, "udp-source", address=str(source or ""), targets=[(str(target), port) for target, port in targets], count=count, rate=rate, size=size
+            host,
+            "udp-source",
+            address=str(source or ""),
+            targets=[(str(target), port) for target, port in targets],
+            count=count,
+            rate=rate,
+            size=size,
+            window=window,
         )
         self._agent.read(START_SECONDS)
 
