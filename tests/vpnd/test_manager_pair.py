@@ -426,3 +426,20 @@ async def test_a_connection_that_could_not_be_loaded_can_be_loaded_later() -> No
     assert "site" not in a.operations.connections()
     await a.operations.load_connection(site)
     assert len(a.kernel.policies) == 3
+
+
+async def test_strangers_who_are_refused_cannot_fill_the_log() -> None:
+    network = Network()
+    b = Node(network, config("b").replace("x25519", "ecp256"), B)
+    await b.start()
+    a = Node(network, config("a"), A)
+    await a.start()
+    with pytest.raises(ControlError):
+        await a.up()
+    request = next(data for data in network.sent if data[18] == 34 and not data[19] & 0x20)
+    said = len(b.lines)
+    for number in range(500):
+        b.manager.datagram(Endpoint(B, 500), Endpoint(A, 1024 + number), request)
+    assert b.manager.counters.snapshot()["ike_init_refused"] > 500
+    assert said < len(b.lines) < 50
+    assert len(b.manager) == 0

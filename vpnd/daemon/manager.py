@@ -47,10 +47,11 @@ from vpnd.ike.effects import (
 )
 from vpnd.ike.identity import Identity
 from vpnd.ike.sa import IkeSa, IkeSaState
-from vpnd.peers import candidates
+from vpnd.peers import Connections
 from vpnd.policies import PolicySpec, policies_for
 from vpnd.schedule import Deadlines
 from vpnd.telemetry.counters import Counters
+from vpnd.telemetry.throttle import Throttle
 
 HEADER_LENGTH: Final = 28  # RFC 7296 section 3.1
 FLAG_INITIATOR: Final = 0x08
@@ -59,6 +60,10 @@ EXCHANGE_IKE_SA_INIT: Final = 34
 
 USABLE: Final = (IkeSaState.CONNECTING, IkeSaState.ESTABLISHED, IkeSaState.REKEYING)
 KERNEL_ERRORS: Final = (KernelError, TimeoutError, ChannelClosed)
+
+MAXIMUM_IKE_SAS: Final = 100_000  # with peers that ask; some 25 kB each
+REFUSALS_AT_ONCE: Final = 20  # log lines about IKE_SA_INITs that were refused; anybody can cause them
+REFUSALS_A_SECOND: Final = 1.0
 
 K = TypeVar("K")
 
@@ -109,7 +114,7 @@ class Manager:
         self._settings = settings
         self._sockets = sockets
         self._gate = Gate(gate, os.urandom)
-        self.connections: Final[dict[str, ConnectionConfig]] = {}
+        self.connections: Final = Connections()
         self.resolved: Final[dict[str, IPAddress]] = {}  # host names of remote_addrs
         self._by_spi: dict[int, Entry] = {}
         self._by_init: dict[tuple[int, Endpoint], Entry] = {}
@@ -129,6 +134,7 @@ class Manager:
         self._subscription = 0
         self.listener: Listener | None = None
         self._draining = False
+        self._refusals = Throttle(REFUSALS_AT_ONCE, REFUSALS_A_SECOND)
         self._idle = asyncio.Event()
         self._idle.set()
         self._background = Background()
@@ -164,7 +170,7 @@ class Manager:
         return self._next_child_id
 
     def candidates(self, local: Endpoint, remote: Endpoint) -> Sequence[ConnectionConfig]:
-        return candidates(self.connections.values(), local, remote, self.resolved)
+        return self.connections.candidates(local, remote, self.resolved)
 
     def reqid(self, connection: ConnectionConfig, child: ChildConfig) -> int:
         key = (connection.name, child.name)
@@ -281,6 +287,9 @@ class Manager:
             case Refused(counter):
                 self.counters.add(counter)
             case Admitted():
+                if len(self._by_spi) >= MAXIMUM_IKE_SAS:
+                    self.counters.add("ike_sa_limit")
+                    return
                 if not self.kernel.connected:
                     self.counters.add("ike_refused_no_kernel")
                     return
@@ -290,7 +299,10 @@ class Manager:
                         if isinstance(effect, Send):
                             self._sockets.send(effect.local, effect.remote, effect.data)
                         elif isinstance(effect, AuthenticationRejected):
-                            self.say(f"IKE_SA_INIT from {remote} refused: {effect.why}", warning=True)
+                            self.counters.add("ike_init_refused")
+                            if (unsaid := self._refusals.admit(now)) is not None:
+                                also = f" ({unsaid} more like it were not logged)" if unsaid else ""
+                                self.say(f"IKE_SA_INIT from {remote} refused: {effect.why}{also}", warning=True)
                     return
                 entry = self._enter(sa)
                 entry.init_key = key
