@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -53,7 +54,7 @@ INDEX_STEP: Final = 8  # the lowest three bits of an index are its direction (xf
 
 _FOR_EVER: Final = LifetimeStruct(INFINITE, INFINITE, INFINITE, INFINITE, 0, 0)
 _DIRECTIONS: Final = {Direction.IN: PolicyDirection.IN, Direction.OUT: PolicyDirection.OUT, Direction.FORWARD: PolicyDirection.FORWARD}
-_DIRECTIONS_BACK: Final = {there: here for here, there in _DIRECTIONS.items()}
+_DIRECTIONS_BACK: Final[Mapping[int, Direction]] = {there: here for here, there in _DIRECTIONS.items()}
 
 
 def direction_number(direction: Direction) -> int:
@@ -62,7 +63,7 @@ def direction_number(direction: Direction) -> int:
 
 def direction_from(number: int) -> Direction | None:
     """None for a policy of a single socket."""
-    return _DIRECTIONS_BACK.get(number)  # type: ignore[call-overload, no-any-return]
+    return _DIRECTIONS_BACK.get(number)
 
 
 # Requests

@@ -255,10 +255,12 @@ class KernelSa:
 
     def status(self, direction: Direction) -> SaStatus:
         """In the words of the model; a larval SA, which has no algorithm yet, shows the null cipher."""
-        selector, sources, destinations = self.selector, (), ()
+        selector = self.selector
+        sources: tuple[TrafficSelector, ...] = ()
+        destinations: tuple[TrafficSelector, ...] = ()
         if selector is not None:
-            sources = (TrafficSelector(selector.source, selector.protocol, selector.source_ports),)  # type: ignore[assignment]
-            destinations = (TrafficSelector(selector.destination, selector.protocol, selector.destination_ports),)  # type: ignore[assignment]
+            sources = (TrafficSelector(selector.source, selector.protocol, selector.source_ports),)
+            destinations = (TrafficSelector(selector.destination, selector.protocol, selector.destination_ports),)
         sa = SecurityAssociation(
             spi=self.id.spi,
             source=self.source,
@@ -296,13 +298,13 @@ def sa_from(body: bytes, attributes: Mapping[int, bytes]) -> KernelSa:
     if (data := attributes.get(Attribute.ENCAP)) is not None:
         kind, source, destination, _ = unpack(ENCAPSULATION, data, "encap_tmpl")
         if kind == UDP_ENCAP_ESPINUDP:
-            encapsulation = UdpEncapsulation(int.from_bytes(source, "big"), int.from_bytes(destination, "big"))  # type: ignore[arg-type]
+            encapsulation = UdpEncapsulation(int.from_bytes(source, "big"), int.from_bytes(destination, "big"))
     window, sent, received = info.replay_window, 0, 0
     if (data := attributes.get(Attribute.REPLAY_ESN_VAL)) is not None:
-        _, oseq, seq, oseq_hi, seq_hi, window = unpack(REPLAY_ESN, data, "replay_state_esn")  # type: ignore[assignment]
-        sent, received = int(oseq_hi) << 32 | int(oseq), int(seq_hi) << 32 | int(seq)  # type: ignore[call-overload]
+        _, oseq, seq, oseq_hi, seq_hi, window = unpack(REPLAY_ESN, data, "replay_state_esn")
+        sent, received = oseq_hi << 32 | oseq, seq_hi << 32 | seq
     elif (data := attributes.get(Attribute.REPLAY_VAL)) is not None:
-        sent, received, _ = unpack(REPLAY, data, "replay_state")  # type: ignore[assignment]
+        sent, received, _ = unpack(REPLAY, data, "replay_state")
     return KernelSa(
         id=SaId(unpack_address(info.daddr, info.family), Spi(info.spi), info.proto),
         source=unpack_address(info.saddr, info.family),
@@ -333,7 +335,7 @@ def _direction_from(attributes: Mapping[int, bytes]) -> Direction | None:
     if data is None:
         return None
     (number,) = unpack(OCTET, data, "SA direction")
-    return {SaDirection.IN: Direction.IN, SaDirection.OUT: Direction.OUT}.get(number)  # type: ignore[call-overload, no-any-return]
+    return {SaDirection.IN: Direction.IN, SaDirection.OUT: Direction.OUT}.get(number)
 
 
 def _selector_from(struct: SelectorStruct, attributes: Mapping[int, bytes]) -> Selector | None:
@@ -387,16 +389,14 @@ def _plain(data: bytes) -> tuple[str, bytes]:
 def _sized(data: bytes) -> tuple[str, bytes, int]:
     """Name, key, and octets of ICV."""
     name, bits, icv = unpack(ALGORITHM_SIZED, data, "xfrm_algo_aead")
-    return _name(name), _key(data, ALGORITHM_SIZED.size, bits), int(icv) // 8  # type: ignore[call-overload]
+    return _name(name), _key(data, ALGORITHM_SIZED.size, bits), icv // 8
 
 
-def _name(field: object) -> str:
-    assert isinstance(field, bytes)
+def _name(field: bytes) -> str:
     return field.split(b"\0", 1)[0].decode("ascii", "replace")
 
 
-def _key(data: bytes, at: int, bits: object) -> bytes:
-    assert isinstance(bits, int)
+def _key(data: bytes, at: int, bits: int) -> bytes:
     key = data[at : at + bits // 8]
     if bits % 8 or len(key) != bits // 8:
         raise MalformedMessage(f"a key of {bits} bits in {len(data) - at} octets")

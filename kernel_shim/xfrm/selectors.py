@@ -89,12 +89,12 @@ def flow_from(struct: SelectorStruct) -> Flow:
 
 def mark_from(attributes: Mapping[int, bytes]) -> Mark:
     data = attributes.get(Attribute.MARK)
-    return Mark(*unpack(MARK, data, "mark")) if data is not None else NO_MARK  # type: ignore[arg-type]
+    return Mark(*unpack(MARK, data, "mark")) if data is not None else NO_MARK
 
 
 def if_id_from(attributes: Mapping[int, bytes]) -> int:
     data = attributes.get(Attribute.IF_ID)
-    return int(unpack(NUMBER, data, "if_id")[0]) if data is not None else 0  # type: ignore[call-overload]
+    return int(unpack(NUMBER, data, "if_id")[0]) if data is not None else 0
 
 
 def _prefix(addresses: AddressRange, name: str) -> int:

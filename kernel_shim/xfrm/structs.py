@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import struct
 from ipaddress import IPv4Address, IPv6Address
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from kernel_shim.model import IPAddress, KernelError
 from kernel_shim.xfrm.constants import AF_INET, AF_INET6
@@ -44,7 +44,7 @@ def unpack_address(data: bytes, family: int) -> IPAddress:
     return IPv4Address(data[:4]) if version_of(family) == 4 else IPv6Address(data[:16])
 
 
-def _unpack(layout: struct.Struct, data: bytes, offset: int, what: str) -> tuple[object, ...]:
+def _unpack(layout: struct.Struct, data: bytes, offset: int, what: str) -> tuple[Any, ...]:
     try:
         return layout.unpack_from(data, offset)
     except struct.error:
@@ -74,8 +74,8 @@ class SelectorStruct(NamedTuple):
     @classmethod
     def unpack(cls, data: bytes, offset: int = 0) -> SelectorStruct:
         daddr, saddr, dport, dport_mask, sport, sport_mask, *rest = _unpack(SELECTOR, data, offset, "selector")
-        ports = (int.from_bytes(port, "big") for port in (dport, dport_mask, sport, sport_mask))  # type: ignore[arg-type]
-        return cls(daddr, saddr, *ports, *rest)  # type: ignore[arg-type]
+        ports = (int.from_bytes(port, "big") for port in (dport, dport_mask, sport, sport_mask))
+        return cls(daddr, saddr, *ports, *rest)
 
 
 SELECTOR: Final = struct.Struct("=16s16s2s2s2s2sHBBB3xiI")
@@ -132,7 +132,7 @@ class SaStruct(NamedTuple):
         selector = SelectorStruct.unpack(data, offset)
         daddr, spi, proto = unpack_id(data, offset + SELECTOR.size)
         rest = _unpack(SA_REST, data, offset + SELECTOR.size + SA_ID.size, "usersa_info")
-        return cls(selector, daddr, spi, proto, rest[0], LifetimeStruct(*rest[1:9]), *rest[9:13], *rest[16:])  # type: ignore[arg-type]
+        return cls(selector, daddr, spi, proto, rest[0], LifetimeStruct(*rest[1:9]), *rest[9:13], *rest[16:])
 
 
 SA_ID: Final = struct.Struct("=16s4sB3x")  # struct xfrm_id
@@ -144,7 +144,7 @@ SPI_RANGE: Final = struct.Struct("=II")  # what follows usersa_info in userspi_i
 def unpack_id(data: bytes, offset: int) -> tuple[bytes, int, int]:
     """daddr, SPI and protocol of a struct xfrm_id."""
     daddr, spi, proto = _unpack(SA_ID, data, offset, "xfrm_id")
-    return daddr, int.from_bytes(spi, "big"), proto  # type: ignore[return-value, arg-type]
+    return daddr, int.from_bytes(spi, "big"), proto
 
 
 class SaIdStruct(NamedTuple):
@@ -161,7 +161,7 @@ class SaIdStruct(NamedTuple):
     @classmethod
     def unpack(cls, data: bytes, offset: int = 0) -> SaIdStruct:
         daddr, spi, family, proto = _unpack(USERSA_ID, data, offset, "usersa_id")
-        return cls(daddr, int.from_bytes(spi, "big"), family, proto)  # type: ignore[arg-type]
+        return cls(daddr, int.from_bytes(spi, "big"), family, proto)
 
 
 USERSA_ID: Final = struct.Struct("=16s4sHBx")
@@ -186,7 +186,7 @@ class PolicyStruct(NamedTuple):
     def unpack(cls, data: bytes, offset: int = 0) -> PolicyStruct:
         selector = SelectorStruct.unpack(data, offset)
         rest = _unpack(POLICY_REST, data, offset + SELECTOR.size, "userpolicy_info")
-        return cls(selector, LifetimeStruct(*rest[:8]), *rest[12:])  # type: ignore[arg-type]
+        return cls(selector, LifetimeStruct(*rest[:8]), *rest[12:])
 
 
 POLICY_REST: Final = struct.Struct("=8Q4QIIBBBB4x")
@@ -207,7 +207,7 @@ class PolicyIdStruct(NamedTuple):
     def unpack(cls, data: bytes, offset: int = 0) -> PolicyIdStruct:
         selector = SelectorStruct.unpack(data, offset)
         number, direction = _unpack(POLICY_ID_REST, data, offset + SELECTOR.size, "userpolicy_id")
-        return cls(selector, number, direction)  # type: ignore[arg-type]
+        return cls(selector, number, direction)
 
 
 POLICY_ID_REST: Final = struct.Struct("=IB3x")
@@ -236,7 +236,7 @@ class TemplateStruct(NamedTuple):
     @classmethod
     def unpack(cls, data: bytes, offset: int = 0) -> TemplateStruct:
         daddr, spi, *rest = _unpack(TEMPLATE, data, offset, "user_tmpl")
-        return cls(daddr, int.from_bytes(spi, "big"), *rest)  # type: ignore[arg-type]
+        return cls(daddr, int.from_bytes(spi, "big"), *rest)
 
 
 TEMPLATE: Final = struct.Struct("=16s4sB3xH2x16sIBBBxIII")
@@ -262,7 +262,7 @@ class AcquireStruct(NamedTuple):
         daddr, _spi, proto = unpack_id(data, 0)
         saddr = data[SA_ID.size : SA_ID.size + 16]
         at = SA_ID.size + 16
-        return cls(daddr, proto, saddr, SelectorStruct.unpack(data, at), PolicyStruct.unpack(data, at + SELECTOR.size), seq)  # type: ignore[arg-type]
+        return cls(daddr, proto, saddr, SelectorStruct.unpack(data, at), PolicyStruct.unpack(data, at + SELECTOR.size), seq)
 
 
 ACQUIRE_REST: Final = struct.Struct("=IIII")
@@ -287,8 +287,8 @@ class MappingStruct(NamedTuple):
     @classmethod
     def unpack(cls, data: bytes) -> MappingStruct:
         reqid, old, new, old_port, new_port = _unpack(MAPPING_REST, data, USERSA_ID.size, "user_mapping")
-        ports = (int.from_bytes(old_port, "big"), int.from_bytes(new_port, "big"))  # type: ignore[arg-type]
-        return cls(SaIdStruct.unpack(data), reqid, old, new, *ports)  # type: ignore[arg-type]
+        ports = (int.from_bytes(old_port, "big"), int.from_bytes(new_port, "big"))
+        return cls(SaIdStruct.unpack(data), reqid, old, new, *ports)
 
 
 MAPPING_REST: Final = struct.Struct("=I16s16s2s2s")
@@ -305,6 +305,6 @@ NUMBER: Final = struct.Struct("=I")
 OCTET: Final = struct.Struct("=B")
 
 
-def unpack(layout: struct.Struct, data: bytes, what: str) -> tuple[object, ...]:
+def unpack(layout: struct.Struct, data: bytes, what: str) -> tuple[Any, ...]:
     """The fields of a structure at the beginning of `data`."""
     return _unpack(layout, data, 0, what)

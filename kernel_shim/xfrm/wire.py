@@ -139,7 +139,7 @@ def error_of(message: Message) -> int:
     if message.type == NetlinkType.DONE and len(message.body) < _ERROR.size:
         return 0
     (number,) = structs.unpack(_ERROR, message.body, "nlmsgerr")
-    return -number if isinstance(number, int) and number < 0 else 0
+    return -number if number < 0 else 0
 
 
 def error_text(message: Message) -> str:
