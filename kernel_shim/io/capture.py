@@ -11,7 +11,6 @@ import errno
 import json
 import os
 import re
-import socket
 from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any, Final
@@ -22,16 +21,13 @@ from kernel_shim.io.capture_plan import CapturePlan, Change, sides
 from kernel_shim.io.connected import Connected, Sides
 from kernel_shim.io.guard import COUNTER, GuardPlan
 from kernel_shim.io.nft import Nft
+from kernel_shim.io.notices import GuardNotices, HostNotices, Notice
 from kernel_shim.io.routes import HostRoutes
-from kernel_shim.io.settings import ShimSettings
+from kernel_shim.io.settings import PROTOCOL_NUMBER, ShimSettings
 from kernel_shim.io.tun import Tun, read_sysctl, write_sysctl
 from kernel_shim.model import Action, Direction, IPAddress, IPNetwork, KernelError, Policy
 
 STATE_VERSION: Final = 1
-RTMGRP_IPV4_IFADDR: Final = 0x10
-RTMGRP_IPV6_IFADDR: Final = 0x100
-NOTICE_BYTES: Final = 65_536
-NOTICE_READS: Final = 64
 REVERSE_PATH_MARK: Final = "ipv4/conf/all/src_valid_mark"
 
 log = structlog.get_logger("kernel_shim.capture")
@@ -63,35 +59,41 @@ class Capture:
         stems = {settings.guard_table, *(entry["guard"] for entry in previous)}
         self._guard: Final = GuardPlan(self._name_table(stems), interfaces=(settings.tun, settings.clear_tun), mark=settings.mark)
         self.takeover = self._routes.found or bool(self._old_tables)
-        self._notices: Final = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
+        self._host_notices: Final = HostNotices(self._routes.port, tun.index, PROTOCOL_NUMBER)
+        self._guard_notices: Final = GuardNotices(self._guard.table, self._nft.is_ours)
+        self._repairs = 0
         try:
             self._write_state()
             self._nft.run(self._guard.create())
             self._routes.install(self._versions)
             self._allow_marked_reverse_path()
-            self._notices.bind((0, RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR))
             self._refresh_host()
         except BaseException:
             self.give_up()
             raise
 
-    def fileno(self) -> int:
-        """Readable when an address of the host changed: then `refresh`."""
-        return self._notices.fileno()
+    def filenos(self) -> tuple[int, int]:
+        """One is readable when somebody changed the host: then `refresh`."""
+        return self._host_notices.fileno(), self._guard_notices.fileno()
 
     def refresh(self) -> None:
-        """Follow the host's addresses: preferred sources, subnets on this side."""
-        for _ in range(NOTICE_READS):
-            try:
-                self._notices.recv(NOTICE_BYTES)
-            except BlockingIOError:
-                break
-            except OSError:  # ENOBUFS: notices were lost, and we look anyway
-                continue
+        """Follow the host's addresses: preferred sources, subnets on this side. Put again what somebody else took of ours."""
+        notice = self._host_notices.read() | self._guard_notices.read()
         try:
-            self._refresh_host()
+            if notice & (Notice.RULES | Notice.ROUTES):
+                self._repaired("routes and rules", self._routes.repair(routes=bool(notice & Notice.ROUTES)))
+            if notice & Notice.GUARD:
+                self._nft.run(self._guard.restore() + "".join(map(self._guard.bind, self._bound)) + self._guard.set_inside(self._inside))
+                self._repaired("guard", 1)
+            if notice & Notice.ADDRESSES:
+                self._refresh_host()
         except KernelError as error:
-            log.warning("addresses not followed", reason=error.detail)
+            log.warning("host not followed", reason=error.detail)
+
+    def _repaired(self, what: str, count: int) -> None:
+        if count:
+            self._repairs += count
+            log.warning("put again what another process took away", what=what, count=count)
 
     def _refresh_host(self) -> None:
         addresses = self._routes.addresses()
@@ -192,7 +194,7 @@ class Capture:
         try:
             removed = self._routes.remove_stale()
             for table in self._old_tables:
-                self._nft.run(f"delete table inet {table}\n")
+                self._nft.run(f"add table inet {table}\ndelete table inet {table}\n")  # it may be gone
             self._old_tables = []
             self._plan.release_adopted()
             self._write_state()
@@ -201,12 +203,13 @@ class Capture:
             log.warning("stale entries stay", reason=error.detail)
 
     def statistics(self) -> dict[str, int]:
-        """`guard.clear-dropped.packets` and `.bytes`."""
+        """`guard.clear-dropped.packets` and `.bytes`, `capture.repairs`."""
         text = ""
         with suppress(KernelError):
             text = self._nft.run(f"list counter inet {self._guard.table} {COUNTER}\n")
         found = re.search(r"packets (\d+) bytes (\d+)", text)
-        return {"guard.clear-dropped.packets": int(found[1]), "guard.clear-dropped.bytes": int(found[2])} if found else {}
+        counted = {"guard.clear-dropped.packets": int(found[1]), "guard.clear-dropped.bytes": int(found[2])} if found else {}
+        return {**counted, "capture.repairs": self._repairs}
 
     def remove_everything(self) -> None:
         """The orderly end: the host as it was."""
@@ -227,7 +230,8 @@ class Capture:
             self.remove_everything()
 
     def _close(self) -> None:
-        self._notices.close()
+        self._host_notices.close()
+        self._guard_notices.close()
         self._routes.close()
         self._nft.close()
 

@@ -149,6 +149,15 @@ class GuardPlan:
             text += self._rules() + "".join(f"delete set inet {self.table} shape{number}\n" for number in gone)
         return text
 
+    def restore(self) -> str:
+        """The table anew with all that `add` gave, whatever is left of it; addresses and inside subnets are the caller's."""
+        lines = [f"add table inet {self.table}", f"delete table inet {self.table}", self.create().rstrip("\n")]
+        for shape, members in self._shapes.items():
+            kind = _ADDRESS_TYPE[shape.version]
+            lines.append(f"add set inet {self.table} shape{members.number} {{ type {kind} . {kind}; }}")
+            lines += [self._element("add", members, pair) for pair in members.pairs]
+        return "\n".join(lines) + "\n" + self._rules()
+
     def _element(self, verb: str, members: _Members, pair: tuple[IPNetwork, IPNetwork]) -> str:
         source, destination = pair
         return f"{verb} element inet {self.table} shape{members.number} {{ {source.network_address} . {destination.network_address} }}"

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import os
 import subprocess
+from collections import deque
 from typing import Final
 
 from kernel_shim.model import KernelError
 
 LIBRARY: Final = "libnftables.so.1"
 PROGRAM_SECONDS: Final = 30
+RECENT_PROCESSES: Final = 256  # more than one wake-up runs
 
 
 class Nft:
@@ -18,6 +21,7 @@ class Nft:
 
     def __init__(self) -> None:
         self._library: ctypes.CDLL | None = None
+        self._processes: deque[int] = deque((os.getpid(),), RECENT_PROCESSES)
         try:
             library = ctypes.CDLL(LIBRARY)
         except OSError:
@@ -41,7 +45,7 @@ class Nft:
         if not commands or commands.isspace():
             return ""
         if self._library is None:
-            return _run_program(commands)
+            return self._run_program(commands)
         library = self._library
         status = library.nft_run_cmd_from_buffer(self._context, commands.encode())
         output: bytes = library.nft_ctx_get_output_buffer(self._context) or b""
@@ -50,20 +54,29 @@ class Nft:
             raise KernelError(errno.EINVAL, f"nftables: {_first_line(complaint.decode(errors='replace'))}")
         return output.decode(errors="replace")
 
+    def is_ours(self, process: int) -> bool:
+        """Whether that process acted for us of late."""
+        return process in self._processes
+
+    def _run_program(self, commands: str) -> str:
+        try:
+            with subprocess.Popen(("nft", "-f", "-"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as program:
+                self._processes.append(program.pid)
+                try:
+                    output, complaint = program.communicate(commands, PROGRAM_SECONDS)
+                except subprocess.TimeoutExpired:
+                    program.kill()
+                    raise
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise KernelError(errno.ENOSYS, "nftables: neither libnftables nor the nft program is usable") from error
+        if program.returncode != 0:
+            raise KernelError(errno.EINVAL, f"nftables: {_first_line(complaint)}")
+        return output
+
     def close(self) -> None:
         if self._library is not None:
             self._library.nft_ctx_free(self._context)
             self._library = None
-
-
-def _run_program(commands: str) -> str:
-    try:
-        done = subprocess.run(("nft", "-f", "-"), input=commands, capture_output=True, text=True, timeout=PROGRAM_SECONDS, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise KernelError(errno.ENOSYS, "nftables: neither libnftables nor the nft program is usable") from error
-    if done.returncode != 0:
-        raise KernelError(errno.EINVAL, f"nftables: {_first_line(done.stderr)}")
-    return done.stdout
 
 
 def _first_line(text: str) -> str:

@@ -70,7 +70,7 @@ class HostRoutes:
         self._route: Final = IPRoute()
         self._socket: Final = RouteSocket(PROTOCOL_NUMBER)
         self._rules: set[RuleKey] = set()
-        self._routes: set[RouteKey] = set()
+        self._routes: dict[RouteKey, RouteChange] = {}  # in the order in which they were put: a twin before its capture
         self._stale_rules: set[RuleKey] = set()
         self._stale_routes: set[RouteKey] = set()
 
@@ -168,10 +168,10 @@ class HostRoutes:
         for change, error in zip(changes, self._socket.change(changes), strict=True):
             key = RouteKey(change.destination.version, change.table, change.destination, change.metric)
             if change.put and error == 0:
-                self._routes.add(key)
+                self._routes[key] = change
             # What is gone already went with its interface or its address.
             elif not change.put and error in (0, errno.ESRCH, errno.ENOENT, errno.ENODEV):
-                self._routes.discard(key)
+                self._routes.pop(key, None)
                 self._stale_routes.discard(key)
             elif refused is None:
                 refused = KernelError(error, f"route {change.destination} table {change.table}: {os.strerror(error)}")
@@ -181,9 +181,26 @@ class HostRoutes:
     def _delete(self, keys: Iterable[RouteKey]) -> None:
         self._change_routes([RouteChange(False, _KINDS.get(key.metric, RouteType.UNICAST), key.table, key.destination, key.metric) for key in keys])
 
+    @property
+    def port(self) -> int:
+        """The netlink port of our route changes."""
+        return self._socket.port
+
+    def repair(self, *, routes: bool) -> int:
+        """Put again what somebody else took away of our rules, and of our routes too if asked; how many. KernelError as `apply`."""
+        rules = self._rules.difference(_rules(self._route))
+        for rule in sorted(rules, reverse=True):  # what rules jump to comes before them
+            self._change_rule("add", rule)
+        if not routes:
+            return len(rules)
+        present = set(_routes(self._route))
+        missing = [change for key, change in self._routes.items() if key not in present]
+        self._change_routes(missing)
+        return len(rules) + len(missing)
+
     def remove_stale(self) -> int:
         """Take away what an earlier process left and nobody put again; how many."""
-        rules, routes = self._stale_rules - self._rules, self._stale_routes - self._routes
+        rules, routes = self._stale_rules - self._rules, self._stale_routes - self._routes.keys()
         for rule in rules:
             self._remove_rule(rule)
         self._delete(routes)
@@ -196,7 +213,7 @@ class HostRoutes:
             with suppress(KernelError):
                 self._remove_rule(rule)
         with suppress(KernelError):
-            self._delete(self._routes | self._stale_routes)
+            self._delete(self._routes.keys() | self._stale_routes)
 
     def addresses(self) -> tuple[HostAddress, ...]:
         """Addresses of global scope that are usable as a source, those of our own interfaces excepted."""

@@ -76,6 +76,12 @@ class RouteSocket:
         self._socket.settimeout(ANSWER_SECONDS)
         self._socket.bind((0, 0))
 
+    @property
+    def port(self) -> int:
+        """By which notices tell that a change was ours."""
+        port: int = self._socket.getsockname()[0]
+        return port
+
     def change(self, changes: Sequence[RouteChange]) -> list[int]:
         """An errno for each change, 0 where it took. KernelError when the kernel does not answer."""
         results: list[int] = []

@@ -80,7 +80,7 @@ class Shim:
             self._engine: Final = Engine(config, os.urandom, sink)
             self._kernel: Final = CapturedKernel(self._engine, self._capture, self._statistics)
             provider = CapturedSockets(self._sockets.bind, self._sockets.unbind, self._capture)
-            self._session: Final = ServerSession(self._kernel, provider, is_local=self._capture.is_local)
+            self._session: Final = ServerSession(self._kernel, provider, is_local=self._capture.is_local, inspected=self._engine)
         except BaseException:
             for step in reversed(undo):
                 step()
@@ -161,7 +161,8 @@ class Shim:
             signal.signal(number, self._stop)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         self._watch(wake.fileno(), select.EPOLLIN)
-        self._watch(self._capture.fileno(), select.EPOLLIN)
+        for descriptor in self._capture.filenos():
+            self._watch(descriptor, select.EPOLLIN)
         self._handlers[self._tun.fileno()] = self._read_tun
         self._watch(self._tun.fileno(), select.EPOLLIN)
         self._listener.listen(self._session)
@@ -195,8 +196,8 @@ class Shim:
                 packets.append((descriptor, events))
             elif listener.owns(descriptor):
                 self._guarded(listener.handle, descriptor, events, now)
-            elif descriptor == self._capture.fileno():
-                self._capture.refresh()
+            elif descriptor in self._capture.filenos():
+                self._guarded(self._capture.refresh)
             else:
                 with suppress(BlockingIOError):
                     wake.recv(64)

@@ -1,0 +1,53 @@
+"""An administrator or another daemon takes away what keeps the host closed."""
+
+from __future__ import annotations
+
+from ipaddress import ip_network
+
+import pytest
+from lab.capture import Capture
+from lab.process import wait_until
+from lab.topology import LAN, WAN, sites
+from lab.traffic import ping
+from shim_rig import Shim, connect, host_state, policies
+
+pytestmark = pytest.mark.pair
+
+RULES = "ip {0} rule | grep -vE '^(0|32766|32767):' | cut -d: -f1 | sort -u | while read p; do while ip {0} rule del priority $p 2>/dev/null; do :; done; done"
+REMOVALS = {
+    "a firewall is reloaded": "nft flush ruleset",
+    "the guard's rules are flushed": "for t in $(nft list tables | cut -d' ' -f3); do nft flush table inet $t; done",
+    "rules are taken away": f"{RULES.format('-4')}; {RULES.format('-6')}",
+    "routes are taken away": "ip route flush proto 178 table all; ip -6 route flush proto 178 table all",
+    "the interface goes down and up": "ip link set vpn0 down; ip link set vpn0 up",
+}
+
+
+@pytest.mark.parametrize("what", REMOVALS)
+async def test_what_is_taken_away_is_put_again(what: str) -> None:
+    with sites() as both:
+        gateway = both.a.gateway
+        before = host_state(gateway)
+        a, b = Shim(both.lab, gateway), Shim(both.lab, both.b.gateway)
+        await connect(a, b, both.a, both.b)
+        async with a.channel() as channel:
+            for policy in policies(both.a.wan6, both.b.wan6, both.a.net6, both.b.net6):
+                await channel.add_policy(policy)
+        assert ping(both.a.host, both.b.host4).lost == 0
+        closed = host_state(gateway)
+        assert a.counters()["capture.repairs"] == 0, "its own changes are not others'"
+        gateway.run(["sh", "-c", REMOVALS[what]])
+        wait_until(lambda: a.counters()["capture.repairs"] > 0 and {**host_state(gateway), "nftables": ""} == {**closed, "nftables": ""}, "everything is back")
+        with Capture(gateway, WAN) as wire, Capture(gateway, LAN) as inside:
+            assert ping(both.a.host, both.b.host4).lost == 0
+            assert wire.clear_packets(both.inner_networks) == []
+            seen = len(inside.packets())
+            assert b.stop() == 0  # what comes from the other site now comes in clear
+            assert ping(both.b.host, both.a.host4, timeout=0.3).received == 0
+            assert len(inside.packets()) == seen
+            assert wire.clear_packets(both.inner_networks) != []
+        async with a.channel() as channel:
+            for policy in policies(both.a.wan4, both.b.wan4, both.a.net4, ip_network("10.77.0.0/16")):
+                await channel.add_policy(policy)
+        assert a.stop() == 0
+        assert host_state(gateway) == before
