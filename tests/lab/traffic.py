@@ -216,7 +216,7 @@ def udp_sink(host: Namespace, address: IPAddress, port: int = 0, *, acknowledge:
 
 
 class UdpStream:
-    """A constant-rate stream under way: `count` numbered datagrams to each target, `rate` a second in all; never more than `window` (0: any number) under way."""
+    """A stream under way: `count` numbered datagrams to each target, `rate` a second in all, never more than `window` (0: any number) unacknowledged."""
 
     def __init__(
         self,
