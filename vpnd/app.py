@@ -42,6 +42,7 @@ SHUTDOWN_DEADLINE: Final = 3.0  # s for the peers to answer our deletes
 MINIMUM_ACQUIRE: Final = 30  # s, what the kernel does by itself
 MAXIMUM_ACQUIRE: Final = 3600  # s
 ADDRESS_SETTLE: Final = 0.1  # s; changes of addresses come in groups
+ADDRESS_RETRY: Final = 1.0  # s, after which what failed is tried again
 
 log = structlog.get_logger("vpnd")
 
@@ -110,6 +111,7 @@ class Daemon:
         self._control = ControlServer(self._operations, config)
         self._addresses_task: asyncio.Task[None] | None = None
         self._addresses_changed = asyncio.Event()
+        self._binding = asyncio.Lock()
 
     def _datagram(self, local: Endpoint, remote: Endpoint, data: bytes) -> None:
         self._manager.datagram(local, remote, data)
@@ -119,6 +121,7 @@ class Daemon:
     async def start(self) -> None:
         self._kernel.event = self._demands.kernel_event
         self._kernel.lost = self._demands.sas_lost
+        self._control.bind()  # first: a second daemon must not touch the kernel of the one that runs
         await self._kernel.open()
         self._addresses_task = asyncio.create_task(self._follow_addresses(), name="addresses")
         await self._operations.load(self._configuration)
@@ -132,10 +135,7 @@ class Daemon:
         config = self._config
         await self._sockets.clear()
         if config.kernel is KernelChoice.XFRM:
-            xfrm = XfrmChannel(acquire_seconds=_negotiation_seconds(config))
-            await xfrm.open()
-            await self._bind(xfrm)
-            return xfrm
+            return await self._opened(XfrmChannel(acquire_seconds=_negotiation_seconds(config)))
         if config.kernel is not KernelChoice.USERSPACE:
             raise StartError(f"kernel = {config.kernel.value} is not implemented yet; use kernel = userspace or xfrm")
         if not shim_listens(config.shim_socket):
@@ -145,19 +145,32 @@ class Daemon:
                 self._shim.poll()  # reaps it
             log.info("starting the userspace kernel", socket=str(config.shim_socket))
             self._shim = await start_shim(config.shim_socket, [])
-        channel = PfKeyChannel(config.shim_socket)
+        return await self._opened(PfKeyChannel(config.shim_socket))
+
+    async def _opened(self, channel: KernelChannel) -> KernelChannel:
         await channel.open()
-        await self._bind(channel)
+        try:
+            await self._bind(channel)
+        except BaseException:
+            await channel.close()
+            raise
         return channel
 
     # Addresses
 
     async def _bind(self, channel: KernelChannel) -> None:
         """Open the IKE sockets of addresses that came, close those of addresses that went."""
+        async with self._binding:
+            await self._bind_changes(channel)
+
+    async def _bind_changes(self, channel: KernelChannel) -> None:
         wanted = list(self._config.listen) or await local_addresses()
         for address in self._sockets.addresses - set(wanted):
             await self._sockets.remove(address)
-            await channel.unbind(address)
+            try:
+                await channel.unbind(address)
+            except KernelError as error:
+                log.warning("IKE sockets of an address not given back", address=str(address), error=error.detail)
             log.info("address gone", address=str(address))
         for address in wanted:
             if address in self._sockets.addresses:
@@ -171,7 +184,7 @@ class Daemon:
             log.info("listening", address=str(address), ports="500 4500")
 
     async def _follow_addresses(self) -> None:
-        watcher = asyncio.create_task(watch_addresses(self._addresses_changed.set), name="address-watch")
+        watcher = asyncio.create_task(self._watch_addresses(), name="address-watch")
         try:
             while True:
                 await self._addresses_changed.wait()
@@ -179,11 +192,25 @@ class Daemon:
                 self._addresses_changed.clear()
                 try:
                     await self._bind(self._kernel.channel)
-                except (ChannelClosed, TimeoutError) as error:
+                except ChannelClosed:
+                    continue  # the reconnection binds them
+                except (OSError, KernelError) as error:
                     log.warning("addresses not followed", error=str(error))
+                    await asyncio.sleep(ADDRESS_RETRY)
+                    self._addresses_changed.set()
         finally:
             watcher.cancel()
             await asyncio.gather(watcher, return_exceptions=True)
+
+    async def _watch_addresses(self) -> None:
+        """Watch on after whatever ends the watching: a full socket buffer (ENOBUFS) does, and then changes were missed."""
+        while True:
+            try:
+                await watch_addresses(self._addresses_changed.set)
+            except OSError as error:
+                log.warning("watching of addresses begins anew", error=str(error))
+            await asyncio.sleep(ADDRESS_RETRY)
+            self._addresses_changed.set()
 
     # Stop
 
@@ -208,6 +235,7 @@ class Daemon:
         if self._addresses_task is not None:
             self._addresses_task.cancel()
             await asyncio.gather(self._addresses_task, return_exceptions=True)
+        await self._control.stop()
         await self._sockets.clear()
         await self._kernel.close()
         if self._shim is not None and self._shim.poll() is None:
@@ -231,15 +259,25 @@ async def _serve(loaded: LoadedConfiguration) -> int:
     except CredentialError as error:
         log.error("configuration refused", error=str(error))
         return 1
+    starting = asyncio.create_task(daemon.start(), name="start")
+    ending = asyncio.create_task(ended.wait(), name="signals")
+    await asyncio.wait({starting, ending}, return_when=asyncio.FIRST_COMPLETED)
+    if not starting.done():
+        log.info("stopping before the start is complete")
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        await daemon.stop()
+        return 0
     try:
-        await daemon.start()
+        starting.result()
     except (StartError, ShimStartError, ControlError, KernelError, OSError) as error:
         log.error("cannot start", error=str(error))
+        ending.cancel()
         await daemon.abandon()
         return 1
     notify("READY=1")
     log.info("ready", control=str(loaded.daemon.control_socket))
-    await ended.wait()
+    await ending
     log.info("stopping")
     await daemon.stop()
     return 0

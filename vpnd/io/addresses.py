@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from ipaddress import ip_address
 from typing import Final
 
 from pyroute2 import AsyncIPRoute
+from pyroute2.netlink.exceptions import NetlinkError
 
 from kernel_shim.model import PORT_IKE, IPAddress
 
@@ -18,14 +20,23 @@ IFA_F_UNUSABLE: Final = 0x08 | 0x40 | 0x20  # DADFAILED | TENTATIVE | DEPRECATED
 RT_SCOPE_LINK: Final = 253
 
 
+@asynccontextmanager
+async def _netlink() -> AsyncIterator[AsyncIPRoute]:
+    try:
+        async with AsyncIPRoute() as route:
+            yield route
+    except NetlinkError as error:
+        raise OSError(error.code, str(error)) from error
+
+
 def usable(address: IPAddress) -> bool:
     return not (address.is_loopback or address.is_link_local or address.is_multicast or address.is_unspecified)
 
 
 async def local_addresses() -> list[IPAddress]:
-    """The addresses on which a peer can reach this host, at most `MAXIMUM_ADDRESSES`."""
+    """The addresses on which a peer can reach this host, at most `MAXIMUM_ADDRESSES`. OSError when they cannot be read."""
     found: list[IPAddress] = []
-    async with AsyncIPRoute() as route:
+    async with _netlink() as route:
         async for message in await route.get_addr():
             text = message.get("IFA_LOCAL") or message.get("IFA_ADDRESS")
             if text is None or message["scope"] >= RT_SCOPE_LINK or (message.get("IFA_FLAGS") or message["flags"]) & IFA_F_UNUSABLE:
@@ -37,8 +48,8 @@ async def local_addresses() -> list[IPAddress]:
 
 
 async def watch_addresses(changed: Callable[[], None]) -> None:
-    """Call `changed` for every change of the host's addresses, until cancelled. Messages are only a hint to look again."""
-    async with AsyncIPRoute() as route:
+    """Call `changed` for every change of the host's addresses, until cancelled. Messages are only a hint to look again. OSError when some were lost."""
+    async with _netlink() as route:
         await route.bind(RTMGRP_ADDRESSES)
         while True:
             async for _message in route.get():

@@ -47,6 +47,9 @@ async def start_shim(path: Path, arguments: list[str]) -> subprocess.Popen[bytes
     except TimeoutError:
         process.kill()
         raise ShimStartError(f"the userspace kernel did not get ready within {START_TIMEOUT:.0f} s") from None
+    except asyncio.CancelledError:
+        process.terminate()
+        raise
     finally:
         os.close(read)
     if not ready:

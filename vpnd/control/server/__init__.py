@@ -46,7 +46,7 @@ class ClientStalled(ConnectionError):
 
 
 class ControlServer:
-    """Serves one `ControlBackend` where and as `config` says. `start` and `stop` once each, on one event loop."""
+    """Serves one `ControlBackend` where and as `config` says. `bind` (or not), `start` and `stop` once each, on one event loop."""
 
     def __init__(self, backend: ControlBackend, config: DaemonConfig) -> None:
         self._backend = backend
@@ -55,19 +55,25 @@ class ControlServer:
         self._clients: set[_Client] = set()
         self._server: asyncio.Server | None = None
         self._unsubscribe: Callable[[], None] | None = None
+        self._listening: socket.socket | None = None
         self._inode: int | None = None
 
     @property
     def clients(self) -> int:
         return len(self._clients)
 
-    async def start(self) -> None:
-        """Raises ControlSocketError. A socket that nobody listens on any more is replaced."""
+    def bind(self) -> None:
+        """Take the socket; clients wait until `start`. Raises ControlSocketError. A socket that nobody listens on any more is replaced."""
         config = self._config
-        listening = _listen(config.control_socket, config.control_mode, config.control_owner, config.control_group)
+        self._listening = _listen(config.control_socket, config.control_mode, config.control_owner, config.control_group)
         self._inode = os.stat(config.control_socket).st_ino
+
+    async def start(self) -> None:
+        """Raises ControlSocketError, when it has yet to `bind`."""
+        if self._listening is None:
+            self.bind()
         self._unsubscribe = self._backend.subscribe(self._on_event)
-        self._server = await asyncio.start_unix_server(self._on_client, sock=listening, limit=READ_SIZE)
+        self._server = await asyncio.start_unix_server(self._on_client, sock=self._listening, limit=READ_SIZE)
 
     async def stop(self) -> None:
         """Ends all clients and their commands, and takes the socket away."""
@@ -77,6 +83,9 @@ class ControlServer:
         if self._server:
             self._server.close()
             self._server = None
+        if self._listening:
+            self._listening.close()
+            self._listening = None
         tasks = [client.task for client in self._clients]
         for task in tasks:
             task.cancel()
