@@ -13,6 +13,7 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from kernel_shim.algorithms import EncryptionId, EspAlgorithm, IntegrityId
+from kernel_shim.dataplane.engine import Engine
 from kernel_shim.kernel import Kernel
 from kernel_shim.model import (
     AcquireSequence,
@@ -267,7 +268,7 @@ class SocketEdge:
 
     def __init__(self, path: Path, kernel: Kernel, *, send_buffer: int | None = None) -> None:
         self.sockets = PipeSockets()
-        self.session = ServerSession(kernel, self.sockets)
+        self.session = ServerSession(kernel, self.sockets, inspected=kernel if isinstance(kernel, Engine) else None)
         self.clients: dict[int, socket.socket] = {}
         self.paused = False
         self.before_send: Callable[[], None] | None = None

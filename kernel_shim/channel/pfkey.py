@@ -14,6 +14,7 @@ from contextlib import suppress
 from typing import Final, TypeVar
 
 from kernel_shim.channel.api import ChannelClosed
+from kernel_shim.inspection import CachedBundle, PendingQueue
 from kernel_shim.model import (
     AcquireSequence,
     Action,
@@ -35,7 +36,7 @@ from kernel_shim.pfkey.constants import MAX_MESSAGE, ExtensionType, MessageType,
 from kernel_shim.pfkey.event_messages import plain_capabilities
 from kernel_shim.pfkey.messages import Extension, Message, PolicyExtension, Sa
 from kernel_shim.pfkey.policy_messages import policy_extensions, policy_from, require_policy_expressible, require_selector_expressible, selector_extensions
-from kernel_shim.pfkey.private import CapabilitiesExtension, Hello, Statistics
+from kernel_shim.pfkey.private import BundleExtension, CapabilitiesExtension, Hello, PendingExtension, Statistics
 from kernel_shim.pfkey.sa_messages import (
     host_address,
     require_expressible,
@@ -231,6 +232,18 @@ class PfKeyChannel:
 
     async def unbind(self, address: IPAddress) -> None:
         await self._ask(MessageType.X_UNBIND, (host_address(ExtensionType.ADDRESS_SRC, address),))
+
+    async def pending_queues(self) -> Sequence[PendingQueue]:
+        """What waits for an SA. KernelError(EOPNOTSUPP) on a kernel without our extensions, as for the next."""
+        return await self._inspect(MessageType.X_PENDINGDUMP, lambda message: message.require(PendingExtension).queue)
+
+    async def cached_bundles(self) -> Sequence[CachedBundle]:
+        return await self._inspect(MessageType.X_BUNDLEDUMP, lambda message: message.require(BundleExtension).bundle)
+
+    async def _inspect(self, kind: MessageType, translate: Callable[[Message], _T]) -> list[_T]:
+        if not self._private:
+            raise KernelError(errno.EOPNOTSUPP, "this kernel does not show it")
+        return await self._dump(kind, translate)
 
     async def statistics(self) -> Mapping[str, int]:
         if not self._private:

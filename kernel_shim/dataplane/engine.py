@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from kernel_shim.dataplane import inspection
 from kernel_shim.dataplane.bundle import Bundle, Held
 from kernel_shim.dataplane.inbound import Admission, Inbound
 from kernel_shim.dataplane.mtu import PathMtus
@@ -14,6 +15,7 @@ from kernel_shim.dataplane.outbound import TAIL_ROOM, Outbound
 from kernel_shim.dataplane.output import Sink
 from kernel_shim.dataplane.traffic import Traffic
 from kernel_shim.esp.cipher import SUPPORTED
+from kernel_shim.inspection import CachedBundle, PendingQueue, Snapshot
 from kernel_shim.model import (
     PROTOCOL_ESP,
     AcquireSequence,
@@ -272,6 +274,12 @@ class Engine:
         counts |= {f"admission_{name.removeprefix('bundle_')}": number for name, number in self._admissions.statistics().items()}
         counts |= {"sas": len(self._sad), "policies": len(self._spd), "spd_lookups": self._spd.lookups, "spd_probes": self._spd.probes}
         return counts
+
+    def pending_queues(self) -> Snapshot[PendingQueue]:
+        return inspection.pending_queues(self._pending, self._acquires)
+
+    def cached_bundles(self) -> Snapshot[CachedBundle]:
+        return inspection.cached_bundles(self._bundles)
 
     # Inside
 

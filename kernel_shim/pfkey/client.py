@@ -32,7 +32,7 @@ MAX_OUTPUT: Final = 1024  # messages not yet sent
 MAX_EVENTS: Final = 65536  # not yet taken; at the bound `wants_read` is false
 
 _LAST_SEQUENCE: Final = 0xFFFFFFFF
-_DUMPS: Final = frozenset({MessageType.DUMP, MessageType.X_SPDDUMP})
+_DUMPS: Final = frozenset({MessageType.DUMP, MessageType.X_SPDDUMP, MessageType.X_PENDINGDUMP, MessageType.X_BUNDLEDUMP})
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,6 +53,8 @@ class MessageType(IntEnum):
     X_UNBIND = 201
     X_STATISTICS = 202
     X_OVERRUN = 203
+    X_PENDINGDUMP = 204
+    X_BUNDLEDUMP = 205
 
 
 class ExtensionType(IntEnum):
@@ -99,9 +101,13 @@ class ExtensionType(IntEnum):
     X_DUMP = 0x800B
     X_ERROR = 0x800C
     X_ACQUIRE = 0x800D
+    X_PENDING = 0x800E
+    X_BUNDLE = 0x800F
+    X_LOST = 0x8010
 
 
 PRIVATE_EXTENSIONS: Final = 0x8000  # the first of our own extension types
+PRIVATE_MESSAGES: Final = 200  # the first of our own message types
 
 
 class SaType(IntEnum):

@@ -11,6 +11,7 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from typing import Final
 
+from kernel_shim.inspection import CachedBundle, PendingQueue, Snapshot
 from kernel_shim.model import Acquire, AcquireSequence, Expire, KernelEvent, NewMapping, Policy, SaId, SaStatus
 
 MAX_QUEUED_REPLIES: Final = 64  # more than a client of ours keeps under way (client.MAX_UNDER_WAY)
@@ -18,6 +19,9 @@ MAX_QUEUED_NOTICES: Final = 1024  # what other clients changed: a courtesy, for 
 MAX_PENDING_ACQUIRES: Final = 4096  # beyond it the kernel is asked to repeat them
 MAX_PENDING_EXPIRES: Final = 65536  # one entry an SA; beyond it the client is told to look
 MAX_PENDING_MAPPINGS: Final = 65536
+
+
+Entries = tuple[SaStatus | Policy, ...] | Snapshot[PendingQueue] | Snapshot[CachedBundle]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +39,7 @@ class Dump:
     type: int
     request: int
     pid: int
-    entries: tuple[SaStatus | Policy, ...]
+    entries: Entries
     position: int = 0
 
     @property

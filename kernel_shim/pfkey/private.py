@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kernel_shim.algorithms import EspAlgorithm
+from kernel_shim.inspection import CachedBundle, PendingQueue
 from kernel_shim.model import Capabilities, Direction, Flow, Selector, TrafficSelector, Unresolved
 from kernel_shim.pfkey.constants import PRIVATE_VERSION, ExtensionType
 from kernel_shim.pfkey.messages import Extension
@@ -114,3 +115,27 @@ class ErrorText(Extension):
 
     type: ClassVar[ExtensionType] = ExtensionType.X_ERROR
     text: str
+
+
+@dataclass(frozen=True, slots=True)
+class PendingExtension(Extension):
+    """One queue of packets that wait for an SA."""
+
+    type: ClassVar[ExtensionType] = ExtensionType.X_PENDING
+    queue: PendingQueue
+
+
+@dataclass(frozen=True, slots=True)
+class BundleExtension(Extension):
+    """One entry of the bundle cache."""
+
+    type: ClassVar[ExtensionType] = ExtensionType.X_BUNDLE
+    bundle: CachedBundle
+
+
+@dataclass(frozen=True, slots=True)
+class Lost(Extension):
+    """In X_OVERRUN to a promiscuous client: how many messages it was not sent, just here."""
+
+    type: ClassVar[ExtensionType] = ExtensionType.X_LOST
+    messages: int

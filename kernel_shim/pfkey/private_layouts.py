@@ -7,11 +7,28 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Mapping
+from ipaddress import IPv4Address, IPv6Address
 from struct import Struct
 from typing import Final
 
 from kernel_shim.algorithms import EncryptionId, EspAlgorithm, IntegrityId
-from kernel_shim.model import Capabilities, Direction, Flow, Mark, Mode, Selector, TrafficSelector, Unresolved
+from kernel_shim.inspection import CachedBundle, PendingQueue
+from kernel_shim.model import (
+    AcquireSequence,
+    Action,
+    Capabilities,
+    Direction,
+    Flow,
+    IPAddress,
+    Mark,
+    Mode,
+    PolicyIndex,
+    SaId,
+    Selector,
+    Spi,
+    TrafficSelector,
+    Unresolved,
+)
 from kernel_shim.pfkey.constants import (
     MAX_ALGORITHMS,
     MAX_ERROR_TEXT,
@@ -24,11 +41,14 @@ from kernel_shim.pfkey.layouts import Layout
 from kernel_shim.pfkey.messages import PfKeyError
 from kernel_shim.pfkey.private import (
     AcquireReference,
+    BundleExtension,
     CapabilitiesExtension,
     DumpPosition,
     ErrorText,
     FlowExtension,
     Hello,
+    Lost,
+    PendingExtension,
     SaExtension,
     SaSelectors,
     SaStatusExtension,
@@ -44,6 +64,7 @@ _UNRESOLVED: Final = {Unresolved.QUEUE: 1, Unresolved.EAGAIN: 2, Unresolved.BLOC
 _UNRESOLVED_OF: Final = {number: mode for mode, number in _UNRESOLVED.items()}
 _ENCAPSULATION, _ESN, _PORT_RANGES, _ADDRESS_RANGES, _SA_SELECTORS, _ACQUIRE_FLOW, _BINDS = (1 << bit for bit in range(7))
 _SA_ESN: Final = 1
+_NO_ADDRESS: Final[Mapping[int, IPAddress]] = {4: IPv4Address(0), 6: IPv6Address(0)}
 _TWO_SHORTS: Final = Struct("=HH")
 _COUNT: Final = Struct("=I")
 
@@ -280,6 +301,96 @@ def write_error(writer: Writer, error: ErrorText) -> None:
     writer.pad()
 
 
+_PENDING: Final = Struct("=BBBxIIIIIxxxxQ")
+_HAS_SOURCE, _HAS_DESTINATION = 1, 2
+
+
+def read_pending(reader: Reader, _: ExtensionType) -> PendingExtension:
+    number, mode, known, policy, acquire, flows, packets, segments, octets = reader.take(_PENDING)
+    if mode not in _UNRESOLVED_OF:
+        raise reader.fail(f"{mode}", "mode")
+    version = reader.version(number)
+    source, destination = reader.address(version), reader.address(version)
+    return PendingExtension(
+        PendingQueue(
+            PolicyIndex(policy),
+            source if known & _HAS_SOURCE else None,
+            destination if known & _HAS_DESTINATION else None,
+            _UNRESOLVED_OF[mode],
+            AcquireSequence(acquire),
+            *(flows, packets, segments, octets),
+        )
+    )
+
+
+def write_pending(writer: Writer, extension: PendingExtension) -> None:
+    it = extension.queue
+    known = (it.source is not None) * _HAS_SOURCE | (it.destination is not None) * _HAS_DESTINATION
+    version = (it.source or it.destination or _NO_ADDRESS[4]).version
+    writer.put(_PENDING, version, _UNRESOLVED[it.mode], known, it.policy, it.acquire, it.flows, it.packets, it.segments, it.octets)
+    writer.address(it.source or _NO_ADDRESS[version])
+    writer.address(it.destination or _NO_ADDRESS[version])
+
+
+_BUNDLE: Final = Struct("=BBBBHHIIIBxxxxxxx")
+_HAS_PROTOCOL, _HAS_SOURCE_PORT, _HAS_DESTINATION_PORT = 4, 8, 16
+_ACTIONS: Final = {int(action): action for action in Action}
+
+
+def read_bundle(reader: Reader, _: ExtensionType) -> BundleExtension:
+    number, known, action, protocol, source_port, destination_port, policy, limit, spi, outer = reader.take(_BUNDLE)
+    if action not in _ACTIONS:
+        raise reader.fail(f"{action}", "action")
+    version = reader.version(number)
+    source, destination = reader.address(version), reader.address(version)
+    sa = SaId(reader.address(reader.version(outer)), Spi(spi)) if outer else None
+    reader.pad()
+    return BundleExtension(
+        CachedBundle(
+            version,
+            source if known & _HAS_SOURCE else None,
+            destination if known & _HAS_DESTINATION else None,
+            protocol if known & _HAS_PROTOCOL else None,
+            source_port if known & _HAS_SOURCE_PORT else None,
+            destination_port if known & _HAS_DESTINATION_PORT else None,
+            _ACTIONS[action],
+            PolicyIndex(policy),
+            sa,
+            limit,
+        )
+    )
+
+
+def write_bundle(writer: Writer, extension: BundleExtension) -> None:
+    it = extension.bundle
+    fields = (
+        (it.source, _HAS_SOURCE),
+        (it.destination, _HAS_DESTINATION),
+        (it.protocol, _HAS_PROTOCOL),
+        (it.source_port, _HAS_SOURCE_PORT),
+        (it.destination_port, _HAS_DESTINATION_PORT),
+    )
+    writer.put(
+        _BUNDLE,
+        *(it.version, sum(bit for value, bit in fields if value is not None), it.action),
+        *(it.protocol or 0, it.source_port or 0, it.destination_port or 0, it.policy, it.limit),
+        *((it.sa.spi, it.sa.destination.version) if it.sa is not None else (0, 0)),
+    )
+    writer.address(it.source or _NO_ADDRESS[it.version])
+    writer.address(it.destination or _NO_ADDRESS[it.version])
+    if it.sa is not None:
+        writer.address(it.sa.destination)
+    writer.pad()
+
+
+def read_lost(reader: Reader, _: ExtensionType) -> Lost:
+    return Lost(*reader.take(_COUNT))
+
+
+def write_lost(writer: Writer, lost: Lost) -> None:
+    writer.put(_COUNT, lost.messages)
+
+
 PRIVATE_LAYOUTS: Final[Mapping[ExtensionType, Layout]] = {
     ExtensionType.X_HELLO: Layout(read_hello, write_hello),
     ExtensionType.X_CAPABILITIES: Layout(read_capabilities, write_capabilities),
@@ -294,4 +405,7 @@ PRIVATE_LAYOUTS: Final[Mapping[ExtensionType, Layout]] = {
     ExtensionType.X_DUMP: Layout(read_dump, write_dump),
     ExtensionType.X_ACQUIRE: Layout(read_acquire, write_acquire),
     ExtensionType.X_ERROR: Layout(read_error, write_error),
+    ExtensionType.X_PENDING: Layout(read_pending, write_pending),
+    ExtensionType.X_BUNDLE: Layout(read_bundle, write_bundle),
+    ExtensionType.X_LOST: Layout(read_lost, write_lost),
 }

@@ -33,17 +33,19 @@ from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Final, NewType
 
+from kernel_shim.inspection import CachedBundle, Inspectable, PendingQueue
 from kernel_shim.kernel import IkeSocketProvider, Kernel
 from kernel_shim.model import AcquireSequence, IPAddress, KernelError, KernelEvent, Policy, SaStatus
 from kernel_shim.pfkey.codec import Codec, header_of
 from kernel_shim.pfkey.constants import MAX_ERROR_TEXT, PRIVATE_VERSION, ExtensionType, MessageType, SaType
 from kernel_shim.pfkey.event_messages import event_message, proposal_of, supported_extensions
 from kernel_shim.pfkey.messages import Address, Extension, Message, PfKeyError
-from kernel_shim.pfkey.outbox import Dump, Outbox, Output
+from kernel_shim.pfkey.outbox import Dump, Entries, Outbox, Output
 from kernel_shim.pfkey.policy_messages import policy_extensions
-from kernel_shim.pfkey.private import CapabilitiesExtension, DumpPosition, ErrorText, Hello
+from kernel_shim.pfkey.private import BundleExtension, CapabilitiesExtension, DumpPosition, ErrorText, Hello, PendingExtension
 from kernel_shim.pfkey.requests import Answer, Requests
 from kernel_shim.pfkey.sa_messages import status_extensions
+from kernel_shim.pfkey.watch import EVENT_OCTETS, Copy, Watch, encode_copy, reply_copy, without_keys
 
 __all__ = ["ACQUIRE_REPEAT", "MAX_CLIENTS", "MAX_REMEMBERED_REPLIES", "ClientId", "Output", "ServerSession"]
 
@@ -53,7 +55,8 @@ MAX_CLIENTS: Final = 32  # key managers, monitors and tools
 MAX_REMEMBERED_REPLIES: Final = 128  # to repeated requests of one client; more than it keeps under way
 ACQUIRE_REPEAT: Final = 1.0  # s between two calls for ACQUIREs that did not fit
 
-_DUMPS: Final = frozenset({MessageType.DUMP, MessageType.X_SPDDUMP})
+_PRIVATE_DUMPS: Final = frozenset({MessageType.X_PENDINGDUMP, MessageType.X_BUNDLEDUMP})
+_DUMPS: Final = frozenset({MessageType.DUMP, MessageType.X_SPDDUMP}) | _PRIVATE_DUMPS
 # These may be carried out again: the others are answered from memory when they are repeated.
 _REPEATABLE: Final = frozenset({MessageType.X_BIND, MessageType.X_UNBIND, MessageType.X_STATISTICS, MessageType.GET, MessageType.X_SPDGET})
 
@@ -69,6 +72,7 @@ class _Client:
     current: Output | None = None  # given out by next_output, not yet sent
     remembered: OrderedDict[tuple[int, int], tuple[bytes, Output]] = field(default_factory=OrderedDict)
     acquires_due: float = 0.0  # when the kernel may be asked to repeat
+    watch: Watch | None = None  # of a promiscuous one
 
     @property
     def listens(self) -> bool:
@@ -80,10 +84,23 @@ class _Client:
 
 
 class ServerSession:
-    """`is_local` tells the direction of an SA that a client without our extensions adds; without it, UPDATE is inbound and ADD outbound."""
+    """`is_local` tells the direction of an SA that a client without our extensions adds; without it, UPDATE is inbound and ADD outbound.
 
-    def __init__(self, kernel: Kernel, sockets: IkeSocketProvider, *, is_local: Callable[[IPAddress], bool] | None = None) -> None:
+    `inspected` is what X_PENDINGDUMP and X_BUNDLEDUMP show; without it they are refused.
+    """
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        sockets: IkeSocketProvider,
+        *,
+        is_local: Callable[[IPAddress], bool] | None = None,
+        inspected: Inspectable | None = None,
+    ) -> None:
         self._kernel = kernel
+        self._inspected = inspected
+        self._watchers: list[_Client] = []
+        self._watch_lost = 0
         self._codec = Codec()
         self._requests = Requests(kernel, sockets, is_local, self.statistics)
         self._clients: dict[ClientId, _Client] = {}
@@ -109,6 +126,7 @@ class ServerSession:
         if gone is None:
             return
         self._overruns += gone.outbox.overruns
+        self._set_promiscuous(gone, False)
         if gone.listens and not any(other.listens for other in self._clients.values()):
             self._kernel.key_manager_listens(False, now)
 
@@ -130,6 +148,8 @@ class ServerSession:
             self._malformed += 1
             self._reply(it, self._refusal(it, header_of(data), error))
             return
+        if self._watchers:
+            self._copy(without_keys(message), len(data), origin=it)
         try:
             self._serve(it, message, data, now)
         except KernelError as error:
@@ -142,6 +162,8 @@ class ServerSession:
             self._start_dump(client, message)
         elif message.type == MessageType.ACQUIRE:
             self._acquire_failed(message, now)
+        elif message.type == MessageType.X_PROMISC:
+            self._promiscuous(client, message)
         else:
             self._request(client, message, data, now)
 
@@ -211,15 +233,46 @@ class ServerSession:
                 raise KernelError(errno.EBUSY, "a dump is under way")
             if (running.type, running.request) == (message.type, message.sequence):
                 return
-        entries: tuple[SaStatus | Policy, ...]
+        entries: Entries
         if message.type == MessageType.X_SPDDUMP:
             entries = tuple(self._kernel.policies())
+        elif message.type in _PRIVATE_DUMPS:
+            if self._inspected is None or not client.private:
+                raise KernelError(errno.EOPNOTSUPP, f"message type {message.type}")
+            entries = self._inspected.pending_queues() if message.type == MessageType.X_PENDINGDUMP else self._inspected.cached_bundles()
         else:
             entries = tuple(self._kernel.sas()) if message.sa_type in (SaType.UNSPEC, SaType.ESP) else ()
         if not entries:
             raise KernelError(errno.ENOENT, "nothing to dump")
         client.outbox.dump = Dump(message.type, message.sequence, message.pid, entries)
         self._ready.add(client.id)
+
+    # Promiscuous clients
+
+    def _promiscuous(self, client: _Client, message: Message) -> None:
+        """RFC 2367 section 3.1.11, in the form that Linux gives it: copies come as they are, without a second header."""
+        if message.extensions:
+            raise KernelError(errno.EOPNOTSUPP, "X_PROMISC with a message inside")
+        if message.sa_type not in (0, 1):
+            raise PfKeyError("sadb_msg_satype", str(message.sa_type))
+        self._set_promiscuous(client, bool(message.sa_type))
+        self._reply(client, Output(self._encode(message, ())))
+
+    def _set_promiscuous(self, client: _Client, wanted: bool) -> None:
+        if wanted and client.watch is None:
+            client.watch = Watch()
+            self._watchers.append(client)
+        elif not wanted and client.watch is not None:
+            self._watch_lost += client.watch.lost
+            client.watch = None
+            self._watchers.remove(client)
+
+    def _copy(self, copy: Copy, octets: int, origin: _Client | None) -> None:
+        """To every promiscuous client but the one whose conversation it is."""
+        for watcher in self._watchers:
+            if watcher is not origin and watcher.watch is not None:
+                watcher.watch.add(copy, octets)
+                self._ready.add(watcher.id)
 
     # Output
 
@@ -260,7 +313,14 @@ class ServerSession:
         if outbox.dump is not None:
             outbox.dump_is_next = False
             return Output(self._next_of_dump(client, outbox.dump))
-        return Output(outbox.notices.popleft()) if outbox.notices else None
+        return Output(outbox.notices.popleft()) if outbox.notices else self._next_copy(client)
+
+    def _next_copy(self, client: _Client) -> Output | None:
+        while client.watch is not None and (copy := client.watch.next()) is not None:
+            data = encode_copy(copy, self._codec, self._proposal, private=client.private)
+            if data is not None:
+                return Output(data)
+        return None
 
     def _next_of_dump(self, client: _Client, dump: Dump) -> bytes:
         """The last one has sadb_msg_seq 0 (RFC 2367 section 3.1.10), the others count up as Linux' do."""
@@ -268,8 +328,9 @@ class ServerSession:
         dump.position += 1
         if dump.remaining == 0:
             client.outbox.dump = None
-        write = status_extensions(entry, private=client.private) if isinstance(entry, SaStatus) else policy_extensions(entry, private=client.private)
-        extensions = (*write, DumpPosition(dump.request, dump.remaining)) if client.private else tuple(write)
+        extensions = tuple(_entry_extensions(entry, private=client.private))
+        if client.private:
+            extensions += (DumpPosition(dump.request, dump.remaining),)
         sequence = dump.position if dump.remaining else 0
         sa_type = SaType.ESP if dump.type == MessageType.DUMP else SaType.UNSPEC
         return self._codec.encode(Message(dump.type, sa_type, 0, sequence, dump.pid, extensions))
@@ -280,6 +341,8 @@ class ServerSession:
     def _reply(self, client: _Client, output: Output) -> None:
         client.outbox.replies.append(output)
         self._ready.add(client.id)
+        if self._watchers:
+            self._copy(reply_copy(header_of(output.data), output.data), len(output.data), origin=client)
 
     def _refusal(self, client: _Client, request: Message, error: KernelError) -> Output:
         """As Linux' pfkey_error: the base header with the errno, to the one who asked."""
@@ -290,7 +353,7 @@ class ServerSession:
     def _notify_others(self, requester: _Client, message: Message, answer: Answer) -> None:
         """RFC 2367 section 3.1: what changes the tables is sent to all; Linux does so for the SPD too."""
         for other in self._clients.values():
-            if other is not requester:
+            if other is not requester and other.watch is None:
                 other.outbox.add_notice(self._encode(message, answer.extensions(private=other.private)))
                 self._ready.add(other.id)
 
@@ -315,6 +378,8 @@ class ServerSession:
             if client.listens:
                 client.outbox.add_event(event)
                 self._ready.add(client.id)
+        if self._watchers:
+            self._copy(event, EVENT_OCTETS, origin=None)
 
     def next_deadline(self) -> float | None:
         """When `tick` is due (monotonic seconds): a client that missed ACQUIREs has room for them again."""
@@ -337,4 +402,14 @@ class ServerSession:
             "pfkey.refused": self._refused,
             "pfkey.repeated": self._repeated,
             "pfkey.overruns": self._overruns + sum(client.outbox.overruns for client in clients),
+            "pfkey.promiscuous": len(self._watchers),
+            "pfkey.copies-lost": self._watch_lost + sum(watcher.watch.lost for watcher in self._watchers if watcher.watch is not None),
         }
+
+
+def _entry_extensions(entry: SaStatus | Policy | PendingQueue | CachedBundle, *, private: bool) -> Iterable[Extension]:
+    if isinstance(entry, SaStatus):
+        return status_extensions(entry, private=private)
+    if isinstance(entry, Policy):
+        return policy_extensions(entry, private=private)
+    return (PendingExtension(entry),) if isinstance(entry, PendingQueue) else (BundleExtension(entry),)

@@ -154,6 +154,11 @@ class AcquireTable:
         entry = self._entries.get(key)
         return entry.flow if entry is not None and entry.state is AcquireState.ASKING else None
 
+    def sequence(self, key: PeerKey) -> AcquireSequence:
+        """Of the outstanding ACQUIRE of a peer; 0 when none is."""
+        entry = self._entries.get(key)
+        return entry.acquire.sequence if entry is not None and entry.state is AcquireState.ASKING else AcquireSequence(0)
+
     def satisfied(self, sequence: AcquireSequence, *, covered: bool, now: float) -> PeerKey | None:
         """An outbound SA came for it; `covered` says whether its selectors cover the flow of the ACQUIRE. None: not outstanding."""
         entry = self._by_sequence.get(sequence)

@@ -7,6 +7,7 @@ touched. The content of a bundle is the data plane's own.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Final, Generic, TypeVar
 
 from kernel_shim.policy.flowkey import FieldMask
@@ -77,6 +78,11 @@ class BundleCache(Generic[BundleT]):
             entries.popitem(last=False)
             self.evicted += 1
         entries[key] = (self._generations.stamp, bundle)
+
+    def current(self) -> Iterator[tuple[bytes, BundleT]]:
+        """The entries that are valid now, in the order in which they were made; counts as no use of them."""
+        stamp = self._generations.stamp
+        return ((key, bundle) for key, (made, bundle) in self._entries.items() if made == stamp)
 
     def remove(self, key: bytes) -> None:
         """Forget one entry, if there."""

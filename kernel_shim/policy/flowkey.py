@@ -14,9 +14,9 @@ import struct
 from collections.abc import Callable
 from enum import IntFlag
 from ipaddress import IPv4Address, IPv6Address
-from typing import Final
+from typing import Final, NamedTuple
 
-from kernel_shim.model import AddressRange, Flow, Policy, Selector, TrafficSelector
+from kernel_shim.model import AddressRange, Flow, IPAddress, Policy, Selector, TrafficSelector
 from kernel_shim.policy.fragments import FragmentMemory
 from kernel_shim.policy.headers import PORT_PROTOCOLS, Headers, read_headers
 from kernel_shim.reasons import DropReason
@@ -126,6 +126,17 @@ _FLOW_V4: Final = struct.Struct("!4s4sHHB")
 _FLOW_V6: Final = struct.Struct("!16s16sHHB")
 
 
+class MaskedFlow(NamedTuple):
+    """A flow as far as a masked key tells it; None is a field that nobody reads."""
+
+    version: int
+    source: IPAddress | None
+    destination: IPAddress | None
+    protocol: int | None
+    source_port: int | None
+    destination_port: int | None
+
+
 def flow_of_key(key: bytes) -> Flow:
     """The flow that a full key names. Raises ValueError when `key` is none."""
     if len(key) == FULL_KEY_V4:
@@ -147,6 +158,28 @@ def masked_key(full: bytes, mask: FieldMask) -> bytes:
     """What `FlowKeys.cut` gives under `mask` for the packet whose full key is `full`."""
     prefix, pieces = _pieces(mask, 4 if len(full) == FULL_KEY_V4 else 16)
     return prefix + b"".join([full[piece] for piece in pieces])
+
+
+def flow_of_masked_key(key: bytes, mask: FieldMask) -> MaskedFlow:
+    """The fields that a key cut under `mask` holds, None for the others. Raises ValueError when `key` was cut under another mask."""
+    for version, size in ((4, 4), (6, 16)):
+        prefix, pieces = _pieces(mask, size)
+        if len(key) != len(prefix) + sum(piece.stop - piece.start for piece in pieces) or not key.startswith(prefix):
+            continue
+        full, at = bytearray(2 * size + 5), len(prefix)
+        for piece in pieces:
+            full[piece] = key[at : at + piece.stop - piece.start]
+            at += piece.stop - piece.start
+        flow = flow_of_key(bytes(full))
+        return MaskedFlow(
+            version,
+            flow.source if mask & FieldMask.SOURCE else None,
+            flow.destination if mask & FieldMask.DESTINATION else None,
+            flow.protocol if mask & FieldMask.PROTOCOL else None,
+            flow.source_port if mask & FieldMask.SOURCE_PORT else None,
+            flow.destination_port if mask & FieldMask.DESTINATION_PORT else None,
+        )
+    raise ValueError(f"not a key of {mask!r}: {len(key)} bytes")
 
 
 def _pieces(mask: FieldMask, size: int) -> tuple[bytes, tuple[slice, ...]]:

@@ -204,7 +204,7 @@ def test_add_is_outbound_unless_its_destination_is_ours(kernel, sockets):
         (header(9, sa_type=44), errno.EINVAL),
         (header(1, host("HHIII", 2, 16, 9, 8, 0) + ADDRESSES), errno.EINVAL),  # SPI range
         (header(6, ADDRESSES), errno.EOPNOTSUPP),  # ACQUIRE with a body
-        (header(11), errno.EOPNOTSUPP),
+        (header(11), errno.EINVAL),
         (header(24), errno.EOPNOTSUPP),
         (header(0), errno.EINVAL),
         (header(99), errno.EINVAL),
