@@ -19,21 +19,25 @@ from pathlib import Path
 from typing import Final
 
 from kernel_shim.algorithms import EncryptionId, EspAlgorithm
+from kernel_shim.channel.api import ChannelClosed
 from kernel_shim.channel.linux import XFRM
 from kernel_shim.channel.netlink import LONG_TIMEOUT, NetlinkSocket
 from kernel_shim.channel.sysctl import Sysctls
 from kernel_shim.model import (
+    ANY_PROTOCOL,
     Acquire,
     AcquireSequence,
     Action,
     Capabilities,
     Direction,
     Expire,
+    Flow,
     IPAddress,
     KernelError,
     KernelEvent,
     Mode,
     Policy,
+    PolicyIndex,
     ReqId,
     SaId,
     SaStatus,
@@ -80,9 +84,11 @@ class XfrmChannel:
 
     `open` raises KernelError(EPROTONOSUPPORT) when the kernel has no ESP, unless `require_esp` is unset (policies and ACQUIREs work all the same).
     The kernel's hold queue is switched on (net.core.xfrm_larval_drop), and a larval SA stands for `acquire_seconds`; both settings are put back by `close`.
+    `listens` False is for tools, which only look: no events, and no settings changed.
     """
 
     def __init__(self, *, listens: bool = True, require_esp: bool = True, acquire_seconds: int = ACQUIRE_SECONDS, event_buffer: int = EVENT_BUFFER) -> None:
+        self._listens = listens
         self._require_esp = require_esp
         self._acquire_seconds = acquire_seconds
         groups = (Group.ACQUIRE, Group.EXPIRE, Group.MAPPING) if listens else ()
@@ -91,19 +97,24 @@ class XfrmChannel:
         self._event_listeners: list[Callable[[KernelEvent], None]] = []
         self._overrun_listeners: list[Callable[[], None]] = []
         self._sysctls = Sysctls()
+        self._looking: asyncio.Task[None] | None = None
+        self._look_again = False
         self._holds = False
         self._next_index = FIRST_INDEX + INDEX_STEP * secrets.randbelow(1 << 27)
         self._outbound: dict[ReqId, dict[Selector, Policy]] = {}  # to be put again when an SA of theirs comes
         self._selectors: dict[tuple[Direction, bytes], Policy] = {}  # as they were asked for, by what the kernel knows of their selector
         self._directions: dict[SaId, Direction] = {}
         self._acquires: OrderedDict[AcquireSequence, Acquire] = OrderedDict()
-        self._counters = {"acquires": 0, "expires": 0, "mappings": 0, "foreign": 0, "malformed": 0, "kicks": 0, "repeated": 0}
+        self._counters = {"acquires": 0, "expires": 0, "mappings": 0, "foreign": 0, "malformed": 0, "kicks": 0, "repeated": 0, "found": 0}
 
     def capabilities(self) -> Capabilities:
         return replace(XFRM, unresolved_modes=frozenset({Unresolved.QUEUE if self._holds else Unresolved.DROP}))
 
     def on_event(self, listener: Callable[[KernelEvent], None]) -> None:
+        """Larval SAs whose ACQUIREs an earlier listener, or none, has heard are reported too: they stand in the way of the next ACQUIRE."""
         self._event_listeners.append(listener)
+        if self._requests.is_open:
+            self._look_for_acquires()
 
     def on_overrun(self, listener: Callable[[], None]) -> None:
         """`listener` is called when events were lost: look at `sas()` and `policies()`."""
@@ -124,10 +135,16 @@ class XfrmChannel:
         except BaseException:
             await self.close()
             raise
+        if not self._listens:
+            self._holds = self._sysctls.get("core/xfrm_larval_drop") == "0"
+            return
         self._holds = self._sysctls.set("core/xfrm_larval_drop", "0")
         self._sysctls.set("core/xfrm_acq_expires", str(self._acquire_seconds))
 
     async def close(self) -> None:
+        if self._looking is not None:
+            self._looking.cancel()
+            await asyncio.gather(self._looking, return_exceptions=True)
         self._events.close()
         self._requests.close()
         self._sysctls.restore()
@@ -261,11 +278,12 @@ class XfrmChannel:
         if self._next_index > LAST_INDEX:
             self._next_index = FIRST_INDEX
         await self._requests.request(policy_message(policy, replace=update, index=index))
-        self._remember(policy)
         # Which number it has only the kernel knows: a replaced policy keeps its own.
         replies = await self._requests.request(policy_id_message(MessageType.GETPOLICY, policy.direction, policy.selector))
         told = policy_from(replies[0]) if replies else None
-        return replace(policy, index=told.policy.index) if told is not None else policy
+        put = replace(policy, index=told.policy.index) if told is not None else policy
+        self._remember(put)
+        return put
 
     async def delete_policy(self, direction: Direction, selector: Selector) -> None:
         message = policy_id_message(MessageType.DELPOLICY, direction, selector)
@@ -331,6 +349,44 @@ class XfrmChannel:
     def _overrun(self) -> None:
         for listener in self._overrun_listeners:
             self._loop.call_soon(listener)
+        self._look_for_acquires()
+
+    def _look_for_acquires(self) -> None:
+        self._look_again = True
+        if self._looking is None or self._looking.done():
+            self._looking = self._loop.create_task(self._find_acquires(), name="xfrm-acquires")
+
+    async def _find_acquires(self) -> None:
+        """An ACQUIRE is state, a larval SA: what nobody has heard of is found there."""
+        while self._look_again:
+            self._look_again = False
+            try:
+                found = await self._dump_sas()
+            except (KernelError, TimeoutError, ChannelClosed):
+                return  # the next overrun looks again; the larval SA expires
+            for larval in found:
+                if larval.algorithm is None and not larval.id.spi and larval.acquire and larval.acquire not in self._acquires:
+                    self._counters["found"] += 1
+                    self._acquired(self._acquire_of(larval))
+
+    def _acquire_of(self, larval: KernelSa) -> Acquire:
+        """What the kernel said, or would have said, when it made this larval SA, whose selector is the flow."""
+        reqid = reqid_from(larval.reqid)
+        asked = larval.selector
+        flow = None
+        if asked is not None:
+            flow = Flow(asked.source.first, asked.destination.first, asked.protocol, asked.source_ports.low, asked.destination_ports.low)
+        policy = next((each for each in self._outbound.get(reqid, {}).values() if flow is None or _covers(each.selector, flow)), None)
+        index = policy.index if policy is not None else PolicyIndex(0)
+        selector = policy.selector if policy is not None else None
+        return Acquire(larval.acquire, index, reqid, larval.mode, larval.source, larval.id.destination, selector, flow)
+
+    def _acquired(self, event: Acquire) -> None:
+        self._acquires[event.sequence] = event
+        if len(self._acquires) > MAX_ACQUIRES:
+            self._acquires.popitem(last=False)
+        for listener in self._event_listeners:
+            self._loop.call_soon(listener, event)
 
     def _event(self, message: Message) -> None:
         try:
@@ -346,10 +402,9 @@ class XfrmChannel:
         event = notice.event
         if isinstance(event, Acquire):
             self._counters["acquires"] += 1
-            self._acquires[event.sequence] = event
-            if len(self._acquires) > MAX_ACQUIRES:
-                self._acquires.popitem(last=False)
-        elif isinstance(event, Expire):
+            self._acquired(event)
+            return
+        if isinstance(event, Expire):
             self._counters["expires"] += 1
             if event.hard:
                 self._directions.pop(event.sa, None)
@@ -402,6 +457,12 @@ def bypass_policies(opened: socket.socket) -> None:
 def _key(direction: Direction, selector: Selector) -> tuple[Direction, bytes]:
     attributes = selector_attributes(selector)
     return direction, selector_struct(selector).pack() + b"".join(bytes((kind,)) + value for kind, value in sorted(attributes.items()))
+
+
+def _covers(selector: Selector, flow: Flow) -> bool:
+    if flow.source not in selector.source or flow.destination not in selector.destination or selector.protocol not in (ANY_PROTOCOL, flow.protocol):
+        return False
+    return flow.source_port in selector.source_ports and flow.destination_port in selector.destination_ports
 
 
 def _is_local(address: IPAddress) -> bool:
