@@ -7,6 +7,7 @@ import errno
 import math
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -288,7 +289,7 @@ def run(config_path: Path) -> int:
     try:
         loaded = load(config_path)
     except ConfigErrors as error:
-        print(error)
+        print(error, file=sys.stderr)
         return 1
     configure_logging(loaded.daemon.log_level, loaded.daemon.log_format.value)
     for warning in loaded.warnings:

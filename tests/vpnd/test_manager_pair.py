@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address, ip_address
 from pathlib import Path
 
@@ -443,3 +443,26 @@ async def test_strangers_who_are_refused_cannot_fill_the_log() -> None:
     assert b.manager.counters.snapshot()["ike_init_refused"] > 500
     assert said < len(b.lines) < 50
     assert len(b.manager) == 0
+
+
+async def test_two_children_do_not_share_a_reqid() -> None:
+    a = Node(Network(), config("a"), A)
+    await a.start()
+    site = a.configuration.connections["site"]
+    fixed = replace(site.children["net"], reqid=7)
+    other = replace(site, name="other", children={"net": fixed})
+    await a.operations.load_connection(other)
+    with pytest.raises(ControlError, match="reqid 7 is that of child 'net' of connection 'other'"):
+        await a.operations.load_connection(replace(site, name="third", children={"net": fixed}))
+    await a.operations.unload_connection("other")
+    await a.operations.load_connection(replace(site, name="third", children={"net": fixed}))
+    taken = {a.manager.kernel.reqid_for(None) for _ in range(20)}
+    assert 7 not in taken
+
+
+async def test_a_reload_changes_a_reqid() -> None:
+    a = Node(Network(), config("a", "trap"), A)
+    await a.start()
+    site = a.configuration.connections["site"]
+    await a.operations.load_connection(replace(site, children={"net": replace(site.children["net"], reqid=77)}))
+    assert {template.reqid for policy in a.kernel.policies.values() for template in policy.templates} == {77}

@@ -145,10 +145,10 @@ def _secrets(secrets: Section, messages: Messages, errors: list[ConfigError]) ->
 
 
 def _shared(name: str, reader: Reader, messages: Messages) -> None:
-    secret = reader.convert("secret", b"", decode_secret)
+    secret = reader.convert("secret", None, decode_secret)
     if "secret" not in reader.section.entries:
         reader.complain("the option 'secret' is missing")
-    elif not secret:
+    elif secret == b"":
         reader.complain("the secret is empty", "secret")
     owners = []
     for option, node in reader.section.entries.items():

@@ -6,6 +6,7 @@ Every function raises ConfigErrors with all complaints; none changes or keeps it
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from ipaddress import ip_address
 from typing import Final
 
 from kernel_shim.model import Action, Mode, Unresolved
@@ -90,7 +91,32 @@ def _connection(reader: Reader, name: str) -> ConnectionConfig:
         send_certreq=reader.boolean("send_certreq", True),
     )
     reader.finish([*options.CONNECTION, "local", "remote", "children"])
+    _check_peer(reader, connection)
     return connection
+
+
+def _check_peer(reader: Reader, connection: ConnectionConfig) -> None:
+    """Who is to be asked for an SA needs an address or a name."""
+    section = reader.section.entries.get("children")
+    if not isinstance(section, Section) or any(map(_is_one_peer, connection.remote_addrs)):
+        return
+    for child in connection.children.values():
+        node = section.entries[child.name]
+        if child.action is Action.PROTECT and child.start_action is not StartAction.NONE and isinstance(node, Section):
+            below = Reader(node, f"{reader.path}.children.{shown(child.name)}", reader.errors)
+            below.complain("remote_addrs of the connection names no peer to ask: an address or a host name is needed", "start_action")
+
+
+def _is_one_peer(pattern: str) -> bool:
+    try:
+        return not ip_address(pattern).is_unspecified
+    except ValueError:
+        pass
+    try:
+        parse_ike_address(pattern)
+    except ValueError:
+        return True  # a host name
+    return False
 
 
 def _check_name(reader: Reader, name: str) -> None:

@@ -348,6 +348,10 @@ class KernelSide:
 
     # Request ids
 
+    def reserve_reqid(self, reqid: ReqId) -> None:
+        """It is configured: never given out by `reqid_for`."""
+        self._reqids.add(reqid)
+
     def reqid_for(self, outbound: Selector | None) -> ReqId:
         """The reqid of the standing policy of this selector, so that an earlier run's SAs still serve it; else one that is free."""
         if outbound is not None:

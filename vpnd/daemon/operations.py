@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, Final
 
 from kernel_shim.channel.api import ChannelClosed
-from kernel_shim.model import Action, KernelError, SaId, SaStatus
+from kernel_shim.model import Action, KernelError, ReqId, SaId, SaStatus
 from vpnd.auth.credentials import CredentialError
 from vpnd.config.model import ChildConfig, Configuration, ConnectionConfig, PrivateKeySource, SharedSecret, StartAction
 from vpnd.control.backend import (
@@ -226,6 +226,8 @@ class Operations:
 
     async def load(self, configuration: Configuration) -> None:
         """All of a configuration. ControlError for the first connection that cannot be loaded."""
+        for reqid in {child.reqid for connection in configuration.connections.values() for child in connection.children.values() if child.reqid}:
+            self._manager.kernel.reserve_reqid(ReqId(reqid))
         for connection in configuration.connections.values():
             await self.load_connection(connection)
 
@@ -244,6 +246,7 @@ class Operations:
         old = self._manager.connections.get(connection.name)
         if old == connection:
             return
+        self._claim_reqids(connection)
         before: Mapping[str, ChildConfig] = old.children if old else {}
         for name in before:
             if self._demands.trapped(connection.name, name) and before[name] != connection.children.get(name):
@@ -254,6 +257,18 @@ class Operations:
         except ControlError:
             await self.unload_connection(connection.name)  # whole or not at all, so that loading it again tries again
             raise
+
+    def _claim_reqids(self, connection: ConnectionConfig) -> None:
+        """A reqid leads from a policy to its SAs, and from an ACQUIRE to its child: two children must not share one."""
+        for child in connection.children.values():
+            if not child.reqid:
+                continue
+            owner = self._manager.child_of_reqid(child.reqid)
+            if owner is not None and (owner[0], owner[1].name) != (connection.name, child.name):
+                standing = connection if owner[0] == connection.name else self._manager.connections.get(owner[0])
+                if standing is not None and owner[1].name in standing.children:
+                    raise ControlError(f"child '{child.name}': reqid {child.reqid} is that of child '{owner[1].name}' of connection '{owner[0]}'")
+            self._manager.reqid(connection, child)
 
     async def _start_children(self, connection: ConnectionConfig, old: ConnectionConfig | None) -> None:
         before: Mapping[str, ChildConfig] = old.children if old else {}

@@ -65,3 +65,23 @@ def test_completion(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
         parser().parse_args(["--print-completion", shell])
     assert caught.value.code == 0
     assert "check" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("addresses", ["%any", "192.0.2.0/24, 198.51.100.1-198.51.100.9", "0.0.0.0"])
+@pytest.mark.parametrize("action", ["trap", "start"])
+def test_whoever_is_to_be_asked_has_an_address(addresses: str, action: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "vpnd.conf"
+    text = f"connections {{ gw {{ remote_addrs = {addresses}\n children {{ net {{\n start_action = {action} }} }} }} }}\n"
+    file.write_text(text)
+    assert main(["check", str(file)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"{file}:3:17: connections.gw.children.net.start_action: remote_addrs of the connection names no peer to ask")
+    file.write_text(text.replace(addresses, f"{addresses}, peer.example"))
+    assert main(["check", str(file)]) == 0
+
+
+def test_a_secret_that_cannot_be_read_is_one_complaint_without_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "vpnd.conf"
+    file.write_text("secrets { ike { secret = 0xhush } }")
+    assert main(["check", str(file)]) == 1
+    assert capsys.readouterr().err == f"{file}:1:26: secrets.ike.secret: hex digits were expected after '0x'\n"

@@ -27,7 +27,7 @@ def connection(options: Plain) -> ConnectionConfig:
 
 
 def child(options: Plain) -> ChildConfig:
-    return connection({"children": {"net": options}}).children["net"]
+    return connection({"remote_addrs": ["192.0.2.2"], "children": {"net": options}}).children["net"]
 
 
 def complaints(options: Plain) -> list[str]:
@@ -37,7 +37,7 @@ def complaints(options: Plain) -> list[str]:
 
 
 def child_complaints(options: Plain) -> list[str]:
-    return [text.removeprefix("connections.gw.children.net.") for text in complaints({"children": {"net": options}})]
+    return [text.removeprefix("connections.gw.children.net.") for text in complaints({"remote_addrs": ["192.0.2.2"], "children": {"net": options}})]
 
 
 def test_defaults_are_those_of_swanctl_conf() -> None:
