@@ -14,6 +14,13 @@ class Sysctls:
     def __init__(self) -> None:
         self._before: dict[str, tuple[str, str]] = {}
 
+    def get(self, name: str) -> str | None:
+        """None when the kernel has no such setting."""
+        try:
+            return (ROOT / name).read_text().strip()
+        except OSError:
+            return None
+
     def set(self, name: str, value: str) -> bool:
         """Whether the setting now has this value."""
         path = ROOT / name

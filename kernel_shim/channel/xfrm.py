@@ -24,7 +24,6 @@ from kernel_shim.channel.linux import XFRM
 from kernel_shim.channel.netlink import LONG_TIMEOUT, NetlinkSocket
 from kernel_shim.channel.sysctl import Sysctls
 from kernel_shim.model import (
-    ANY_PROTOCOL,
     Acquire,
     AcquireSequence,
     Action,
@@ -64,7 +63,7 @@ from kernel_shim.xfrm.sas import (
     sa_message,
     spi_message,
 )
-from kernel_shim.xfrm.selectors import selector_attributes, selector_struct
+from kernel_shim.xfrm.standing import StandingPolicies
 from kernel_shim.xfrm.structs import MalformedMessage
 from kernel_shim.xfrm.wire import Message
 
@@ -101,8 +100,7 @@ class XfrmChannel:
         self._look_again = False
         self._holds = False
         self._next_index = FIRST_INDEX + INDEX_STEP * secrets.randbelow(1 << 27)
-        self._outbound: dict[ReqId, dict[Selector, Policy]] = {}  # to be put again when an SA of theirs comes
-        self._selectors: dict[tuple[Direction, bytes], Policy] = {}  # as they were asked for, by what the kernel knows of their selector
+        self._standing = StandingPolicies()
         self._directions: dict[SaId, Direction] = {}
         self._acquires: OrderedDict[AcquireSequence, Acquire] = OrderedDict()
         self._counters = {"acquires": 0, "expires": 0, "mappings": 0, "foreign": 0, "malformed": 0, "kicks": 0, "repeated": 0, "found": 0}
@@ -257,7 +255,7 @@ class XfrmChannel:
 
     async def _kick(self, reqid: ReqId) -> None:
         """The kernel polls its hold queue with growing pauses; to replace the policy makes it look at once (xfrm_policy_requeue)."""
-        for policy in list(self._outbound.get(reqid, {}).values()):
+        for policy in self._standing.outbound(reqid):
             with suppress(KernelError):  # it went meanwhile
                 await self._requests.request(policy_message(policy, replace=True))
                 self._counters["kicks"] += 1
@@ -282,15 +280,15 @@ class XfrmChannel:
         replies = await self._requests.request(policy_id_message(MessageType.GETPOLICY, policy.direction, policy.selector))
         told = policy_from(replies[0]) if replies else None
         put = replace(policy, index=told.policy.index) if told is not None else policy
-        self._remember(put)
+        self._standing.put(put)
         return put
 
     async def delete_policy(self, direction: Direction, selector: Selector) -> None:
         message = policy_id_message(MessageType.DELPOLICY, direction, selector)
-        standing = self._selectors.get(_key(direction, selector))
+        standing = self._standing.get(direction, selector)
         if standing is not None and standing.selector != selector:
             return  # to the kernel the two selectors are one, and the other is wanted
-        self._forget(direction, selector)
+        self._standing.drop(direction, selector)
         await self._requests.request(message)
 
     async def policies(self) -> Sequence[Policy]:
@@ -312,36 +310,19 @@ class XfrmChannel:
     async def flush_policies(self) -> None:
         """Ours."""
         for policy in await self.policies():
-            self._forget(policy.direction, policy.selector)
+            self._standing.drop(policy.direction, policy.selector)
             with suppress(KernelError):  # it went meanwhile
                 await self._requests.request(policy_id_message(MessageType.DELPOLICY, policy.direction, policy.selector))
-
-    def _remember(self, policy: Policy) -> None:
-        self._forget(policy.direction, policy.selector)
-        self._selectors[_key(policy.direction, policy.selector)] = policy
-        if policy.direction is Direction.OUT:
-            for template in policy.templates:
-                self._outbound.setdefault(template.reqid, {})[policy.selector] = policy
-
-    def _forget(self, direction: Direction, selector: Selector) -> None:
-        old = self._selectors.pop(_key(direction, selector), None)
-        if old is None or direction is not Direction.OUT:
-            return
-        for template in old.templates:
-            of_reqid = self._outbound.get(template.reqid, {})
-            of_reqid.pop(old.selector, None)
-            if not of_reqid:
-                self._outbound.pop(template.reqid, None)
 
     def _as_asked(self, policy: Policy) -> Policy:
         """In the words in which it was asked for, where the kernel has only one of several ways to say it."""
         unresolved = policy.unresolved
         if policy.direction is Direction.OUT and policy.action is Action.PROTECT and not self._holds:
             unresolved = Unresolved.DROP
-        asked = self._selectors.get(_key(policy.direction, policy.selector))
+        asked = self._standing.get(policy.direction, policy.selector)
         policy = replace(policy, unresolved=unresolved, selector=asked.selector if asked is not None else policy.selector)
         if asked is None:
-            self._remember(policy)  # an earlier run's
+            self._standing.put(policy)  # an earlier run's
         return policy
 
     # Events
@@ -376,7 +357,7 @@ class XfrmChannel:
         flow = None
         if asked is not None:
             flow = Flow(asked.source.first, asked.destination.first, asked.protocol, asked.source_ports.low, asked.destination_ports.low)
-        policy = next((each for each in self._outbound.get(reqid, {}).values() if flow is None or _covers(each.selector, flow)), None)
+        policy = self._standing.asking(reqid, flow)
         index = policy.index if policy is not None else PolicyIndex(0)
         selector = policy.selector if policy is not None else None
         return Acquire(larval.acquire, index, reqid, larval.mode, larval.source, larval.id.destination, selector, flow)
@@ -452,17 +433,6 @@ def bypass_policies(opened: socket.socket) -> None:
     level, option = (socket.IPPROTO_IP, _IP_XFRM_POLICY) if version == 4 else (socket.IPPROTO_IPV6, _IPV6_XFRM_POLICY)
     for direction in (Direction.IN, Direction.OUT):
         opened.setsockopt(level, option, socket_bypass(version, direction))
-
-
-def _key(direction: Direction, selector: Selector) -> tuple[Direction, bytes]:
-    attributes = selector_attributes(selector)
-    return direction, selector_struct(selector).pack() + b"".join(bytes((kind,)) + value for kind, value in sorted(attributes.items()))
-
-
-def _covers(selector: Selector, flow: Flow) -> bool:
-    if flow.source not in selector.source or flow.destination not in selector.destination or selector.protocol not in (ANY_PROTOCOL, flow.protocol):
-        return False
-    return flow.source_port in selector.source_ports and flow.destination_port in selector.destination_ports
 
 
 def _is_local(address: IPAddress) -> bool:
