@@ -292,6 +292,7 @@ class Engine:
         status = entry.status(self._config.epoch)
         self._sa_came(entry)
         if entry.sa.direction is Direction.IN:
+            self._inbound.waiting_octets -= entry.waiting_octets
             waiting, entry.waiting, entry.waiting_octets = entry.waiting, [], 0
             for early in waiting:
                 self._inbound.take_one(early.local, early.remote, memoryview(early.packet), now)
@@ -337,6 +338,7 @@ class Engine:
     def _sa_gone(self, entry: SaEntry) -> None:
         if entry.state is SaState.DEAD and entry.waiting:
             self._traffic.drop(DropReason.LARVAL_GONE, len(entry.waiting))
+            self._inbound.waiting_octets -= entry.waiting_octets
             entry.waiting = []
         if entry.fields is not None:
             self._fields[entry.sa.direction].remove(entry.fields)

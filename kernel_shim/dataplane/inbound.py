@@ -47,7 +47,9 @@ from kernel_shim.sa.entry import SaEntry, Waiting
 
 # Limits of this implementation
 ROWS_FROM: Final = 3  # fewer packets than this are opened one by one
+NEW_ROWS_FROM: Final = 8  # and as many for a length that was not seen of late: to lay out its rows costs as much as opening twenty packets
 FLOWS_IN_ROWS: Final = 4  # of more flows than that in one receive the others are delivered one by one
+MAX_LARVAL_OCTETS: Final = 16 << 20  # what waits for the keys of all larval SAs; nobody has authenticated it
 MAPPING_SECONDS: Final = 1.0  # a peer's address is taken to have changed at most this often
 
 _BEGIN: Final = virtio.LENGTH
@@ -87,6 +89,7 @@ class Inbound:
         self._single: Final = memoryview(bytearray(_BEGIN + _PREFIX_ROOM + 65535 + TAIL_ROOM))
         self._row: Final = memoryview(bytearray(_BEGIN + _PREFIX_ROOM + 65535 + TAIL_ROOM))
         self._joiner: Final = Joiner(TAIL_ROOM)
+        self.waiting_octets = 0  # of larval SAs; who takes the packets out subtracts them
         self._open: tuple[SaEntry, Admission] | None = None  # whose packets the joiner holds
 
     # 1. Take
@@ -123,8 +126,9 @@ class Inbound:
         return None
 
     def _hold(self, entry: SaEntry, local: Endpoint, remote: Endpoint, packet: memoryview) -> None:
-        if not entry.hold(Waiting(local, remote, bytes(packet))):
-            self._traffic.drop(DropReason.LARVAL_OVERFLOW)
+        if self.waiting_octets + len(packet) > MAX_LARVAL_OCTETS or not entry.hold(Waiting(local, remote, bytes(packet))):
+            return self._traffic.drop(DropReason.LARVAL_OVERFLOW)
+        self.waiting_octets += len(packet)
 
     # 3. Open
 
@@ -136,6 +140,8 @@ class Inbound:
         spi, low = HEADER_FORMAT.unpack_from(self._buffer) if segment >= HEADER_FORMAT.size else (0, 0)
         entry = self._find(spi, local)
         if entry is None or entry.cipher is None or not entry.usable or not entry.cipher.shape.plausible(segment):
+            return 0
+        if length < NEW_ROWS_FROM * segment and not self._workspace.knows(segment, entry.cipher.shape):
             return 0
         rows = self._workspace.rows(segment, entry.cipher.shape)
         count = min(length // segment, rows.capacity)

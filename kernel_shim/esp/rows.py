@@ -86,6 +86,10 @@ class Workspace:
         """How many layouts there are."""
         return len(self._layouts)
 
+    def knows(self, wire_length: int, shape: Shape) -> bool:
+        """Whether `rows` has this layout at hand."""
+        return (wire_length, shape.iv, shape.icv) in self._layouts
+
     def rows(self, wire_length: int, shape: Shape) -> Rows:
         """The layout for packets of `wire_length` bytes, which must be plausible for `shape` and at most MAX_DATAGRAMS."""
         key = (wire_length, shape.iv, shape.icv)

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scapy.layers.inet import ICMP, IP
 
+from kernel_shim.dataplane.inbound import MAX_LARVAL_OCTETS
 from kernel_shim.esp.wire import trailer
 from kernel_shim.model import Direction, Endpoint, Expire, Mode, NewMapping, ReqId, SpiRequest, UdpEncapsulation
 from kernel_shim.packet import virtio
@@ -346,3 +347,24 @@ def test_a_peer_that_moved_is_followed_by_an_update_of_sa_and_policy() -> None:
         left.receive(item.remote, Endpoint(moved, 61000), item.data, item.segment, pair.now)
     assert pair.left.received() == [back]
     assert [event for event in pair.left.events if isinstance(event, NewMapping)] == []
+
+
+def test_what_waits_for_all_larval_sas_is_bounded() -> None:
+    pair = Pair(policies=False)
+    local, remote = endpoints()
+    engine = pair.right.engine
+
+    def fill() -> int:
+        for _ in range(300):
+            spi = engine.get_spi(SpiRequest(local.address, remote.address, Mode.TUNNEL, ReqId(7)), pair.now).sa.spi
+            flood = (spi.to_bytes(4, "big") + bytes(1396)) * 46
+            engine.receive(remote, local, flood, 1400, pair.now)
+        return 300 * 46 - pair.right.count("drop_larval_overflow") - pair.right.count("drop_larval_gone")
+
+    assert fill() == MAX_LARVAL_OCTETS // 1400
+    pair.now += 1000
+    engine.tick(pair.now)
+    assert pair.right.count("drop_larval_gone") == MAX_LARVAL_OCTETS // 1400
+    before = pair.right.count("drop_larval_overflow")
+    fill()
+    assert pair.right.count("drop_larval_overflow") == 2 * before, "all room is free again"
