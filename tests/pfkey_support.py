@@ -268,6 +268,7 @@ class SocketEdge:
 
     def __init__(self, path: Path, kernel: Kernel, *, send_buffer: int | None = None) -> None:
         self.sockets = PipeSockets()
+        self.kernel = kernel
         self.session = ServerSession(kernel, self.sockets, inspected=kernel if isinstance(kernel, Engine) else None)
         self.clients: dict[int, socket.socket] = {}
         self.paused = False

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 EDGES = (
     "kernel_shim.io",
     "kernel_shim.channel",
+    "kernel_shim.tool",
     "vpnd.app",
     "vpnd.cli",
     "vpnd.control.client",

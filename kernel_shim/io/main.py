@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
-import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-
-from rich.console import Console
-from rich.table import Table
 
 from kernel_shim.io import settings
 from kernel_shim.io.settings import ShimSettings
+from kernel_shim.tool import commands as tool
 
 
 def parser() -> argparse.ArgumentParser:
@@ -37,9 +33,7 @@ def parser() -> argparse.ArgumentParser:
     serve.add_argument("--keep-privileges", action="store_true", help="do not drop capabilities (to profile it, for example)")
     serve.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
 
-    stats = commands.add_parser("stats", help="show the counters of a running kernel")
-    _socket_argument(stats)
-    stats.add_argument("--json", action="store_true", help="as one JSON object")
+    tool.add_commands(commands, _socket_argument)
     return top
 
 
@@ -51,8 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0: done; 1: could not; 2: asked wrongly."""
     top = parser()
     options = top.parse_args(arguments)
-    if options.command == "stats":
-        return _stats(options)
+    if options.command in tool.NAMES:
+        return tool.run(options)
     try:
         chosen = ShimSettings(
             socket=options.socket,
@@ -67,37 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     except ValueError as error:
         top.error(str(error))
-    from kernel_shim.io.shim import serve  # the data plane takes a while to import: not for `stats`
+    from kernel_shim.io.shim import serve  # the data plane takes a while to import: not for the commands that look
 
     return serve(chosen, options.log_level)
-
-
-def _stats(options: argparse.Namespace) -> int:
-    try:
-        counters = asyncio.run(_ask(options.socket))
-    except OSError as error:
-        print(f"kernel-shim: no kernel answers at {options.socket}: {error.strerror or error}", file=sys.stderr)
-        return 1
-    if options.json:
-        print(json.dumps(dict(sorted(counters.items()))))
-        return 0
-    table = Table("counter", "value", box=None)
-    table.columns[1].justify = "right"
-    for name, value in sorted(counters.items()):
-        table.add_row(name, f"{value:,}")
-    Console().print(table)
-    return 0
-
-
-async def _ask(path: Path) -> Mapping[str, int]:
-    from kernel_shim.channel.pfkey import PfKeyChannel
-
-    channel = PfKeyChannel(path, listens=False)
-    await channel.open()
-    try:
-        return await channel.statistics()
-    finally:
-        await channel.close()
 
 
 if __name__ == "__main__":

@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from pfkey_support import A, B, make_sa, without_keys
 
 from kernel_shim.algorithms import EncryptionId, EspAlgorithm, IntegrityId
+from kernel_shim.inspection import CachedBundle, PendingQueue
 from kernel_shim.model import (
     Acquire,
+    Action,
     AddressRange,
     Capabilities,
     Direction,
@@ -97,6 +99,10 @@ def _request(protocol, mode, level, reqid, ends):
     return m.IpsecRequest(protocol, mode, level, reqid, *(ends or (None, None)))
 
 
+def _pending(pair, has_source, has_destination, policy, *rest):
+    return p.PendingExtension(PendingQueue(policy, pair[0] if has_source else None, pair[1] if has_destination else None, *rest))
+
+
 STRATEGIES = {
     X.SA: st.builds(m.Sa, u32, u8, u8, u8, u8, u32),
     X.SPIRANGE: st.builds(m.SpiRange, u32, u32),
@@ -126,6 +132,13 @@ STRATEGIES = {
     X.X_DUMP: st.builds(p.DumpPosition, u32, u32),
     X.X_ERROR: st.builds(p.ErrorText, st.text(max_size=60)),
     X.X_ACQUIRE: st.builds(p.AcquireReference, u32),
+    X.X_PENDING: st.builds(_pending, pairs, st.booleans(), st.booleans(), u32, st.sampled_from(Unresolved), u32, u32, u32, u32, u64),
+    X.X_BUNDLE: st.builds(
+        lambda pair, *rest: p.BundleExtension(CachedBundle(pair[0].version, *pair, *rest)),
+        pairs,
+        *(st.none() | u8, st.none() | u16, st.none() | u16, st.sampled_from(Action), u32, st.none() | st.tuples(addresses, u32).map(lambda it: SaId(*it)), u32),
+    ),
+    X.X_LOST: st.builds(p.Lost, u32),
 }
 for kind in (X.LIFETIME_CURRENT, X.LIFETIME_HARD, X.LIFETIME_SOFT):
     STRATEGIES[kind] = st.builds(m.LifetimeExtension, st.just(kind), u32, u64, u64, u64)

@@ -19,6 +19,7 @@ from kernel_shim.policy.flowkey import (
     fields_of_selector,
     fields_of_traffic_selectors,
     flow_of_key,
+    flow_of_masked_key,
     key_of_flow,
     masked_key,
 )
@@ -93,6 +94,9 @@ def test_every_mask_cuts_what_it_says(flow: Flow, mask: FieldMask, before: int, 
     key = keys.cut(packet, before)
     assert type(key) is bytes
     assert key == masked_key(full, mask)
+    told = flow_of_masked_key(key, mask)
+    fields = (flow.source, flow.destination, flow.protocol, flow.source_port, flow.destination_port)
+    assert told == (flow.source.version, *(field if mask & flag else None for field, flag in zip(fields, SINGLE, strict=True)))
     assert keys.full_key(packet, before) == full
     assert keys.flow(packet, before) == flow
     assert FlowKeys().cut(packet, before) == full

@@ -1,0 +1,77 @@
+"""The kernels that the tool can look at, and what each of them shows."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol
+
+from kernel_shim.inspection import CachedBundle, PendingQueue
+from kernel_shim.model import KernelError, Policy, SaStatus
+
+
+class Source(Protocol):
+    """What every kernel shows. Errors as of `KernelChannel`."""
+
+    async def open(self) -> None: ...
+    async def close(self) -> None: ...
+    async def sas(self) -> Sequence[SaStatus]: ...
+    async def policies(self) -> Sequence[Policy]: ...
+    async def statistics(self) -> Mapping[str, int]: ...
+
+
+class InspectableSource(Source, Protocol):
+    """What only our own kernel shows."""
+
+    async def pending_queues(self) -> Sequence[PendingQueue]: ...
+    async def cached_bundles(self) -> Sequence[CachedBundle]: ...
+
+
+def _userspace(socket: Path) -> InspectableSource:
+    from kernel_shim.channel.pfkey import PfKeyChannel
+
+    return PfKeyChannel(socket, listens=False)
+
+
+def _xfrm(_socket: Path) -> Source:
+    from kernel_shim.channel.xfrm import XfrmChannel
+
+    return XfrmChannel(listens=False, require_esp=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """`make` gives a source for the socket that was named, an `InspectableSource` where it is `inspectable`. What has `messages` can be monitored."""
+
+    make: Callable[[Path], Source]
+    inspectable: bool = False
+    messages: bool = False
+
+
+KERNELS: Final[Mapping[str, Kernel]] = {
+    "userspace": Kernel(_userspace, inspectable=True, messages=True),
+    "xfrm": Kernel(_xfrm),
+}
+
+
+@asynccontextmanager
+async def opened(kernel: str, socket: Path) -> AsyncIterator[Source]:
+    """Raises OSError when no kernel answers, KernelError when it refuses."""
+    source = KERNELS[kernel].make(socket)
+    await source.open()
+    try:
+        yield source
+    finally:
+        await source.close()
+
+
+@asynccontextmanager
+async def opened_inspectable(kernel: str, socket: Path) -> AsyncIterator[InspectableSource]:
+    """As `opened`; KernelError(EOPNOTSUPP) for a kernel that shows no more than its tables."""
+    if not KERNELS[kernel].inspectable:
+        raise KernelError(errno.EOPNOTSUPP, f"the kernel {kernel} does not show this")
+    async with opened(kernel, socket) as source:
+        yield source  # type: ignore[misc]
