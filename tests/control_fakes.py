@@ -17,12 +17,14 @@ from kernel_shim.model import AddressRange, Endpoint, Mode, TrafficSelector
 from vpnd.config.credentials import load_private_key
 from vpnd.config.model import ConnectionConfig, DaemonConfig, PrivateKeySource, SharedSecret
 from vpnd.control.backend import (
+    ChildRekeyed,
     ChildState,
     ChildStatus,
     ChildUpDown,
     ControlError,
     DaemonEvent,
     DaemonStats,
+    IkeRekeyed,
     IkeState,
     IkeStatus,
     IkeUpDown,
@@ -201,6 +203,10 @@ class FakeBackend:
         yield LogLine("IKE", 1, "gw", 1, "deleting")
         self.sas.clear()
 
+    def rekey(self, *, child: str | None = None, ike: str | None = None, child_id: int | None = None, ike_id: int | None = None) -> int:
+        self.called.append(f"rekey {child} {ike} {child_id} {ike_id}")
+        return len(self.sas)
+
     async def install(self, child: str, ike: str | None) -> None:
         self.policies.append(PolicyStatus(child, ike or "gw", "TUNNEL", [selector("10.1.0.0/16")], [selector("10.2.0.0/16")], 3))
 
@@ -247,4 +253,4 @@ class ServedBackend:
         self.loop.close()
 
 
-__all__ = ["ChildUpDown", "FakeBackend", "IkeUpDown", "LogLine", "ServedBackend", "child_status", "ike_status"]
+__all__ = ["ChildRekeyed", "ChildUpDown", "FakeBackend", "IkeRekeyed", "IkeUpDown", "LogLine", "ServedBackend", "child_status", "ike_status"]

@@ -26,6 +26,7 @@ from vpnd.ike.effects import (
     Effect,
     IkeClosed,
     IkeEstablished,
+    IkeOpened,
     InstallSa,
     Reason,
     RemoveSa,
@@ -142,8 +143,13 @@ class Peer:
 
     @property
     def sa(self) -> IkeSa:
-        """The only IKE SA, or the youngest."""
-        return list(self.sas.values())[-1]
+        """The only IKE SA that is not closed, or the youngest."""
+        return (self.standing or list(self.sas.values()))[-1]
+
+    @property
+    def standing(self) -> list[IkeSa]:
+        """The IKE SAs that are not closed."""
+        return [sa for sa in self.sas.values() if not sa.closed]
 
     def start(self, remote: Endpoint, now: float, *children: ChildConfig) -> IkeSa:
         sa = IkeSa.initiator_of(self, self.connections[0], self.endpoint, remote, now)
@@ -188,6 +194,9 @@ class Peer:
                 case RemoveSa(sa_id):
                     self.sad.pop(sa_id, None)
                     self.larval.discard(sa_id)
+                case IkeOpened(new):
+                    self.sas[new.spi_local] = new
+                    self.events.append(effect)
                 case _:
                     self.events.append(effect)
 

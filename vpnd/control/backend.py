@@ -40,6 +40,7 @@ class IkeState(Enum):
     CONNECTING = "CONNECTING"
     ESTABLISHED = "ESTABLISHED"
     REKEYING = "REKEYING"
+    REKEYED = "REKEYED"
     DELETING = "DELETING"
     DESTROYING = "DESTROYING"
 
@@ -126,7 +127,20 @@ class ChildUpDown:
     ike: IkeStatus  # with that one child
 
 
-DaemonEvent = LogLine | IkeUpDown | ChildUpDown
+@dataclass(frozen=True, slots=True)
+class IkeRekeyed:
+    old: IkeStatus
+    new: IkeStatus
+
+
+@dataclass(frozen=True, slots=True)
+class ChildRekeyed:
+    ike: IkeStatus
+    old: ChildStatus
+    new: ChildStatus
+
+
+DaemonEvent = LogLine | IkeUpDown | ChildUpDown | IkeRekeyed | ChildRekeyed
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +196,9 @@ class ControlBackend(Protocol):
         timeout: float = 0.0,
     ) -> AsyncIterator[LogLine]:
         """Lines of progress until all that matched is gone. The last step raises ControlError when nothing matched or time ran out."""
+
+    def rekey(self, *, child: str | None = None, ike: str | None = None, child_id: int | None = None, ike_id: int | None = None) -> int:
+        """Begin to rekey the CHILD_SAs that match, or without `child` and `child_id` the IKE SAs; how many those are."""
 
     async def install(self, child: str, ike: str | None) -> None: ...
     async def uninstall(self, child: str, ike: str | None) -> None: ...

@@ -22,7 +22,7 @@ def superfluous_child(ike: IkeSa, child: ChildSa) -> Child | None:
     if new is None:
         return None
     for other in ike.children.values():
-        if other.sa.id == child.id or other.initiator == new.initiator or other.state is not ChildSaState.INSTALLED:
+        if other.sa.id == child.id or other.initiator == new.initiator or other.replaces or other.state is not ChildSaState.INSTALLED:
             continue
         if abs(other.installed_at - new.installed_at) > CROSSING or not _same(other.sa, child):
             continue

@@ -12,12 +12,14 @@ from kernel_shim.model import Action, KernelError, ReqId, SaId, SaStatus
 from vpnd.auth.credentials import CredentialError
 from vpnd.config.model import ChildConfig, Configuration, ConnectionConfig, PrivateKeySource, SharedSecret, StartAction
 from vpnd.control.backend import (
+    ChildRekeyed,
     ChildState,
     ChildStatus,
     ChildUpDown,
     ControlError,
     DaemonEvent,
     DaemonStats,
+    IkeRekeyed,
     IkeState,
     IkeStatus,
     IkeUpDown,
@@ -26,9 +28,9 @@ from vpnd.control.backend import (
 )
 from vpnd.daemon.demands import Demands, NoAddressYet, selectors
 from vpnd.daemon.manager import Entry, Manager
-from vpnd.ike.effects import ChildFailed, ChildSa, IkeClosed, Reason
+from vpnd.ike.effects import ChildFailed, ChildSa, IkeClosed, Reason, RekeyFailed
 from vpnd.ike.proposal import within
-from vpnd.ike.sa import Child
+from vpnd.ike.sa import Child, ChildSaState, IkeSaState
 from vpnd.peers import host_names
 
 SINGLE_LOOKUPS: Final = 16  # up to so many SAs are asked for one by one, beyond that the SAD is dumped once
@@ -54,43 +56,55 @@ class Operations:
     def ike_established(self, entry: Entry) -> None:
         self._manager.publish(IkeUpDown(True, self._ike_status(entry, NO_USAGE)))
 
+    def ike_rekeyed(self, old: Entry, new: Entry) -> None:
+        self._manager.publish(IkeRekeyed(self._ike_status(old, NO_USAGE, children=()), self._ike_status(new, NO_USAGE, children=())))
+        self._demands.ike_rekeyed(old, new)
+
+    def child_rekeyed(self, entry: Entry, old: ChildSa, child: ChildSa) -> None:
+        before, after = self._child_event_status(entry, old), self._child_event_status(entry, child)
+        self._manager.publish(ChildRekeyed(self._ike_status(entry, NO_USAGE, children=()), before, after))
+        self._demands.child_rekeyed(entry, old, child)
+
+    def rekey_failed(self, entry: Entry, effect: RekeyFailed) -> None:
+        self._demands.rekey_failed(entry, effect.child_id)
+
     def child_established(self, entry: Entry, child: ChildSa) -> None:
         self._publish_child(True, entry, child)
         self._demands.child_established(entry, child)
 
     def child_closed(self, entry: Entry, child: ChildSa, reason: Reason) -> None:
-        self._publish_child(False, entry, child)
+        if reason is not Reason.REKEYED:  # its successor stands: nothing went down
+            self._publish_child(False, entry, child)
         self._demands.child_closed(entry, child, reason)
 
     def child_failed(self, entry: Entry, effect: ChildFailed) -> None:
         self._demands.child_failed(entry, effect)
 
     def ike_closed(self, entry: Entry, effect: IkeClosed) -> None:
-        if entry.sa.established_at is not None:
+        if entry.sa.established_at is not None and effect.reason is not Reason.REKEYED:
             self._manager.publish(IkeUpDown(False, self._ike_status(entry, NO_USAGE)))
         self._demands.ike_closed(entry, effect)
 
     def _publish_child(self, up: bool, entry: Entry, child: ChildSa) -> None:
+        self._manager.publish(ChildUpDown(up, self._ike_status(entry, NO_USAGE, children=[self._child_event_status(entry, child)])))
+
+    def _child_event_status(self, entry: Entry, child: ChildSa) -> ChildStatus:
         known = entry.sa.children.get(child.id)
-        now = self._monotonic()
-        status = (
-            self._child_status(known, NO_USAGE, now)
-            if known is not None
-            else ChildStatus(
-                child.name,
-                child.id,
-                child.reqid,
-                ChildState.DELETED,
-                child.mode,
-                child.encapsulated,
-                child.inbound.spi,
-                child.outbound.spi,
-                None,
-                child.local_ts,
-                child.remote_ts,
-            )
+        if known is not None:
+            return self._child_status(known, NO_USAGE, self._monotonic())
+        return ChildStatus(
+            child.name,
+            child.id,
+            child.reqid,
+            ChildState.DELETED,
+            child.mode,
+            child.encapsulated,
+            child.inbound.spi,
+            child.outbound.spi,
+            None,
+            child.local_ts,
+            child.remote_ts,
         )
-        self._manager.publish(ChildUpDown(up, self._ike_status(entry, NO_USAGE, children=[status])))
 
     def subscribe(self, listener: Callable[[DaemonEvent], None]) -> Callable[[], None]:
         return self._manager.subscribe(listener)
@@ -164,6 +178,7 @@ class Operations:
             nat_fake=sa.nat_fake,
             nat_any=sa.nat_local or sa.nat_remote or sa.nat_fake,
             established=None if sa.established_at is None else now - sa.established_at,
+            rekey_in=None if sa.rekey_at is None else sa.rekey_at - now,
             tasks_queued=sa.tasks_queued,
             tasks_active=sa.tasks_active,
             children=[self._child_status(child, usage, now) for child in sa.children.values()] if children is None else children,
@@ -196,7 +211,7 @@ class Operations:
             bytes_out=outbound.octets if outbound else 0,
             packets_out=outbound.packets if outbound else 0,
             used_out=since(outbound),
-            rekey_in=sa.outbound.soft.seconds - age if sa.outbound.soft.seconds else None,
+            rekey_in=sa.outbound.soft.seconds - age if sa.outbound.soft.seconds and child.state is ChildSaState.INSTALLED else None,
             life_in=sa.outbound.hard.seconds - age if sa.outbound.hard.seconds else None,
             installed=age,
         )
@@ -387,6 +402,22 @@ class Operations:
 
         async for line in self._with_log(asyncio.ensure_future(up()), timeout):
             yield line
+
+    def rekey(self, *, child: str | None = None, ike: str | None = None, child_id: int | None = None, ike_id: int | None = None) -> int:
+        now, found = self._monotonic(), 0
+        for entry in self._manager.entries():
+            sa = entry.sa
+            if (ike is not None and sa.connection.name != ike) or (ike_id is not None and sa.unique_id != ike_id):
+                continue
+            if child is not None or child_id is not None:
+                for one in list(sa.children.values()):
+                    if child in (None, one.sa.name) and child_id in (None, one.sa.id) and one.state in (ChildSaState.INSTALLED, ChildSaState.REKEYING):
+                        found += 1
+                        self._manager.run(entry, sa.rekey_child(one.sa.id, now))
+            elif sa.state in (IkeSaState.ESTABLISHED, IkeSaState.REKEYING):
+                found += 1
+                self._manager.run(entry, sa.rekey(now))
+        return found
 
     async def terminate(
         self,

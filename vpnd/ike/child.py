@@ -41,11 +41,11 @@ SMALLEST_SPI: Final = 256  # RFC 4303 section 2.1: 0 to 255 are reserved
 
 
 class ChildRefused(Exception):
-    """There will be no CHILD_SA. `notify` and `data` say so to the peer, `reason` and `detail` to us."""
+    """There will be no CHILD_SA. `notify` and `data` say so to the peer, `reason` and `detail` to us; `answer` is what the peer said."""
 
-    def __init__(self, reason: Reason, notify: int, data: bytes = b"", detail: str = "") -> None:
+    def __init__(self, reason: Reason, notify: int, data: bytes = b"", detail: str = "", answer: int = 0) -> None:
         super().__init__(detail or reason.value)
-        self.reason, self.notify, self.data, self.detail = reason, notify, data, detail
+        self.reason, self.notify, self.data, self.detail, self.answer = reason, notify, data, detail, answer
 
     @property
     def payload(self) -> NotifyPayload:
@@ -108,14 +108,17 @@ def allocation(session: Session, config: ChildConfig, reqid: int, acquire: Acqui
     return AllocateSpi(session.tokens, config.name, session.local, session.remote, config.mode, reqid, acquire)
 
 
-def make_offer(session: Session, request: ChildRequest, *, key_exchange: bool) -> Steps[Offer]:
-    """Reserve an SPI and say what we want. Raises ChildRefused."""
+def make_offer(session: Session, request: ChildRequest, *, key_exchange: bool, like: Child | None = None) -> Steps[Offer]:
+    """Reserve an SPI and say what we want. `like` is the CHILD_SA that it is to replace. Raises ChildRefused."""
     child = request.child
     proposals = _usable(session, child, key_exchange=key_exchange)
     if not proposals:
         raise ChildRefused(Reason.NO_PROPOSAL_CHOSEN, NotifyType.NO_PROPOSAL_CHOSEN, detail="the kernel supports none of the ESP proposals")
     check_encapsulation(session)
     local_ts, remote_ts = resolve(child.local_ts, session.local.address), resolve(child.remote_ts, session.remote.address)
+    # RFC 7296 section 2.9.2: what it replaces, no less
+    if like is not None:
+        local_ts, remote_ts = like.sa.local_ts, like.sa.remote_ts
     # RFC 7296 section 2.9: the packet that asked goes first
     first = of_flow(request.flow, local_ts, remote_ts) if request.flow is not None else None
     if first is not None:
@@ -216,7 +219,7 @@ def answer_payloads(asked: Asked, spi: SaId) -> list[Payload]:
 # What comes of it
 
 
-def build(session: Session, agreed: Agreed, spi_in: SaId, keying: Keying) -> Child:
+def build(session: Session, agreed: Agreed, spi_in: SaId, keying: Keying, replaces: Child | None = None) -> Child:
     """Both SAs, with keys (RFC 7296 section 2.17)."""
     crypto, config, algorithm = session.keys, agreed.config, agreed.algorithm
     keys = child_keys(crypto.suite.prf, crypto.keys.d, algorithm, keying.nonce_i, keying.nonce_r, keying.shared)
@@ -259,7 +262,9 @@ def build(session: Session, agreed: Agreed, spi_in: SaId, keying: Keying) -> Chi
         outbound=one(Direction.OUT, agreed.spi_out, own),
         encapsulated=encapsulated,
     )
-    return Child(sa, config, agreed.proposal, session.now, keying.initiator)
+    # the peer has its new SA in only once it has our answer, so until it deletes the old CHILD_SA that one sends
+    sends = keying.initiator or replaces is None
+    return Child(sa, config, agreed.proposal, session.now, keying.initiator, replaces=replaces.sa.id if replaces else 0, sends=sends)
 
 
 def check_encapsulation(session: Session) -> None:

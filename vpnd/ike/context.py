@@ -40,6 +40,7 @@ class IkeSettings:
     force_encapsulation: bool = False  # the kernel can do ESP only in UDP
     vendor_id: bytes = b""  # ours; empty: none is sent
     initial_contact: bool = True
+    rekeyed_delay: float = 5.0  # a rekeyed CHILD_SA's SA in still takes packets that are under way (strongSwan's `charon.delete_rekeyed_delay`)
 
 
 class IkeContext(Protocol):

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from kernel_shim.model import AcquireSequence, Endpoint, Mode, SaId, SecurityAssociation, TrafficSelector
 from vpnd.ike.identity import Identity
+
+if TYPE_CHECKING:
+    from vpnd.ike.sa import IkeSa
 
 NO_ACQUIRE: Final = AcquireSequence(0)  # no packet asked
 
@@ -38,6 +41,7 @@ class Reason(Enum):
     DELETED = "deleted"
     EXPIRED = "lifetime expired"
     REPLACED = "replaced"
+    REKEYED = "rekeyed"
     KERNEL_LOST = "kernel side lost the SA"
     SHUTDOWN = "shutdown"
 
@@ -116,8 +120,28 @@ class IkeClosed:
 
 
 @dataclass(frozen=True, slots=True)
+class IkeOpened:
+    """A rekeying made this IKE SA, which needs no introduction: datagrams for it may come right away. Carry it out before the rest of its step.
+
+    Ask its `next_deadline` at once. Whether it takes over anything, IkeHandedOver tells.
+    """
+
+    sa: IkeSa
+
+
+@dataclass(frozen=True, slots=True)
+class IkeHandedOver:
+    """The CHILD_SAs and the waiting exchanges of this IKE SA are those of `sa` now. Carry it out before the rest of its step."""
+
+    sa: IkeSa
+
+
+@dataclass(frozen=True, slots=True)
 class ChildEstablished:
+    """`replaces`: it rekeys that CHILD_SA, which is closed (REKEYED) later."""
+
     child: ChildSa
+    replaces: ChildSa | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +158,15 @@ class ChildFailed:
     reason: Reason
     detail: str = ""
     acquire: AcquireSequence = NO_ACQUIRE
+
+
+@dataclass(frozen=True, slots=True)
+class RekeyFailed:
+    """A rekeying of ours came to nothing; it is tried again while the SA lasts. `child_id` 0: that of the IKE SA."""
+
+    child_id: int
+    reason: Reason
+    detail: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,9 +202,12 @@ Effect = (
     | RemoveSa
     | IkeEstablished
     | IkeClosed
+    | IkeOpened
+    | IkeHandedOver
     | ChildEstablished
     | ChildClosed
     | ChildFailed
+    | RekeyFailed
     | ChildDenied
     | AuthenticationRejected
     | InitialContact

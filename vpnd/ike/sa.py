@@ -11,20 +11,15 @@ from collections.abc import Sequence
 from kernel_shim.model import AcquireSequence, Direction, Endpoint, Flow, SaId, Spi
 from vpnd.config.model import ChildConfig, ConnectionConfig
 from vpnd.ike.context import ChildRequest, IkeContext
-from vpnd.ike.effects import NO_ACQUIRE, ChildDenied, ChildFailed, Effect, Reason, RemoveSa, SendKeepalive
-from vpnd.ike.exchanges import create_child_sa, ike_auth, ike_sa_init, informational
-from vpnd.ike.session import Steps, Task
+from vpnd.ike.effects import NO_ACQUIRE, ChildClosed, ChildDenied, ChildFailed, Effect, Reason, RekeyFailed, RemoveSa, SendKeepalive
+from vpnd.ike.exchanges import create_child_sa, ike_auth, ike_sa_init, informational, rekey_ike
+from vpnd.ike.session import Session, Steps, Task
 from vpnd.ike.state import MAX_TASKS, Child, ChildSaState, IkeSaState
 from vpnd.ike.transport import Transport
 from vpnd.ike.wire.errors import MalformedMessage
 from vpnd.ike.wire.message import decode_message
 
 __all__ = ["Child", "ChildSaState", "IkeSa", "IkeSaState"]
-
-
-def nothing() -> Steps[None]:
-    """The steps of a task before it has its own."""
-    yield from ()
 
 
 class IkeSa(Transport):
@@ -58,8 +53,8 @@ class IkeSa(Transport):
     def initiate(self, now: float) -> list[Effect]:
         """Send IKE_SA_INIT. IKE_AUTH carries the first CHILD_SA asked for, or else the connection's first child."""
         self.now = now
-        task = Task("IKE_INIT", nothing())
-        task.steps = self._connect(task)
+        task = Task("IKE_INIT", _connect)
+        task.steps = task.begin(self, task)
         self.active = task
         self._run(task, None)
         return self._done()
@@ -92,6 +87,7 @@ class IkeSa(Transport):
             self._check_spis,
             self._check_outstanding,
             self._check_lifetime,
+            self._check_later,
             self._start_next,
             self._check_peer,
             self._keep_mapping,
@@ -111,7 +107,8 @@ class IkeSa(Transport):
             deadlines.append(self._half_open_until)
         if self._may_start():
             deadlines.append(self.now)
-        deadlines += [deadline for deadline in (self._lifetime_end, self._probe_at, self._keepalive_at) if deadline is not None]
+        timers = self._lifetime_end, self._rekey_due, self._probe_at, self._keepalive_at, self.later.next()
+        deadlines += [deadline for deadline in timers if deadline is not None]
         return min(deadlines, default=None)
 
     def heard(self, now: float) -> None:
@@ -123,12 +120,22 @@ class IkeSa(Transport):
         self.now = now
         if self.closed or self.state is IkeSaState.DELETING:
             return [ChildFailed(child.name, self.close_reason or Reason.DELETED, "the IKE SA is going away", acquire)]
-        if len(self.queue) >= MAX_TASKS:
+        if len(self.queue) + len(self.postponed) >= MAX_TASKS:
             return [ChildFailed(child.name, Reason.TEMPORARY_FAILURE, "too many exchanges are waiting", acquire)]
-        task = Task("CHILD_CREATE", nothing(), ChildRequest(child, flow, acquire, reqid))
-        task.steps = create_child_sa.create_child(self, task)
-        self.queue.append(task)
+        self.queue.append(Task("CHILD_CREATE", create_child_sa.create_child, ChildRequest(child, flow, acquire, reqid)))
         self._start_next()
+        return self._done()
+
+    def rekey_child(self, child_id: int, now: float) -> list[Effect]:
+        """Replace a CHILD_SA by one with fresh keys: ends in ChildEstablished (`replaces`) and, when the old one is gone, ChildClosed(REKEYED)."""
+        self.now = now
+        self._rekey_child(child_id)
+        return self._done()
+
+    def rekey(self, now: float) -> list[Effect]:
+        """Replace the IKE SA by one with fresh keys: ends in IkeOpened and IkeHandedOver, and, when the old one is gone, IkeClosed(REKEYED)."""
+        self.now = now
+        self._rekey()
         return self._done()
 
     def delete_child(self, child_id: int, now: float, reason: Reason = Reason.DELETED) -> list[Effect]:
@@ -139,7 +146,7 @@ class IkeSa(Transport):
             return []
         child.state = ChildSaState.DELETING
         self._revoke(child_id)
-        self._enqueue(Task("CHILD_DELETE", informational.delete_child(self, child.sa.inbound.spi, child_id, reason)))
+        self._enqueue(informational.delete_child(child.sa.inbound.spi, child_id, reason))
         return self._done()
 
     def child_expired(self, child_id: int, now: float) -> list[Effect]:
@@ -159,6 +166,7 @@ class IkeSa(Transport):
         """Delete the IKE SA on the wire; IkeClosed comes with the answer or the last retransmission."""
         self.now = now
         self._delete(reason)
+        self._start_next()
         return self._done()
 
     def abort(self, now: float, reason: Reason) -> list[Effect]:
@@ -171,13 +179,15 @@ class IkeSa(Transport):
         """Ask the peer for a sign of life now; an exchange that is under way will tell as well."""
         self.now = now
         if self.state is IkeSaState.ESTABLISHED and self.active is None and not self.queue:
-            self._enqueue(Task("IKE_DPD", informational.probe(self)))
+            self._enqueue(Task("IKE_DPD", informational.probe))
         return self._done()
 
     def spi_allocated(self, token: int, spi: Spi | None, now: float) -> list[Effect]:
         """The answer to AllocateSpi; None: the kernel gave none. After IkeClosed the effects give the SPI back."""
         self.now = now
         wait = self._waits.pop(token, None)
+        if wait is None and self.heir is not None:
+            return self.heir.spi_allocated(token, spi, now)
         if wait is None or self.closed:
             return [RemoveSa(SaId(wait.address if wait else self.local.address, spi))] if spi is not None else []
         self._resume(wait, spi)
@@ -189,22 +199,29 @@ class IkeSa(Transport):
         A step that installs SAs holds nothing that must not be lost this way: further work of it is left to `timer`.
         """
         self.now = now
+        if child_id not in self.children and self.heir is not None:
+            return self.heir.install_failed(child_id, direction, now)
         child = self.children.pop(child_id, None)
         if child is None:
             return []
+        self.later.set(child_id, None)
+        self.effects += child.at_risk
         self.emit(RemoveSa(child.sa.outbound.id))
         self.emit(RemoveSa(child.sa.inbound.id))
+        self._keep_replaced(child)
         serving = self._revoke(child_id)
         if direction is Direction.IN and serving is not None:
             # the answer has not left: the peer gets another one
-            for other in self.children.values():
-                if other.sa.reqid == child.sa.reqid and other.state is ChildSaState.REKEYED:
-                    other.state = ChildSaState.INSTALLED
             self._send(self._inbox.response, serving.local, serving.remote)
         else:
             informational.delete_spi(self, child.sa.inbound.spi)
-        if child.initiator:
+        if child.replaces and child.initiator:
+            self.emit(RekeyFailed(child.replaces, Reason.KERNEL_REFUSED))
+        elif child.initiator:
             self.emit(ChildFailed(child.sa.name, Reason.KERNEL_REFUSED, acquire=child.sa.inbound.acquire))
+        elif child.replaces and direction is Direction.OUT:
+            # its SA out came late: it was announced long ago
+            self.emit(ChildClosed(child.sa, Reason.KERNEL_REFUSED))
         else:
             self.emit(ChildDenied(Reason.KERNEL_REFUSED, child.sa.name))
         self._start_next()
@@ -222,11 +239,7 @@ class IkeSa(Transport):
 
     # Steps of inputs
 
-    def _connect(self, task: Task) -> Steps[None]:
-        if (yield from ike_sa_init.initiate(self)):
-            yield from ike_auth.initiate(self, task)
-
-    def _delete(self, reason: Reason) -> None:
+    def wind_up(self, reason: Reason) -> None:
         if self.closed or self.state is IkeSaState.DELETING:
             return
         if self.established_at is None:
@@ -234,15 +247,49 @@ class IkeSa(Transport):
             return
         self.state = IkeSaState.DELETING
         self._deleting_for = reason
-        for task in self.queue:
+        for task in (*self.queue, *self.postponed):
             self.fail_child(task, reason)
         self.queue.clear()
-        self.queue.append(Task("IKE_DELETE", informational.delete_ike(self, reason)))
+        self.postponed.clear()
+        self.queue.append(informational.delete_ike(reason))
+
+    def _delete(self, reason: Reason) -> None:
+        self.wind_up(reason)
         if self.active is not None and self._outstanding is None:
             # it waits for an SPI only: nothing of it is on the wire
             self.fail_child(self.active, reason)
             self.active = None
+
+    def _rekey_child(self, child_id: int) -> None:
+        child = self.children.get(child_id)
+        if child is None or child.state is not ChildSaState.INSTALLED or self.closed or self.state is IkeSaState.DELETING:
+            return
+        self.later.set(child_id, None)
+        if len(self.queue) + len(self.postponed) >= MAX_TASKS:
+            self.rekey_later(child)
+            return
+        child.state = ChildSaState.REKEYING
+        self._enqueue(Task("CHILD_REKEY", create_child_sa.rekey_child, target=child_id))
+
+    def _rekey(self) -> None:
+        if self.state is not IkeSaState.ESTABLISHED or any(task.name == "IKE_REKEY" for task in (self.active, *self.queue, *self.postponed) if task):
+            return
+        self.rekey_at = None
+        # before what waits, which then goes on under the new keys
+        self.queue.appendleft(Task("IKE_REKEY", rekey_ike.rekey))
         self._start_next()
+
+    def _keep_replaced(self, child: Child) -> None:
+        """The kernel refused what was to replace a CHILD_SA: that one goes on, if nobody was told otherwise yet."""
+        if self.active is not None and self.active.rival is not None and self.active.rival.child_id == child.sa.id:
+            self.active.rival = None
+        old = self.children.get(child.replaces)
+        self.reinstate(old)
+        deletion = next((task for task in self.queue if task.name == "CHILD_DELETE" and task.target == child.replaces), None)
+        if child.initiator and old is not None and deletion is not None:
+            self.queue.remove(deletion)
+            old.state = ChildSaState.INSTALLED
+            self.rekey_later(old)
 
     # Timers
 
@@ -252,9 +299,15 @@ class IkeSa(Transport):
 
     @property
     def _lifetime_end(self) -> float | None:
-        if self.established_at is None or self.state is IkeSaState.DELETING or not self.connection.rekey_time:
+        if self.established_at is None or self.state is IkeSaState.DELETING:
             return None
+        if self.ends_at is not None or not self.connection.rekey_time:
+            return self.ends_at
         return self.established_at + self.connection.rekey_time + self.connection.over_time
+
+    @property
+    def _rekey_due(self) -> float | None:
+        return self.rekey_at if self.state is IkeSaState.ESTABLISHED else None
 
     @property
     def _probe_at(self) -> float | None:
@@ -280,12 +333,15 @@ class IkeSa(Transport):
         outstanding = self._outstanding
         if outstanding is None or self.now < outstanding.next_at:
             return
-        if outstanding.doubt is not None:
+        rival = self.active.rival if self.active else None
+        if self.overtaken and rival is not None and rival.ike is not None:
+            self.active = self._outstanding = None
+            rekey_ike.await_deletion(self, rival.ike)
+        elif outstanding.doubt is not None:
             self.close(*outstanding.doubt)
         elif outstanding.copy(self.now, self.random()):
             self._send(outstanding.datagram, self.local, self.remote)
         elif self.active is not None and self.active.name == "IKE_DELETE":
-            self.active.steps.close()
             self.close(self._deleting_for, f"{self.describe()}: no answer to the delete")
         else:
             self.close(Reason.PEER_SILENT, f"{self.describe()}: no answer to message {outstanding.message_id} after {outstanding.copies} retransmissions")
@@ -293,15 +349,35 @@ class IkeSa(Transport):
     def _check_lifetime(self) -> None:
         end = self._lifetime_end
         if end is not None and self.now >= end:
-            self._delete(Reason.EXPIRED)
+            self._delete(Reason.EXPIRED if self.ends_at is None else Reason.REKEYED)
+        due = self._rekey_due
+        if due is not None and self.now >= due:
+            self._rekey()
+
+    def _check_later(self) -> None:
+        while (key := self.later.due(self.now)) is not None:
+            if isinstance(key, Task):
+                if key in self.postponed:
+                    del self.postponed[key]
+                    self.queue.append(key)
+            elif isinstance(key, SaId):
+                del self.lingering[key]
+                self.emit(RemoveSa(key))
+            else:
+                self._rekey_child(key)
 
     def _check_peer(self) -> None:
         at = self._probe_at
         if at is not None and self.now >= at:
-            self._enqueue(Task("IKE_DPD", informational.probe(self)))
+            self._enqueue(Task("IKE_DPD", informational.probe))
 
     def _keep_mapping(self) -> None:
         at = self._keepalive_at
         if at is not None and self.now >= at:
             self._sent_at = self.now
             self.emit(SendKeepalive(self.local, self.remote))
+
+
+def _connect(session: Session, task: Task) -> Steps[None]:
+    if (yield from ike_sa_init.initiate(session)):
+        yield from ike_auth.initiate(session, task)

@@ -8,24 +8,37 @@ An exchange of the peer's is a generator too; it may wait for an SPI and returns
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from typing import Final, TypeVar
+from typing import Final, Self, TypeVar
 
 from kernel_shim.model import Endpoint, SaId, Spi
 from vpnd.config.model import ConnectionConfig
 from vpnd.ike.context import ChildRequest, IkeContext
 from vpnd.ike.crypto.sk import SkCipher
-from vpnd.ike.effects import AllocateSpi, ChildClosed, ChildEstablished, ChildFailed, Effect, IkeClosed, IkeEstablished, InstallSa, Reason, RemoveSa
+from vpnd.ike.effects import (
+    AllocateSpi,
+    ChildClosed,
+    ChildEstablished,
+    ChildFailed,
+    Effect,
+    IkeClosed,
+    IkeEstablished,
+    IkeHandedOver,
+    InstallSa,
+    Reason,
+    RemoveSa,
+)
 from vpnd.ike.iana import FIRST_STATUS_NOTIFY, CertEncoding, NotifyType, name_of
 from vpnd.ike.identity import Identity
 from vpnd.ike.keymat import IkeKeys, IkeSuite
 from vpnd.ike.nat import detect
 from vpnd.ike.proposal import Proposal
-from vpnd.ike.state import Child, IkeSaState
+from vpnd.ike.state import MAX_LINGERING, Child, ChildSaState, IkeSaState
 from vpnd.ike.wire.header import IkeSpi
 from vpnd.ike.wire.message import Message
 from vpnd.ike.wire.payloads import CertReqPayload, NotifyPayload, Payload
+from vpnd.schedule import Deadlines
 
 T = TypeVar("T")
 
@@ -33,6 +46,14 @@ NONCE_LENGTH: Final = 32  # octets; RFC 7296 section 2.10 asks for half the PRF'
 
 MAX_EARLY_DELETES: Final = 16  # of one exchange; a peer makes one CHILD_SA in it
 MAX_AUTHORITIES: Final = 256  # hashes of a CERTREQ that are looked at
+
+# RFC 7296 section 2.25: after TEMPORARY_FAILURE an exchange is tried again, later and later, over several minutes
+RETRY_FIRST: Final = 1.0  # s; doubles
+RETRY_LAST: Final = 15.0  # s
+RETRIES: Final = 24  # about 5 minutes
+REKEY_AGAIN: Final = 30.0  # s, after a rekeying was refused for good
+
+OF_ONE_IKE_SA: Final = frozenset({"IKE_DPD", "IKE_REKEY", "IKE_DELETE"})  # exchanges that are not handed over
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +85,30 @@ class Tell:
 Steps = Generator["AllocateSpi | Ask | KeepWaiting | Tell", object, T]
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
+class Rival:
+    """The peer's rekeying of the SA that we are rekeying ourselves. Of the four nonces the lowest loses (RFC 7296 sections 2.8.1 and 2.8.2)."""
+
+    lowest: bytes = field(repr=False)
+    child_id: int = 0
+    ike: Session | None = None
+
+
+@dataclass(slots=True, eq=False)
 class Task:
-    """An exchange of ours. `child` is the CHILD_SA that it is to bring up, until that is settled."""
+    """An exchange of ours; `begin` starts it on the IKE SA that is current then.
+
+    `child` is the CHILD_SA that it is to bring up, until that is settled; `target` the id of the one that it rekeys or deletes.
+    """
 
     name: str
-    steps: Steps[None]
+    begin: Callable[[Session, Task], Steps[None]] = field(repr=False)
     child: ChildRequest | None = None
+    target: int = 0
+    steps: Steps[None] | None = field(default=None, repr=False)
+    asked: bool = False  # its request is on the wire
+    attempts: int = 0  # that ended with TEMPORARY_FAILURE
+    rival: Rival | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +174,15 @@ class Session:
         self.active: Task | None = None
         self.held: set[SaId] = set()  # larval SPIs that belong to no CHILD_SA yet
         self.early_deletes: set[bytes] = set()  # SPIs that the peer deleted before its answer that made them arrived
+        self.rekey_at: float | None = None
+        self.ends_at: float | None = None  # the peer is to delete it; it is deleted by us if that takes until then
+        self.heir: Self | None = None  # has our CHILD_SAs
+        self.predecessor: Session | None = None  # until it is closed
+        self.undecided: Session | None = None  # the peer's rekeying of that IKE SA made it, and ours is still on the wire
+        self.overtaken = False  # the peer uses the IKE SA that its own rekeying made
+        self.postponed: dict[Task, None] = {}
+        self.lingering: dict[SaId, None] = {}  # inbound SAs of rekeyed CHILD_SAs, for packets that are under way
+        self.later: Deadlines[int | SaId | Task] = Deadlines()  # CHILD_SAs to rekey, lingering SAs to remove, postponed exchanges to begin
         self.tokens = 0
         self.effects: list[Effect] = []
 
@@ -204,9 +251,15 @@ class Session:
                 data = payload.data[: 20 * MAX_AUTHORITIES]
                 self.peer_authorities |= {data[at : at + 20] for at in range(0, len(data), 20)}
 
-    def established(self) -> None:
+    def stand(self) -> None:
+        """From now on it has a lifetime (RFC 7296 section 2.8); a random part comes off, so that IKE SAs made together are not renewed together."""
         self.state = IkeSaState.ESTABLISHED
         self.established_at = self.now
+        if self.connection.rekey_time:
+            self.rekey_at = self.now + max(0.0, self.connection.rekey_time - self.connection.rand_time * self.random())
+
+    def established(self) -> None:
+        self.stand()
         self.init_request = self.init_response = b""  # both AUTH payloads are done with them
         self.emit(IkeEstablished())
 
@@ -214,18 +267,73 @@ class Session:
         """The end: everything that hangs on the IKE SA goes, and the peer hears nothing of it."""
         if self.closed:
             return
+        rival = self.active.rival if self.active else None
+        if rival is not None and rival.ike is not None and self.heir is None:
+            # the peer rekeyed it as well, and what it made has to stand on its own now
+            if reason is Reason.PEER_SILENT:
+                self.hand_over(rival.ike)
+            else:
+                rival.ike.ends_at = self.now
         self.close_reason = reason
+        self.predecessor = None
         self.state = IkeSaState.DESTROYING
         for sa_id in sorted(self.held):
             self.emit(RemoveSa(sa_id))
         self.held.clear()
+        for sa_id in self.lingering:
+            self.emit(RemoveSa(sa_id))
+        self.lingering.clear()
         for child in list(self.children.values()):
             self.close_child(child, reason)
-        for task in (self.active, *self.queue):
+        for task in (self.active, *self.queue, *self.postponed):
             if task is not None and task.child is not None:
                 self.fail_child(task, reason, detail)
         self.queue.clear()
+        self.postponed.clear()
         self.emit(IkeClosed(reason, detail))
+
+    def wind_up(self, reason: Reason) -> None:
+        """Delete the IKE SA on the wire."""
+        raise NotImplementedError
+
+    # Succession
+
+    def successor(self, *, initiator: bool) -> Self:
+        """The IKE SA that is to replace this one: the same peers, without keys yet. `initiator`: the rekeying is ours."""
+        new = type(self)(self.context, self.connection, self.local, self.remote, initiator=initiator, now=self.now)
+        new.predecessor = self
+        new.candidates = self.candidates
+        new.local_id, new.remote_id = self.local_id, self.remote_id
+        new.nat_local, new.nat_remote, new.nat_fake, new.nat_supported = self.nat_local, self.nat_remote, self.nat_fake, self.nat_supported
+        new.peer_hashes = self.peer_hashes
+        return new
+
+    def hand_over(self, heir: Self) -> None:
+        """RFC 7296 section 2.18: the new IKE SA has all CHILD_SAs of the old one; exchanges that wait go on there."""
+        self.heir = heir
+        self.rekey_at = None
+        heir.state, heir.undecided, heir.ends_at = IkeSaState.ESTABLISHED, None, None
+        heir.children, self.children = self.children, {}
+        heir.later, self.later = self.later, Deadlines()
+        heir.lingering, self.lingering = self.lingering, {}
+        heir.tokens = self.tokens
+        for task in (*self.queue, *self.postponed):
+            heir.later.set(task, None)
+            if task.name not in OF_ONE_IKE_SA:
+                heir.queue.append(task)
+        self.queue = deque(task for task in self.queue if task.name == "IKE_DELETE")
+        self.postponed.clear()
+        self.emit(IkeHandedOver(heir))  # type: ignore[arg-type]
+
+    def postpone(self, task: Task, limit: int = RETRIES) -> bool:
+        """Begin the exchange anew after a while; False when it has been tried often enough."""
+        if task.attempts >= limit or self.state is IkeSaState.DELETING:
+            return False
+        delay = min(RETRY_FIRST * 2**task.attempts, RETRY_LAST)
+        task.attempts += 1
+        self.postponed[task] = None
+        self.later.set(task, self.now + delay * (0.5 + self.random() / 2))
+        return True
 
     # CHILD_SAs
 
@@ -239,23 +347,54 @@ class Session:
             self.held.discard(sa_id)
             self.emit(RemoveSa(sa_id))
 
-    def install(self, child: Child) -> None:
+    def install(self, child: Child, replaces: Child | None = None) -> None:
         """As initiator of the exchange: both SAs at once."""
         self.enter(child)
         self.emit(InstallSa(child.sa.id, child.sa.inbound))
         self.emit(InstallSa(child.sa.id, child.sa.outbound))
-        self.emit(ChildEstablished(child.sa))
+        self.emit(ChildEstablished(child.sa, replaces.sa if replaces else None))
 
     def enter(self, child: Child) -> None:
         self.held.discard(child.sa.inbound.id)
         self.children[child.sa.id] = child
+        soft = child.sa.outbound.soft.seconds
+        self.later.set(child.sa.id, child.installed_at + soft if soft else None)
 
     def close_child(self, child: Child, reason: Reason) -> None:
         if self.children.pop(child.sa.id, None) is None:
             return
+        self.later.set(child.sa.id, None)
+        self._send_by_successor(child)
         self.emit(RemoveSa(child.sa.outbound.id))
-        self.emit(RemoveSa(child.sa.inbound.id))
+        inbound = child.sa.inbound.id
+        if reason is Reason.REKEYED and self.context.settings.rekeyed_delay and len(self.lingering) < MAX_LINGERING:
+            self.lingering[inbound] = None
+            self.later.set(inbound, self.now + self.context.settings.rekeyed_delay)
+        else:
+            self.emit(RemoveSa(inbound))
         self.emit(ChildClosed(child.sa, reason))
+        self.reinstate(self.children.get(child.replaces))
+
+    def _send_by_successor(self, child: Child) -> None:
+        """Until a rekeyed CHILD_SA is deleted it sends: only then its peer, who rekeyed it, surely has the new SA in."""
+        # of two that a collision made, the one that did not send takes over should the other go
+        both = child.replaces if child.replaces not in self.children else 0
+        successors = [other for other in self.children.values() if other.replaces and other.replaces in (child.sa.id, both)]
+        if self.closed or any(other.sends for other in successors):
+            return
+        for other in successors:
+            other.sends = True
+            self.emit(InstallSa(other.sa.id, other.sa.outbound))
+
+    def reinstate(self, old: Child | None) -> None:
+        """The CHILD_SA that was to replace `old` is gone before that: the old one goes on."""
+        if old is not None and old.state is ChildSaState.REKEYED and not any(other.replaces == old.sa.id for other in self.children.values()):
+            old.state = ChildSaState.INSTALLED
+            self.rekey_later(old)
+
+    def rekey_later(self, child: Child) -> None:
+        """After a rekeying that failed: again, while the SA lasts."""
+        self.later.set(child.sa.id, self.now + REKEY_AGAIN * (0.5 + self.random() / 2))
 
     def fail_child(self, task: Task, reason: Reason, detail: str = "") -> None:
         if task.child is not None:
@@ -299,6 +438,7 @@ ERROR_REASONS: Final = {
     NotifyType.NO_ADDITIONAL_SAS: Reason.NO_ADDITIONAL_SAS,
     NotifyType.TS_UNACCEPTABLE: Reason.TS_UNACCEPTABLE,
     NotifyType.TEMPORARY_FAILURE: Reason.TEMPORARY_FAILURE,
+    NotifyType.CHILD_SA_NOT_FOUND: Reason.PEER_DELETED,
 }
 
 

@@ -7,7 +7,7 @@ from enum import Enum
 from typing import Final
 
 from vpnd.config.model import ChildConfig
-from vpnd.ike.effects import ChildSa
+from vpnd.ike.effects import ChildSa, Effect
 from vpnd.ike.proposal import Proposal
 
 
@@ -18,6 +18,7 @@ class IkeSaState(Enum):
     CONNECTING = "CONNECTING"
     ESTABLISHED = "ESTABLISHED"
     REKEYING = "REKEYING"
+    REKEYED = "REKEYED"  # by the peer, which is to delete it
     DELETING = "DELETING"
     DESTROYING = "DESTROYING"
 
@@ -26,7 +27,8 @@ class ChildSaState(Enum):
     """The values are those of `vpnd.control.backend.ChildState`."""
 
     INSTALLED = "INSTALLED"
-    REKEYED = "REKEYED"
+    REKEYING = "REKEYING"  # by us
+    REKEYED = "REKEYED"  # by the peer, which is to delete it
     DELETING = "DELETING"
 
 
@@ -40,7 +42,11 @@ class Child:
     installed_at: float
     initiator: bool  # of the exchange that made it
     state: ChildSaState = ChildSaState.INSTALLED
+    replaces: int = 0  # id of the CHILD_SA that it rekeys
+    sends: bool = True  # its SA out is installed; not yet while the one that it replaces still sends
+    at_risk: tuple[Effect, ...] = ()  # what followed its SAs in the same step, and is lost should the kernel refuse one
 
 
 MAX_CHILDREN: Final = 4096  # CHILD_SAs of one IKE SA; a peer that asks for more gets NO_ADDITIONAL_SAS
 MAX_TASKS: Final = 4096  # exchanges of ours that wait for the window of one
+MAX_LINGERING: Final = 64  # inbound SAs that outlive their CHILD_SA for packets under way; beyond, they go with it

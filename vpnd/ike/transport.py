@@ -13,16 +13,16 @@ from kernel_shim.model import Endpoint, IPAddress, SaId, Spi
 from vpnd.config.model import ConnectionConfig
 from vpnd.ike.context import IkeContext
 from vpnd.ike.crypto.sk import open_message, seal_message
-from vpnd.ike.effects import AllocateSpi, ChildEstablished, Effect, InstallSa, Reason, RemoveSa, Send
+from vpnd.ike.effects import AllocateSpi, ChildClosed, ChildEstablished, Effect, InstallSa, Reason, RemoveSa, Send
 from vpnd.ike.exchanges import create_child_sa, ike_auth, informational
-from vpnd.ike.iana import Exchange, NotifyType
+from vpnd.ike.iana import Exchange, NotifyType, ProtocolId
 from vpnd.ike.session import Ask, KeepWaiting, Response, Session, Steps, Task, Tell
 from vpnd.ike.state import MAX_TASKS, IkeSaState
 from vpnd.ike.window import Inbox, Outstanding, Serving
 from vpnd.ike.wire.errors import IntegrityFailure, MalformedMessage
 from vpnd.ike.wire.header import Header, MessageId
 from vpnd.ike.wire.message import Message
-from vpnd.ike.wire.payloads import NotifyPayload, Payload, SkPayload, UnknownPayload
+from vpnd.ike.wire.payloads import DeletePayload, NotifyPayload, Payload, SkPayload, UnknownPayload
 
 UNPROTECTED_ERROR_GRACE: Final = 2.0  # s that an unprotected error gives the true answer to arrive
 SPI_TIMEOUT: Final = 30.0  # s that a kernel has for an SPI
@@ -73,25 +73,31 @@ class Transport(Session):
     # Our exchanges
 
     def _enqueue(self, task: Task) -> None:
-        if len(self.queue) < MAX_TASKS:
+        if len(self.queue) + len(self.postponed) < MAX_TASKS:
             self.queue.append(task)
         self._start_next()
 
     def _may_start(self) -> bool:
-        return self.active is None and bool(self.queue) and self.state in (IkeSaState.ESTABLISHED, IkeSaState.DELETING)
+        if self.active is not None or not self.queue or self.state not in (IkeSaState.ESTABLISHED, IkeSaState.DELETING):
+            return False
+        # RFC 7296 section 2.25.2: while the peer makes a CHILD_SA, the IKE SA is not rekeyed
+        return self._serving is None or self.queue[0].name != "IKE_REKEY"
 
     def _start_next(self) -> None:
         # a step that installs SAs may be cut short by the kernel, so nothing else hangs on it
         while self._may_start() and not any(isinstance(effect, InstallSa) for effect in self.effects):
             self.active = self.queue.popleft()
+            self.active.steps = self.active.begin(self, self.active)
             self._run(self.active, None)
 
     def _run(self, task: Task, answer: object) -> None:
         """Go on with an exchange of ours until it waits again."""
         previous, self._outstanding = self._outstanding, None
+        steps = task.steps
+        assert steps is not None
         while True:
             try:
-                wait = task.steps.send(answer)
+                wait = steps.send(answer)
             except StopIteration:
                 break
             if isinstance(wait, Tell):
@@ -106,6 +112,7 @@ class Transport(Session):
             elif isinstance(wait, AllocateSpi):
                 self._wait_for_spi(wait, task)
             else:
+                task.asked = True
                 self._ask(wait)
             return
         self.active = None
@@ -190,6 +197,10 @@ class Transport(Session):
             return
         if opened is None:
             return
+        # RFC 7296 section 2.8.2: the peer uses it already, so it will ask again once our own rekeying has come to its end
+        if self.undecided is not None and not any(payload.protocol == ProtocolId.IKE for payload in opened.all(DeletePayload)):
+            self.undecided.overtaken = True
+            return
         self._heard(local, remote)
         self._fallback = None
         # RFC 7296 section 2.5
@@ -263,8 +274,10 @@ class Transport(Session):
             self._fallback = _Fallback(child.sa.id, serving, response.fallback)
             self.emit(InstallSa(child.sa.id, child.sa.inbound))
             self._send(datagram, serving.local, serving.remote)
-            self.emit(InstallSa(child.sa.id, child.sa.outbound))
-            self.emit(ChildEstablished(child.sa))
+            if child.sends:
+                self.emit(InstallSa(child.sa.id, child.sa.outbound))
+            old = self.children.get(child.replaces)
+            self.emit(ChildEstablished(child.sa, old.sa if old else None))
         if response.close is not None:
             self.close(response.close.reason, response.close.detail)
         self._start_next()
@@ -279,6 +292,9 @@ class Transport(Session):
 
     def _done(self) -> list[Effect]:
         effects, self.effects = self.effects, []
+        for at, effect in enumerate(effects):
+            if isinstance(effect, InstallSa) and (child := self.children.get(effect.child_id)) is not None:
+                child.at_risk = tuple(later for later in effects[at + 1 :] if isinstance(later, RemoveSa | ChildClosed))
         if self.closed:
             self.active = self._outstanding = self._serving = self._answering = self._fallback = None
         return effects

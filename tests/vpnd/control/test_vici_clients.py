@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import vici
-from control_fakes import ChildUpDown, FakeBackend, IkeUpDown, LogLine, ServedBackend, child_status, ike_status
+from control_fakes import ChildRekeyed, ChildUpDown, FakeBackend, IkeRekeyed, IkeUpDown, LogLine, ServedBackend, child_status, ike_status
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
@@ -234,8 +234,8 @@ def test_policies(session: vici.Session) -> None:
 def test_what_does_not_exist_yet_says_so(session: vici.Session) -> None:
     with pytest.raises(CommandException, match="'load-pool' is not implemented yet"):
         session.load_pool({"pool": {"addrs": "10.0.0.0/8"}})
-    with pytest.raises(CommandException, match="'rekey' is not implemented yet"):
-        session.rekey({"child": "net"})
+    with pytest.raises(CommandException, match="'reauth' is not implemented yet"):
+        session.rekey({"ike": "gw", "reauth": "yes"})
     assert session.get_pools() == {}
     assert session.get_authorities() == {"authorities": []}
     session.flush_certs()
@@ -254,7 +254,7 @@ def test_events_of_the_daemon(served: ServedBackend, session: vici.Session) -> N
     first = threading.Event()
 
     def listen() -> None:
-        for label, event in session.listen(["ike-updown", "child-updown", "log"]):
+        for label, event in session.listen(["ike-updown", "child-updown", "ike-rekey", "child-rekey", "log"]):
             seen.append((label, event))
             first.set()
             if label == b"child-updown":
@@ -266,11 +266,17 @@ def test_events_of_the_daemon(served: ServedBackend, session: vici.Session) -> N
         served.publish(LogLine("IKE", 1, "gw", 4, "hello"))
         first.wait(0.05)
     served.publish(IkeUpDown(True, ike_status()))
+    served.publish(IkeRekeyed(ike_status(), ike_status(unique_id=5)))
+    served.publish(ChildRekeyed(ike_status(), child_status(), child_status(unique_id=8)))
     served.publish(ChildUpDown(False, ike_status()))
     thread.join(20)
-    assert {label for label, _ in seen[:-2]} == {b"log"}
+    assert {label for label, _ in seen[:-4]} == {b"log"}
     assert seen[0][1] == {"group": b"IKE", "level": b"1", "thread": b"0", "ikesa-name": b"gw", "ikesa-uniqueid": b"4", "msg": b"hello"}
-    up, down = seen[-2:]
+    up, ike, child, down = seen[-4:]
+    assert ike[0] == b"ike-rekey"
+    assert [ike[1]["gw"][each]["uniqueid"] for each in ("old", "new")] == [b"4", b"5"]  # type: ignore[index]
+    assert child[0] == b"child-rekey"
+    assert [child[1]["gw"]["child-sas"]["net"][each]["uniqueid"] for each in ("old", "new")] == [b"7", b"8"]  # type: ignore[index]
     assert up[0] == b"ike-updown"
     assert list(up[1]) == ["up", "gw"]
     assert "child-sas" not in up[1]["gw"]  # type: ignore[operator]
@@ -332,7 +338,11 @@ def test_swanctl_control(served: ServedBackend) -> None:
     assert "vpnd" in swanctl(served, "--version", "--daemon")
     swanctl(served, "--install", "--child", "net")
     assert "net, TUNNEL" in swanctl(served, "--list-pols", "--trap").replace("gw/", "")
-    assert "'rekey' is not implemented yet" in swanctl(served, "--rekey", "--child", "net", status=1)
+    assert "no matching SAs to rekey found" in swanctl(served, "--rekey", "--child", "net", status=1)
+    swanctl(served, "--initiate", "--child", "net")
+    assert "rekey completed successfully" in swanctl(served, "--rekey", "--child", "net", "--ike-id", "4")
+    assert served.backend.called[-1] == "rekey net None None 4"
+    assert "'reauth' is not implemented yet" in swanctl(served, "--rekey", "--ike", "gw", "--reauth", status=1)
     swanctl(served, "--flush-certs")
 
 

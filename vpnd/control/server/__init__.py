@@ -21,7 +21,7 @@ import structlog
 
 from vpnd.config.model import DaemonConfig
 from vpnd.config.tree import Section
-from vpnd.control.backend import ChildUpDown, ControlBackend, ControlError, DaemonEvent, IkeUpDown, LogLine
+from vpnd.control.backend import ChildRekeyed, ChildUpDown, ControlBackend, ControlError, DaemonEvent, IkeRekeyed, IkeUpDown, LogLine
 from vpnd.control.server.commands import EVENTS, Commands, failure
 from vpnd.control.vici import formats
 from vpnd.control.vici.codec import MalformedVici, Packet, PacketType, Segmenter, TooLong, decode_message, decode_packet, encode_message, encode_segment
@@ -119,6 +119,10 @@ class ControlServer:
                 self._publish("ike-updown", lambda: formats.updown_event(event.up, event.ike, with_children=False))
             case ChildUpDown():
                 self._publish("child-updown", lambda: formats.updown_event(event.up, event.ike, with_children=True))
+            case IkeRekeyed():
+                self._publish("ike-rekey", lambda: formats.ike_rekey_event(event.old, event.new))
+            case ChildRekeyed():
+                self._publish("child-rekey", lambda: formats.child_rekey_event(event.ike, event.old, event.new))
 
     def _publish(self, name: str, message: Callable[[], Section]) -> None:
         listeners = [client for client in self._clients if name in client.events]

@@ -49,7 +49,6 @@ EVENTS: Final = frozenset(
 """What a client may register for. `x-events-lost` is ours: how many events were dropped because the client did not read them."""
 
 NOT_IMPLEMENTED: Final = (
-    "rekey",
     "redirect",
     "reload-settings",
     "load-token",
@@ -95,6 +94,7 @@ class Commands:
             "flush-certs": self._flush_certs,
             "initiate": self._initiate,
             "terminate": self._terminate,
+            "rekey": self._rekey,
             "install": self._install,
             "uninstall": self._uninstall,
             "x-wait": self._wait,
@@ -268,6 +268,18 @@ class Commands:
         except ControlError as error:
             return _terminated(matches, 0, str(error))
         return _terminated(matches, matches)
+
+    async def _rekey(self, request: Section, _stream: Stream) -> Section:
+        """As strongSwan: answers once the rekeyings are begun."""
+        child, ike = request.text("child"), request.text("ike")
+        child_id, ike_id = _number(request, "child-id"), _number(request, "ike-id")
+        if child is None and ike is None and child_id is None and ike_id is None:
+            raise ControlError("missing rekey selector")
+        if _flag(request, "reauth"):
+            raise ControlError("'reauth' is not implemented yet")
+        matches = self._backend.rekey(child=child, ike=ike, child_id=child_id, ike_id=ike_id)
+        answer = success() if matches else failure("no matching SAs to rekey found")
+        return Section({"success": answer.entries["success"], "matches": Scalar(str(matches).encode()), **answer.entries})
 
     async def _install(self, request: Section, _stream: Stream) -> Section:
         await self._backend.install(_required(request, "child", "missing configuration name"), request.text("ike"))

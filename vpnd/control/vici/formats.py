@@ -51,7 +51,7 @@ class Builder:
         self.section.entries[key] = node
 
 
-# list-sas, ike-updown, child-updown
+# list-sas, ike-updown, child-updown, ike-rekey, child-rekey
 
 
 def list_sa_events(ike: IkeStatus) -> Iterator[Section]:
@@ -71,6 +71,16 @@ def updown_event(up: bool, ike: IkeStatus, *, with_children: bool) -> Section:
         section.entries["child-sas"] = Section({f"{child.name}-{child.unique_id}": child_sa(child) for child in ike.children})
     builder.node(ike.name, section)
     return builder.section
+
+
+def ike_rekey_event(old: IkeStatus, new: IkeStatus) -> Section:
+    return Section({new.name: Section({"old": ike_sa(old), "new": ike_sa(new)})})
+
+
+def child_rekey_event(ike: IkeStatus, old: ChildStatus, new: ChildStatus) -> Section:
+    section = ike_sa(ike)
+    section.entries["child-sas"] = Section({old.name: Section({"old": child_sa(old), "new": child_sa(new)})})
+    return Section({ike.name: section})
 
 
 def ike_sa(ike: IkeStatus) -> Section:

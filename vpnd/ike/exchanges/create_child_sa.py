@@ -1,18 +1,24 @@
-"""CREATE_CHILD_SA (RFC 7296 section 1.3): further CHILD_SAs, with and without a key exchange of their own, and the peer's rekeying."""
+"""CREATE_CHILD_SA (RFC 7296 section 1.3): further CHILD_SAs, with and without a key exchange of their own, and their rekeying."""
 
 from __future__ import annotations
 
-from vpnd.ike.child import Agreed, Asked, ChildRefused, Keying, Offer, allocation, answer_payloads, build, choose, make_offer, read_answer
+from typing import Final
+
+from vpnd.ike.child import SPI_LENGTH, Agreed, Asked, ChildRefused, Keying, Offer, allocation, answer_payloads, build, choose, make_offer, read_answer
+from vpnd.ike.context import ChildRequest
 from vpnd.ike.cookie import NONCE_MAXIMUM, NONCE_MINIMUM
 from vpnd.ike.crypto.dh import group, implemented_groups
-from vpnd.ike.effects import ChildDenied, Reason
-from vpnd.ike.exchanges.informational import delete_spi
+from vpnd.ike.effects import ChildDenied, Reason, RekeyFailed
+from vpnd.ike.exchanges import rekey_ike
+from vpnd.ike.exchanges.informational import delete_child, delete_spi
 from vpnd.ike.iana import Exchange, NotifyType, ProtocolId
-from vpnd.ike.session import NONCE_LENGTH, Ask, Response, Session, Steps, Task, allocate, ask, error_name, first_error, reason_of
+from vpnd.ike.session import NONCE_LENGTH, Ask, Response, Rival, Session, Steps, Task, allocate, ask, error_name, first_error, reason_of
 from vpnd.ike.state import MAX_CHILDREN, Child, ChildSaState, IkeSaState
 from vpnd.ike.wire.errors import MalformedMessage
 from vpnd.ike.wire.message import Message
 from vpnd.ike.wire.payloads import KePayload, NoncePayload, NotifyPayload, Payload, SaPayload
+
+CREATE_RETRIES: Final = 3  # about 5 s, while packets wait
 
 # Initiator
 
@@ -23,23 +29,104 @@ def create_child(session: Session, task: Task) -> Steps[None]:
     offer: Offer | None = None
     try:
         offer = yield from make_offer(session, task.child, key_exchange=True)
-        yield from _negotiate(session, task, offer)
+        agreed, keying = yield from _negotiate(session, offer)
     except ChildRefused as refused:
         session.give_back(offer.spi if offer else None)
+        # RFC 7296 section 2.25: the peer is about something that will be done soon, unless it made the CHILD_SA and deleted it again
+        if refused.answer == NotifyType.TEMPORARY_FAILURE and not session.early_deletes and session.postpone(task, CREATE_RETRIES):
+            return
         session.fail_child(task, refused.reason, refused.detail)
+        return
+    finish(session, task, agreed, offer, keying)
 
 
-def _negotiate(session: Session, task: Task, offer: Offer) -> Steps[None]:
+def rekey_child(session: Session, task: Task) -> Steps[None]:
+    """Replace the CHILD_SA `task.target`, which is REKEYING."""
+    old = session.children.get(task.target)
+    if old is None or old.state is not ChildSaState.REKEYING:
+        return
+    task.rival, task.asked = None, False
+    request = ChildRequest(old.config, reqid=old.sa.reqid)
+    rekey = NotifyPayload(NotifyType.REKEY_SA, b"", ProtocolId.ESP, old.sa.inbound.spi.to_bytes(SPI_LENGTH, "big"))
+    offer: Offer | None = None
+    try:
+        offer = yield from make_offer(session, request, key_exchange=True, like=old)
+        # the peer deleted or rekeyed it while the kernel thought
+        if session.children.get(task.target) is not old or old.state is not ChildSaState.REKEYING:
+            session.give_back(offer.spi)
+            return
+        try:
+            agreed, keying = yield from _negotiate(session, offer, rekey)
+        except ChildRefused as refused:
+            # RFC 7296 section 2.25: the peer has it no more, so a new one is made from scratch
+            if refused.answer != NotifyType.CHILD_SA_NOT_FOUND or not _still_ours(session, task, old):
+                raise
+            agreed, keying = yield from _negotiate(session, offer)
+            if not _still_ours(session, task, old):
+                # the deletion that explains the answer came meanwhile
+                session.give_back(offer.spi)
+                delete_spi(session, offer.spi.spi)
+                return
+    except ChildRefused as refused:
+        session.give_back(offer.spi if offer else None)
+        _not_rekeyed(session, task, old, refused)
+        return
+    _rekeyed_by_us(session, task, old, agreed, offer, keying)
+
+
+def _still_ours(session: Session, task: Task, old: Child) -> bool:
+    return session.children.get(task.target) is old and old.state is ChildSaState.REKEYING and task.rival is None
+
+
+def _not_rekeyed(session: Session, task: Task, old: Child, refused: ChildRefused) -> None:
+    if session.children.get(task.target) is not old or old.state is not ChildSaState.REKEYING:
+        return
+    # RFC 7296 section 2.8.1: the peer refused ours because its own was done already
+    if task.rival is not None and task.rival.child_id in session.children:
+        old.state = ChildSaState.REKEYED
+        return
+    if refused.answer == NotifyType.TEMPORARY_FAILURE:
+        if session.postpone(task):
+            session.emit(RekeyFailed(old.sa.id, refused.reason, refused.detail))
+            return
+        # RFC 7296 section 2.25: after several minutes the two sides are out of step
+        session.wind_up(Reason.TEMPORARY_FAILURE)
+        return
+    old.state = ChildSaState.INSTALLED
+    session.rekey_later(old)
+    session.emit(RekeyFailed(old.sa.id, refused.reason, refused.detail))
+
+
+def _rekeyed_by_us(session: Session, task: Task, old: Child, agreed: Agreed, offer: Offer, keying: Keying) -> None:
+    stands = session.children.get(task.target) is old
+    lost = task.rival is not None and min(keying.nonce_i, keying.nonce_r) < task.rival.lowest
+    # RFC 7296 section 2.8.1: who made the redundant SA deletes it; and one that nobody wants any more is not replaced
+    if lost or (stands and old.state is ChildSaState.DELETING):
+        session.give_back(offer.spi)
+        delete_spi(session, offer.spi.spi)
+        if task.rival is not None and stands and old.state is ChildSaState.REKEYING:
+            old.state = ChildSaState.REKEYED
+            if task.rival.child_id not in session.children:
+                session.reinstate(old)
+        return
+    session.install(build(session, agreed, offer.spi, keying, old), old)
+    if stands:
+        old.state = ChildSaState.DELETING
+        session.queue.append(delete_child(old.sa.inbound.spi, old.sa.id, Reason.REKEYED))
+
+
+def _negotiate(session: Session, offer: Offer, *first: Payload) -> Steps[tuple[Agreed, Keying]]:
+    """Ask until the peer agrees. `first` goes before everything else. Raises ChildRefused; what stands only at the peer is deleted there."""
     groups = [number for proposal in offer.proposals for number in proposal.groups if number in implemented_groups()]
     exchange = group(groups[0]).initiate(session.context.entropy) if groups else None
     tried = {exchange.group} if exchange else set()
     nonce = session.context.entropy(NONCE_LENGTH)
     session.early_deletes.clear()
     while True:
-        # HDR, SK {SA, Ni, [KEi,] TSi, TSr} -->   <-- HDR, SK {SA, Nr, [KEr,] TSi, TSr}
+        # HDR, SK {[N(REKEY_SA),] SA, Ni, [KEi,] TSi, TSr} -->   <-- HDR, SK {SA, Nr, [KEr,] TSi, TSr}
         sa, *rest = offer.payloads()
         key_exchange: list[Payload] = [KePayload(exchange.group, exchange.public)] if exchange else []
-        response = yield from ask(Ask(Exchange.CREATE_CHILD_SA, (sa, NoncePayload(nonce), *key_exchange, *rest)))
+        response = yield from ask(Ask(Exchange.CREATE_CHILD_SA, (*first, sa, NoncePayload(nonce), *key_exchange, *rest)))
         other = response.notify(NotifyType.INVALID_KE_PAYLOAD)
         wanted = int.from_bytes(other.data, "big") if other is not None else 0
         # RFC 7296 section 1.3: try again with the group that the peer wants, if it is one of ours
@@ -49,7 +136,7 @@ def _negotiate(session: Session, task: Task, offer: Offer) -> Steps[None]:
         tried.add(wanted)
     error = first_error(response)
     if error is not None:
-        raise ChildRefused(reason_of(error), 0, detail=f"peer answered with {error_name(error)}")
+        raise ChildRefused(reason_of(error), 0, detail=f"peer answered with {error_name(error)}", answer=error.type)
     if any(proposal.spi in session.early_deletes for payload in response.all(SaPayload) for proposal in payload.proposals):
         raise ChildRefused(Reason.PEER_DELETED, 0, detail="the peer deleted it before its answer came")
     try:
@@ -69,7 +156,7 @@ def _negotiate(session: Session, task: Task, offer: Offer) -> Steps[None]:
         # RFC 7296 section 2.9: the peer thinks that it stands, so it is deleted on the wire
         delete_spi(session, offer.spi.spi)
         raise
-    finish(session, task, agreed, offer, Keying(nonce, nonce_r.data, True, shared))
+    return agreed, Keying(nonce, nonce_r.data, True, shared)
 
 
 def finish(session: Session, task: Task, agreed: Agreed, offer: Offer, keying: Keying) -> None:
@@ -84,12 +171,11 @@ def finish(session: Session, task: Task, agreed: Agreed, offer: Offer, keying: K
 def respond(session: Session, request: Message) -> Steps[Response]:
     """A new CHILD_SA, or a rekeyed one, for the peer."""
     sa = request.first(SaPayload)
-    # RFC 7296 section 2.25.2: no new SAs while the IKE SA is being deleted
+    if sa is not None and any(proposal.protocol == ProtocolId.IKE for proposal in sa.proposals):
+        return rekey_ike.respond(session, request)
+    # RFC 7296 section 2.25.2: no new SAs while the IKE SA is being rekeyed or deleted
     if session.state is not IkeSaState.ESTABLISHED:
         return Response((NotifyPayload(NotifyType.TEMPORARY_FAILURE),))
-    # RFC 7296 section 1.3.2: an IKE SA is not rekeyed in place of the peer's
-    if sa is not None and any(proposal.protocol == ProtocolId.IKE for proposal in sa.proposals):
-        return Response((NotifyPayload(NotifyType.NO_ADDITIONAL_SAS),))
     if len(session.children) >= MAX_CHILDREN:
         return Response((NotifyPayload(NotifyType.NO_ADDITIONAL_SAS),))
     try:
@@ -116,20 +202,36 @@ def _respond(session: Session, request: Message) -> Steps[Response]:
         public, shared = group(groups[0]).respond(ke.data, session.context.entropy)
         key_exchange = [KePayload(groups[0], public)]
     nonce_r = session.context.entropy(NONCE_LENGTH)
-    child, payloads = yield from bring_up(session, asked, Keying(nonce_i.data, nonce_r, False, shared))
+    child, payloads = yield from bring_up(session, asked, Keying(nonce_i.data, nonce_r, False, shared), replaced)
     if replaced is not None:
-        replaced.state = ChildSaState.REKEYED
+        try:
+            # while the kernel thought, it may have gone, or our own rekeying of it may have come to its end
+            _rekeyed(session, request)
+        except ChildRefused:
+            session.give_back(child.sa.inbound.id)
+            raise
+        _note_rekeying(session, replaced, Rival(min(nonce_i.data, nonce_r), child.sa.id))
     sa, *rest = payloads
     return Response((sa, NoncePayload(nonce_r), *key_exchange, *rest), child, (NotifyPayload(NotifyType.TEMPORARY_FAILURE),))
 
 
-def bring_up(session: Session, asked: Asked, keying: Keying) -> Steps[tuple[Child, list[Payload]]]:
+def _note_rekeying(session: Session, old: Child, rival: Rival) -> None:
+    task = session.active
+    if old.state is ChildSaState.REKEYING and task is not None and task.asked and task.name == "CHILD_REKEY" and task.target == old.sa.id:
+        # RFC 7296 section 2.8.1: ours is on the wire, so which one stays is decided when it is answered
+        task.rival = rival
+    else:
+        old.state = ChildSaState.REKEYED
+        session.later.set(old.sa.id, None)
+
+
+def bring_up(session: Session, asked: Asked, keying: Keying, replaces: Child | None = None) -> Steps[tuple[Child, list[Payload]]]:
     """Reserve our SPI and build the SAs; with the payloads of the answer. Raises ChildRefused."""
     agreed = asked.agreed
     spi = yield from allocate(session, allocation(session, agreed.config, agreed.reqid))
     if spi is None:
         raise ChildRefused(Reason.KERNEL_REFUSED, NotifyType.TEMPORARY_FAILURE, detail="no SPI")
-    return build(session, agreed, spi, keying), answer_payloads(asked, spi)
+    return build(session, agreed, spi, keying, replaces), answer_payloads(asked, spi)
 
 
 def _rekeyed(session: Session, request: Message) -> Child | None:
@@ -137,6 +239,10 @@ def _rekeyed(session: Session, request: Message) -> Child | None:
     if rekey is None:
         return None
     child = session.child_by_outbound(rekey.spi) if rekey.protocol == ProtocolId.ESP else None
+    making = session.active is not None and session.active.asked and session.active.name in ("CHILD_CREATE", "CHILD_REKEY")
+    # it may be the one that we asked for: the peer has made it, and its answer is on its way
+    if child is None and making:
+        raise ChildRefused(Reason.TEMPORARY_FAILURE, NotifyType.TEMPORARY_FAILURE)
     # RFC 7296 section 2.25: no such CHILD_SA (any more)
     if child is None:
         notify = NotifyPayload(NotifyType.CHILD_SA_NOT_FOUND, b"", rekey.protocol, rekey.spi)

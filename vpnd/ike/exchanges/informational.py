@@ -9,7 +9,7 @@ from kernel_shim.model import Spi
 from vpnd.ike.effects import IkeClosed, Reason
 from vpnd.ike.iana import Exchange, NotifyType, ProtocolId
 from vpnd.ike.session import MAX_EARLY_DELETES, Ask, Response, Session, Steps, Task, ask
-from vpnd.ike.state import MAX_TASKS, ChildSaState
+from vpnd.ike.state import MAX_TASKS, Child, ChildSaState, IkeSaState
 from vpnd.ike.wire.message import Message
 from vpnd.ike.wire.payloads import DeletePayload, Payload
 
@@ -19,30 +19,38 @@ DELETE_TRIES: Final = 2  # copies of a DELETE: our side is torn down anyway, so 
 # Initiator
 
 
-def probe(session: Session) -> Steps[None]:
+def probe(session: Session, _task: Task) -> Steps[None]:
     """RFC 7296 section 2.4: an empty request; any answer is a sign of life, and no answer closes the IKE SA."""
     yield from ask(Ask(Exchange.INFORMATIONAL))
 
 
-def delete_child(session: Session, spi: Spi, child_id: int | None, reason: Reason) -> Steps[None]:
-    """RFC 7296 section 1.4.1: delete by the SPI of our inbound SA; the peer's answer deletes the other direction."""
-    payload = DeletePayload(ProtocolId.ESP, (spi.to_bytes(SPI_LENGTH, "big"),))
-    yield from ask(Ask(Exchange.INFORMATIONAL, (payload,)))
-    child = session.children.get(child_id) if child_id is not None else None
-    if child is not None:
-        session.close_child(child, reason)
+def delete_child(spi: Spi, child_id: int, reason: Reason) -> Task:
+    """RFC 7296 section 1.4.1: delete by the SPI of our inbound SA; the peer's answer deletes the other direction. `child_id` 0: we have none."""
+
+    def steps(session: Session, task: Task) -> Steps[None]:
+        payload = DeletePayload(ProtocolId.ESP, (spi.to_bytes(SPI_LENGTH, "big"),))
+        yield from ask(Ask(Exchange.INFORMATIONAL, (payload,)))
+        child = session.children.get(task.target)
+        if child is not None:
+            session.close_child(child, reason)
+
+    return Task("CHILD_DELETE", steps, target=child_id)
 
 
 def delete_spi(session: Session, spi: Spi) -> None:
     """Queue the deletion of a CHILD_SA that stands only at the peer."""
     if len(session.queue) < MAX_TASKS:
-        session.queue.append(Task("CHILD_DELETE", delete_child(session, spi, None, Reason.DELETED)))
+        session.queue.append(delete_child(spi, 0, Reason.DELETED))
 
 
-def delete_ike(session: Session, reason: Reason) -> Steps[None]:
+def delete_ike(reason: Reason) -> Task:
     """RFC 7296 section 1.4.1: the IKE SA takes its CHILD_SAs along."""
-    yield from ask(Ask(Exchange.INFORMATIONAL, (DeletePayload(ProtocolId.IKE),), tries=DELETE_TRIES))
-    session.close(reason, session.describe())
+
+    def steps(session: Session, _task: Task) -> Steps[None]:
+        yield from ask(Ask(Exchange.INFORMATIONAL, (DeletePayload(ProtocolId.IKE),), tries=DELETE_TRIES))
+        session.close(reason, session.describe())
+
+    return Task("IKE_DELETE", steps)
 
 
 # Responder
@@ -57,7 +65,11 @@ def respond(session: Session, request: Message) -> Steps[Response]:
     deletes = request.all(DeletePayload)
     # RFC 7296 section 1.4.1: the IKE SA; the answer is empty
     if any(payload.protocol == ProtocolId.IKE for payload in deletes):
-        return Response(close=IkeClosed(Reason.PEER_DELETED, session.describe()))
+        rival = session.active.rival if session.active else None
+        # RFC 7296 sections 2.8.2 and 2.25.2: the peer rekeyed it as well and is done; our own request is forgotten
+        if rival is not None and rival.ike is not None and session.heir is None:
+            session.hand_over(rival.ike)
+        return Response(close=IkeClosed(Reason.REKEYED if session.heir or session.state is IkeSaState.REKEYED else Reason.PEER_DELETED, session.describe()))
     answer = list(_delete(session, (spi for payload in deletes if payload.protocol == ProtocolId.ESP for spi in payload.spis)))
     payloads: tuple[Payload, ...] = (DeletePayload(ProtocolId.ESP, tuple(answer)),) if answer else ()
     # RFC 7296 section 1.4: what is not known is ignored, and the answer may be empty
@@ -70,11 +82,22 @@ def _delete(session: Session, spis: Iterable[bytes]) -> Iterable[bytes]:
         child = session.child_by_outbound(spi)
         if child is None:
             # its answer to our CREATE_CHILD_SA may still be on its way, or lost
-            if session.active is not None and session.active.child is not None and len(session.early_deletes) < MAX_EARLY_DELETES:
+            making = session.active is not None and (session.active.child is not None or session.active.name == "CHILD_REKEY")
+            if making and len(session.early_deletes) < MAX_EARLY_DELETES:
                 session.early_deletes.add(spi)
             continue
         state = child.state
-        session.close_child(child, Reason.REPLACED if state is ChildSaState.REKEYED else Reason.PEER_DELETED)
+        session.close_child(child, Reason.REKEYED if _rekeyed(session, child) else Reason.PEER_DELETED)
         # RFC 7296 section 1.4.1: when both delete at once, our own request has said it already
         if state is not ChildSaState.DELETING:
             yield child.sa.inbound.spi.to_bytes(SPI_LENGTH, "big")
+
+
+def _rekeyed(session: Session, child: Child) -> bool:
+    """Whether another CHILD_SA stands in its place: its successor, or of two that a collision made (RFC 7296 section 2.8.1) the better one."""
+    if child.state is ChildSaState.REKEYED or (
+        session.active is not None and session.active.rival is not None and session.active.rival.child_id == child.sa.id
+    ):
+        return True
+    others = [other for other in session.children.values() if other.replaces and other is not child]
+    return any(other.replaces in (child.sa.id, child.replaces) for other in others)

@@ -12,7 +12,8 @@ from lab.ike_pair import Datagram, Pair, agree, child, connection, mirrored, psk
 from kernel_shim.model import AcquireSequence, Direction, Flow, Spi
 from vpnd.config.model import ChildConfig
 from vpnd.ike.context import IkeSettings, Retransmission
-from vpnd.ike.effects import AllocateSpi, ChildClosed, ChildDenied, ChildEstablished, ChildFailed, Reason, RemoveSa
+from vpnd.ike.effects import AllocateSpi, ChildClosed, ChildDenied, ChildEstablished, ChildFailed, Reason, RekeyFailed, RemoveSa
+from vpnd.ike.exchanges.create_child_sa import CREATE_RETRIES
 from vpnd.ike.iana import Exchange
 from vpnd.ike.sa import ChildSaState, IkeSaState
 from vpnd.ike.state import MAX_TASKS
@@ -234,9 +235,12 @@ def test_a_hard_expiry_closes_at_once_and_tells_the_peer() -> None:
     agree(pair, 1)
 
 
-def test_an_ike_sa_ends_after_its_lifetime() -> None:
-    pair = pair_of(FIRST, rekey_time=1000.0, over_time=100.0)
+def test_an_ike_sa_that_cannot_be_rekeyed_ends_after_its_lifetime() -> None:
+    pair = pair_of(FIRST, rekey_time=1000.0, over_time=100.0, rand_time=0.0)
+    pair.b.sa.connection = replace(pair.b.sa.connection, proposals=())
     pair.wait(1099.0)
+    # CREATE_CHILD_SA { SA, Ni, KEi } -->  <-- { N(NO_PROPOSAL_CHOSEN) }
+    assert {event.reason for event in pair.a.happened(RekeyFailed) if isinstance(event, RekeyFailed)} == {Reason.NO_PROPOSAL_CHOSEN}
     assert pair.a.closed is None
     pair.wait(1.0)
     assert pair.a.closed is Reason.EXPIRED
@@ -399,8 +403,9 @@ def test_the_kernel_gives_no_spi() -> None:
     pair = pair_of(FIRST, SECOND)
     pair.b.refuse_spi = True
     pair.a.run(pair.a.sa, pair.a.sa.create_child(SECOND, pair.now), pair.now)
-    pair.settle()
-    # <-- CREATE_CHILD_SA { N(TEMPORARY_FAILURE) }
+    pair.wait(10.0)
+    # CREATE_CHILD_SA { ... } -->  <-- { N(TEMPORARY_FAILURE) }, and the same again, later and later
+    assert len(pair.log) == 2 * (1 + CREATE_RETRIES)
     assert pair.a.failed == [Reason.TEMPORARY_FAILURE]
     pair.b.refuse_spi, pair.a.refuse_spi = False, True
     pair.a.run(pair.a.sa, pair.a.sa.create_child(SECOND, pair.now), pair.now)

@@ -158,7 +158,7 @@ def test_an_authenticated_peer_that_sends_nonsense_gets_an_answer(exchange: int,
     def steps() -> Steps[None]:
         answers.append((yield from ask(Ask(exchange, payloads))))
 
-    peer.sa.queue.append(Task("TEST", steps()))
+    peer.sa.queue.append(Task("TEST", lambda _session, _task: steps()))
     pair.settle()
     assert len(answers) == 1
     if other.closed is None:

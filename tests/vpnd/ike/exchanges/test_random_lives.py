@@ -9,6 +9,7 @@ from lab.ike_pair import Datagram, Pair, agree, child, connection, mirrored, psk
 
 from vpnd.ike.context import IkeSettings, Retransmission
 from vpnd.ike.effects import Reason
+from vpnd.ike.exchanges.rekey_ike import REPLACED_TIMEOUT
 from vpnd.ike.iana import Exchange
 from vpnd.ike.sa import ChildSaState, IkeSaState
 from vpnd.ike.transport import RESPONDERS
@@ -56,11 +57,11 @@ def test_both_sides_end_with_the_same_sas(seed: int) -> None:
     pair.wait(100.0, weather)
     assert pair.a.established()
     assert pair.b.established()
-    for _ in range(25):
+    for _ in range(30):
         peer = rng.choice(pair.peers)
-        sa = peer.sa
+        sa = rng.choice(peer.standing)
         stands = [number for number, entry in sa.children.items() if entry.state is ChildSaState.INSTALLED]
-        match rng.randrange(7):
+        match rng.randrange(10):
             case 0 | 1:
                 peer.run(sa, sa.create_child(rng.choice(list(sa.connection.children.values())), pair.now), pair.now)
             case 2 if stands:
@@ -73,6 +74,22 @@ def test_both_sides_end_with_the_same_sas(seed: int) -> None:
                 share = rng.choice([0.0, 0.3])
                 peer.refuse_install = lambda sa, share=share: rng.random() < share  # type: ignore[misc]
                 peer.refuse_spi = rng.random() < 0.1
+            case 7 | 8 if stands:
+                number = rng.choice(stands)
+                peer.run(sa, sa.rekey_child(number, pair.now), pair.now)
+                if rng.random() < 0.5:
+                    # the same one from the other side, by the SPIs
+                    spi = sa.children[number].sa.outbound.spi
+                    other = pair.b if peer is pair.a else pair.a
+                    for theirs in other.standing:
+                        for twin in [child.sa.id for child in theirs.children.values() if child.sa.inbound.spi == spi]:
+                            other.run(theirs, theirs.rekey_child(twin, pair.now), pair.now)
+            case 9:
+                peer.run(sa, sa.rekey(pair.now), pair.now)
+                if rng.random() < 0.5:
+                    other = pair.b if peer is pair.a else pair.a
+                    theirs = other.standing[-1]
+                    other.run(theirs, theirs.rekey(pair.now), pair.now)
             case 6:
                 peer.hold_spis = not peer.hold_spis
         pair.wait(rng.choice([0.0, 0.5, 3.0, 20.0]), weather)
@@ -82,20 +99,29 @@ def test_both_sides_end_with_the_same_sas(seed: int) -> None:
     for peer in pair.peers:
         peer.hold_spis = False
         peer.give_spis(pair.now)
-    pair.wait(200.0)
-    assert pair.a.closed is pair.b.closed is None
+        peer.refuse_install = lambda sa: False  # type: ignore[misc]
+        peer.refuse_spi = False
+    pair.wait(100.0 + 2 * REPLACED_TIMEOUT)
+    assert len(pair.a.standing) == len(pair.b.standing) == 1
+    assert {pair.a.closed, pair.b.closed} <= {None, Reason.REKEYED}
+    (one,), (other,) = pair.a.standing, pair.b.standing
+    assert (one.spi_local, one.spi_remote, one.initiator) == (other.spi_remote, other.spi_local, not other.initiator)
+    assert one.state is other.state is IkeSaState.ESTABLISHED
     assert len(pair.a.sa.children) == len(pair.b.sa.children)
     agree(pair, len(pair.a.sa.children))
     assert sorted(pair.a.up) == sorted(pair.b.up)
     for peer in pair.peers:
         assert peer.sa.tasks_active == peer.sa.tasks_queued == ()
         assert not peer.sa.held
+        assert not peer.sa.lingering
+        assert {child.state for child in peer.sa.children.values()} <= {ChildSaState.INSTALLED}
     # and then nothing is left
     last = rng.choice(pair.peers)
     last.run(last.sa, last.sa.delete(pair.now), pair.now)
     pair.wait(10.0)
     agree(pair, 0)
     assert {pair.a.closed, pair.b.closed} == {Reason.DELETED, Reason.PEER_DELETED}
+    assert pair.a.up == pair.b.up == []
 
 
 @pytest.mark.parametrize("authenticated", [False, True])
