@@ -59,18 +59,30 @@ def guest(tmp_path_factory: pytest.TempPathFactory) -> Guest:
             pytest.fail(reason, pytrace=False)
         pytest.skip(reason)
     exchange = tmp_path_factory.mktemp("realkernel")
-    arguments = ["tests/realkernel/inside", "-m", "realkernel", "-p", "no:cacheprovider", "--timeout=300", "--junitxml=/exchange/junit.xml", "-q"]
+    arguments = [
+        "tests/realkernel/inside",
+        "-m",
+        "realkernel",
+        "-p",
+        "no:cacheprovider",
+        "--timeout=300",
+        "--junitxml=/exchange/junit.xml",
+        "-v",
+        "--durations=20",
+    ]
     environment = ["REALKERNEL_GUEST=1", f"PYTHONPATH={REPOSITORY}:{HERE.parent}", f"CI={os.environ.get('CI', '')}"]
-    done = subprocess.run(
-        [str(HERE / "boot"), "env", *environment, sys.executable, "-m", "pytest", *arguments],
-        cwd=REPOSITORY,
-        env={**os.environ, "REALKERNEL_EXCHANGE": str(exchange), "REALKERNEL_TIMEOUT": str(BOOT_SECONDS)},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        check=False,
-    )
-    return Guest(done.returncode, done.stdout.decode(errors="replace"), _cases(exchange / "junit.xml"))
+    console = exchange / "console.log"  # what to look at while it runs
+    with console.open("wb") as output:
+        done = subprocess.run(
+            [str(HERE / "boot"), "env", *environment, sys.executable, "-m", "pytest", *arguments],
+            cwd=REPOSITORY,
+            env={**os.environ, "REALKERNEL_EXCHANGE": str(exchange), "REALKERNEL_TIMEOUT": str(BOOT_SECONDS)},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
+    return Guest(done.returncode, console.read_text(errors="replace"), _cases(exchange / "junit.xml"))
 
 
 def _cases(report: Path) -> dict[str, list[Case]]:
