@@ -14,7 +14,7 @@ from kernel_shim.channel.api import KernelChannel
 from kernel_shim.model import Acquire, AcquireSequence, Action, Direction, Endpoint, Expire, Flow, KernelError, Mode, PolicyIndex
 from vpnd.auth.credentials import CredentialStore
 from vpnd.config import load_text
-from vpnd.control.backend import ControlError, LogLine
+from vpnd.control.backend import ChildUpDown, ControlError, LogLine
 from vpnd.daemon import background, demands
 from vpnd.daemon.demands import Demands
 from vpnd.daemon.kernel_side import KernelSide
@@ -75,7 +75,7 @@ class Node:
         loaded = load_text(config, Path("/nonexistent"))
         counters = Counters()
         side = KernelSide(self._connect, counters)
-        settings = IkeSettings(retransmission=Retransmission(0.05, 1.2, 3))
+        settings = IkeSettings(retransmission=Retransmission(0.05, 1.2, 3), rekeyed_delay=0.02)
         self.manager = Manager(side, self, CredentialStore.of(loaded.configuration), settings, gate or GateSettings(), counters)
         self.demands = Demands(self.manager, mark=1)
         self.operations = Operations(self.manager, self.demands)
@@ -514,3 +514,85 @@ async def test_many_acquires_at_once_leave_turns_to_others() -> None:
     assert most <= 2
     await until(lambda: a.kernel.requests.count("acquire_failed") == many)
     assert len(a.manager) == 0
+
+
+def children(node: Node) -> list[tuple[int, str]]:
+    return [(child.sa.id, child.state.value) for entry in node.manager.entries() for child in entry.sa.children.values()]
+
+
+@pytest.mark.parametrize("sides", ["a", "b", "ab"])
+async def test_a_child_is_rekeyed_by_the_operator(sides: str) -> None:
+    a, b, _ = await pair()
+    await a.up()
+    await until(lambda: mirrored(a, b))
+    old, events = a.spis(Direction.OUT), []
+    a.manager.subscribe(events.append)
+    fewest = []
+    b.manager.subscribe(lambda _event: fewest.append((len(b.kernel.policies), len(b.spis(Direction.OUT)))))
+    for name in sides:
+        assert {"a": a, "b": b}[name].operations.rekey(child="net") == 1
+    await until(lambda: mirrored(a, b) and not old & a.spis(Direction.OUT) and len(children(a)) == len(children(b)) == 1)
+    assert min(fewest) >= (3, 1)
+    assert len(a.kernel.policies) == 3
+    assert len(a.manager) == len(b.manager) == 1
+    assert next(type(event).__name__ for event in events if not isinstance(event, LogLine)) == "ChildRekeyed"
+    assert not [event for event in events if isinstance(event, ChildUpDown)]
+    await a.down(ike="site")
+    await until(lambda: not a.kernel.sas and not b.kernel.sas and not a.kernel.policies and not b.kernel.policies)
+
+
+@pytest.mark.parametrize("sides", ["a", "b", "ab"])
+async def test_the_ike_sa_is_rekeyed_by_the_operator(sides: str) -> None:
+    a, b, _ = await pair()
+    await a.up()
+    await until(lambda: mirrored(a, b))
+    before, events = (a.spis(Direction.OUT), children(a), children(b)), []
+    a.manager.subscribe(events.append)
+    for name in sides:
+        assert {"a": a, "b": b}[name].operations.rekey(ike="site") == 1
+    await until(lambda: len(a.manager) == len(b.manager) == 1 and any("rekeyed from" in line for line in a.lines))
+    assert (a.spis(Direction.OUT), children(a), children(b)) == before, "the children stay as they are"
+    (status,) = await a.operations.list_sas()
+    assert status.state.value == "ESTABLISHED"
+    assert status.unique_id > 1
+    assert [type(event).__name__ for event in events if not isinstance(event, LogLine)] == ["IkeRekeyed"]
+    assert len(a.kernel.policies) == len(b.kernel.policies) == 3
+    # all that the old one could do the new one can: rekey, expire, delete
+    spis = a.spis(Direction.OUT)
+    b.operations.rekey(child="net")
+    await until(lambda: mirrored(a, b) and not spis & a.spis(Direction.OUT))
+    old = next(sa for sa in a.kernel.sas.values() if sa.direction is Direction.OUT)
+    del a.kernel.sas[old.id]
+    a.channels[-1].event(Expire(old.id, old.reqid, hard=True))
+    await until(lambda: mirrored(a, b) and old.spi not in a.spis(Direction.OUT))
+    await b.down(ike="site")
+    await until(lambda: not a.kernel.sas and not b.kernel.sas and len(a.manager) == len(b.manager) == 0)
+    assert not a.kernel.policies
+    assert not b.kernel.policies
+
+
+async def test_a_demand_goes_on_under_the_new_ike_sa() -> None:
+    a, b, _ = await pair()
+    await a.up()
+    await a.down(child="net")
+    await until(lambda: not a.kernel.sas and not b.kernel.sas)
+    a.operations.rekey(ike="site")
+    await a.up()
+    await until(lambda: mirrored(a, b))
+    await until(lambda: len(a.manager) == len(b.manager) == 1)
+    assert any("rekeyed from" in line for line in a.lines)
+
+
+async def test_what_the_kernel_loses_while_it_is_rekeyed_is_replaced_once() -> None:
+    a, b, network = await pair()
+    await a.up()
+    await until(lambda: mirrored(a, b))
+    old = next(sa for sa in a.kernel.sas.values() if sa.direction is Direction.OUT)
+    network.cut = True
+    a.operations.rekey(child="net")
+    await until(lambda: children(a)[0][1] == "REKEYING")
+    del a.kernel.sas[old.id]
+    a.channels[-1].event(Expire(old.id, old.reqid, hard=True))
+    network.cut = False
+    await until(lambda: mirrored(a, b) and old.spi not in a.spis(Direction.OUT) and len(children(a)) == len(children(b)) == 1)
+    assert len(a.kernel.policies) == len(b.kernel.policies) == 3

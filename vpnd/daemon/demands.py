@@ -38,6 +38,7 @@ from vpnd.daemon.background import Background
 from vpnd.daemon.crossings import SETTLE, superfluous_child, superfluous_ike
 from vpnd.daemon.manager import Entry, Manager
 from vpnd.ike.effects import ChildFailed, ChildSa, IkeClosed, Reason
+from vpnd.ike.sa import ChildSaState
 from vpnd.io.addresses import resolve, source_towards
 from vpnd.peers import ANY, fixed_address, host_names
 from vpnd.policies import PolicySpec, policies_for
@@ -87,7 +88,7 @@ class Demands:
         self._traps: dict[ChildKey, tuple[ConnectionConfig, ChildConfig]] = {}
         self._held: dict[ChildKey, asyncio.TimerHandle] = {}  # traps that wait for an address; when each is tried again
         self._waiting: dict[ChildKey, list[asyncio.Future[None]]] = {}  # `wait` of the control socket
-        self._outgoing: dict[ChildKey, dict[int, tuple[Entry, bool]]] = {}  # children whose successor is sought, and whether the kernel lost them
+        self._outgoing: dict[ChildKey, dict[int, Entry]] = {}  # children that the kernel lost and whose successor is sought
         self._retired: set[int] = set()  # children that close because their successor stands, or cannot be had
         self._retries: dict[ChildKey, asyncio.TimerHandle] = {}
         self._recovering: dict[ChildKey, asyncio.TimerHandle] = {}
@@ -235,10 +236,16 @@ class Demands:
     async def _pursue(self, key: ChildKey, demand: Demand, delay: float = 0.0) -> None:
         if delay:
             await asyncio.sleep(delay)
-        remote = None if self._manager.established(demand.connection.name) else await self._remote_address(demand.connection)
+        name = demand.connection.name
+        known = self._manager.established(name) is not None
+        remote = None if known else await self._remote_address(demand.connection)
         async with self._turn:
             await asyncio.sleep(0)  # a thousand ACQUIREs at once do not hold up the datagrams
-            if self._demands.get(key) is demand:  # not settled meanwhile
+            if self._demands.get(key) is not demand:
+                return  # settled meanwhile
+            if known and self._manager.established(name) is None:
+                self._background.start(self._pursue(key, demand))  # it went, so the address is needed after all
+            else:
                 self._begin(key, demand, remote)
 
     def _begin(self, key: ChildKey, demand: Demand, remote: IPAddress | None) -> None:
@@ -341,6 +348,22 @@ class Demands:
             following = self.demand(demand.connection, demand.child, flow=flow, acquire=sequence)
             following.acquires.update(left)
 
+    def child_rekeyed(self, entry: Entry, old: ChildSa, child: ChildSa) -> None:
+        """Its successor stands, so what was to become of `old` needs nobody's care."""
+        self._retire((entry.sa.connection.name, child.name), only=old.id)
+
+    def rekey_failed(self, entry: Entry, child_id: int) -> None:
+        """Should the kernel have lost it already, it is made anew."""
+        old = entry.sa.children.get(child_id)
+        key = (entry.sa.connection.name, old.sa.name) if old else None
+        if key is not None and child_id in self._outgoing.get(key, {}) and (config := self._configured(key)) is not None:
+            self.demand(*config)
+
+    def ike_rekeyed(self, old: Entry, new: Entry) -> None:
+        for demand in self._demands.values():
+            if demand.entry is old:
+                demand.entry = new
+
     def _settle_crossing(self, entry: Entry, child: ChildSa) -> None:
         """Both sides may have brought it up at once: ours goes when theirs stays."""
         loop = asyncio.get_running_loop()
@@ -420,20 +443,23 @@ class Demands:
                 if hard:
                     self._manager.kernel.forget(sa)
                 found = self._manager.child_with(sa)
-                if found is not None and (hard or found[0].sa.initiator):
-                    self.replace(*found, lost=hard)
+                if found is not None and hard:
+                    self.replace(*found)
+                elif found is not None:
+                    entry, child_id = found
+                    self._manager.run(entry, entry.sa.rekey_child(child_id, asyncio.get_running_loop().time()))
             case NewMapping():
                 self._manager.counters.add("kernel_notices")
 
     def sas_lost(self, ids: Sequence[SaId]) -> None:
         """The kernel lost these SAs, and with them their sequence numbers: their keys are never used again."""
         for entry, child_id in dict.fromkeys(child for sa in ids if (child := self._manager.child_with(sa)) is not None):
-            self.replace(entry, child_id, lost=True)
+            self.replace(entry, child_id)
 
-    def replace(self, entry: Entry, child_id: int, *, lost: bool) -> None:
-        """Make a CHILD_SA anew, and only then delete the old one, so that neither side is without policies in between.
+    def replace(self, entry: Entry, child_id: int) -> None:
+        """Make anew a CHILD_SA that the kernel has no more, and only then delete the old one, so that neither side is without policies in between.
 
-        `lost`: the kernel has it no more. Without a configuration to make it from, it is deleted at once.
+        Without a configuration to make it from, it is deleted at once.
         """
         old = entry.sa.children.get(child_id)
         if old is None or entry.sa.closed:
@@ -441,22 +467,28 @@ class Demands:
         connection = self._manager.connections.get(entry.sa.connection.name)
         config = connection.children.get(old.sa.name) if connection else None
         if connection is None or config is None or self._stopping:
-            if lost:
-                self._end(entry, child_id, lost)
+            self._end(entry, child_id, True)
+            return
+        if any(other.replaces == child_id for other in entry.sa.children.values()):
+            self._retired.add(child_id)
+            self._end(entry, child_id, True)
             return
         key = (connection.name, config.name)
-        outgoing = self._outgoing.setdefault(key, {})
-        if child_id not in outgoing or lost:
-            outgoing[child_id] = (entry, lost)
+        self._outgoing.setdefault(key, {})[child_id] = entry
+        if old.state is not ChildSaState.REKEYING:
             self.demand(connection, config)
 
-    def _retire(self, key: ChildKey, *, keep: int = 0) -> None:
-        for child_id, (entry, lost) in self._outgoing.pop(key, {}).items():
-            if child_id != keep:
+    def _retire(self, key: ChildKey, *, keep: int = 0, only: int = 0) -> None:
+        outgoing = self._outgoing.pop(key, {})
+        for child_id, entry in outgoing.items():
+            if only and child_id != only:
+                self._outgoing.setdefault(key, {})[child_id] = entry
+            elif child_id != keep:
                 self._retired.add(child_id)
-                self._end(entry, child_id, lost)
+                self._end(entry, child_id, True)
 
     def _end(self, entry: Entry, child_id: int, lost: bool) -> None:
+        entry = entry.current
         if entry.sa.closed or child_id not in entry.sa.children:
             self._retired.discard(child_id)
             return

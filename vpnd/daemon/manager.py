@@ -38,9 +38,12 @@ from vpnd.ike.effects import (
     Effect,
     IkeClosed,
     IkeEstablished,
+    IkeHandedOver,
+    IkeOpened,
     InitialContact,
     InstallSa,
     Reason,
+    RekeyFailed,
     RemoveSa,
     Send,
     SendKeepalive,
@@ -91,13 +94,26 @@ class Entry:
     installing: dict[int, int] = field(default_factory=dict)  # reqid by child whose SA in stands and whose SA out does not yet
     init_key: tuple[int, Endpoint] | None = None  # of a responder: the initiator's SPI and address
     half_open: IPAddress | None = None  # counted for this address
+    heir: Entry | None = None  # rekeyed: has its children
+    awaits: Entry | None = None  # whose steps, from before it handed over, come first
+
+    @property
+    def current(self) -> Entry:
+        """The one that has the children now."""
+        entry = self
+        while entry.heir is not None:
+            entry = entry.heir
+        return entry
 
 
 class Listener(Protocol):
     """Hears what becomes of IKE and CHILD_SAs."""
 
     def ike_established(self, entry: Entry) -> None: ...
+    def ike_rekeyed(self, old: Entry, new: Entry) -> None: ...
     def child_established(self, entry: Entry, child: ChildSa) -> None: ...
+    def child_rekeyed(self, entry: Entry, old: ChildSa, child: ChildSa) -> None: ...
+    def rekey_failed(self, entry: Entry, effect: RekeyFailed) -> None: ...
     def child_closed(self, entry: Entry, child: ChildSa, reason: Reason) -> None: ...
     def child_failed(self, entry: Entry, effect: ChildFailed) -> None: ...
     def ike_closed(self, entry: Entry, effect: IkeClosed) -> None: ...
@@ -223,7 +239,8 @@ class Manager:
         return self._installing[reqid] > 0
 
     def child_with(self, sa: SaId) -> tuple[Entry, int] | None:
-        return self._child_of.get(sa)
+        found = self._child_of.get(sa)
+        return (found[0].current, found[1]) if found is not None else None
 
     @property
     def half_open(self) -> int:
@@ -361,7 +378,12 @@ class Manager:
         """Carry out one step, after the steps of this IKE SA that are still under way."""
         if effects:
             entry.steps.append(deque(effects))
-        if entry.task is None and not entry.advancing:
+        for effect in effects:
+            if isinstance(effect, IkeOpened):
+                self._open(effect.sa)
+            elif isinstance(effect, IkeHandedOver):
+                self._hand_over(entry, self._by_spi[effect.sa.spi_local])
+        if entry.task is None and not entry.advancing and entry.awaits is None:
             entry.advancing = True
             try:
                 self._advance(entry)
@@ -379,6 +401,30 @@ class Manager:
                     return
                 self._carry_out(entry, step.popleft())
             entry.steps.popleft()
+        if entry.heir is not None and entry.heir.awaits is entry:
+            entry.heir.awaits = None
+            self.run(entry.heir, ())
+
+    def _open(self, sa: IkeSa) -> None:
+        """An IKE SA that a rekeying made."""
+        entry = self._enter(sa)
+        self._of_connection.setdefault(sa.connection.name, {})[sa.spi_local] = entry
+        self._of_peer.setdefault((sa.local_id, sa.remote_id), {})[sa.spi_local] = entry
+        self.run(entry, ())
+
+    def _hand_over(self, old: Entry, new: Entry) -> None:
+        old.heir, new.awaits = new, old
+        for child_id in new.sa.children:
+            if child_id in old.owners:
+                old.owners.discard(child_id)
+                new.owners.add(child_id)
+            if child_id in old.installing:
+                new.installing[child_id] = old.installing.pop(child_id)
+        self.counters.add("ike_rekeyed")
+        name = new.sa.connection.name
+        self.say(f"IKE_SA {name}[{new.sa.unique_id}] rekeyed from {name}[{old.sa.unique_id}]", new)
+        if self.listener:
+            self.listener.ike_rekeyed(old, new)
 
     async def _continue(self, entry: Entry) -> None:
         step = entry.steps[0]
@@ -393,6 +439,8 @@ class Manager:
             entry.steps.insert(1, deque(answer))
         entry.task = None
         self.run(entry, ())
+        if entry.heir is not None:
+            self.run(entry.heir, ())  # what the kernel said may have given it something to do
 
     async def _kernel_effect(self, entry: Entry, step: deque[Effect]) -> Sequence[Effect]:
         """Take the first effect of the step and carry it out; what the core says to the outcome is returned."""
@@ -411,7 +459,7 @@ class Manager:
                 except KERNEL_ERRORS as error:
                     self.say(f"kernel refused the {sa.direction.name.lower()}bound SA {sa.spi:08x}: {error}", entry, group="KNL", warning=True)
                     step.clear()
-                    self._installed(entry, child_id)
+                    self._release(entry.current, child_id)
                     answer = entry.sa.install_failed(child_id, sa.direction, self._now())
             case RemoveSa(sa_id):
                 self._child_of.pop(sa_id, None)
@@ -427,14 +475,14 @@ class Manager:
             local_ts, remote_ts = sa.destination_selectors, sa.source_selectors
             known = self._child_of_reqid.get(sa.reqid)
             spec = PolicySpec.of_child(known[1] if known else None, sa.mode, sa.reqid, sa.destination, sa.source)
-            entry.owners.add(child_id)
-            entry.installing[child_id] = sa.reqid
+            entry.current.owners.add(child_id)
+            entry.current.installing[child_id] = sa.reqid
             self._installing[sa.reqid] += 1
             await self.kernel.claim(("child", child_id), list(policies_for(spec, local_ts, remote_ts)))
         await self.kernel.install(sa)
         self._child_of[sa.id] = (entry, child_id)
         if not inbound:
-            self._installed(entry, child_id)
+            self._installed(entry.current, child_id)
 
     def _installed(self, entry: Entry, child_id: int) -> None:
         reqid = entry.installing.pop(child_id, None)
@@ -453,16 +501,32 @@ class Manager:
                 self._authenticated(entry)
             case IkeClosed():
                 self._closed(entry, effect)
-            case ChildEstablished(child):
-                self.counters.add("child_established")
+            case IkeOpened() | IkeHandedOver():
+                pass  # at once, in `run`
+            case ChildEstablished(child, replaces):
+                entry = entry.current
+                self._installed(entry, child.id)  # of one that the peer rekeys, the SA out comes only when the old one goes
+                self.counters.add("child_established" if replaces is None else "child_rekeyed")
                 self.say(
                     f"CHILD_SA {child.name}{{{child.id}}} established with SPIs {child.inbound.spi:08x}_i {child.outbound.spi:08x}_o and TS "
-                    f"{' '.join(map(str, child.local_ts))} === {' '.join(map(str, child.remote_ts))}",
+                    f"{' '.join(map(str, child.local_ts))} === {' '.join(map(str, child.remote_ts))}"
+                    + (f", rekeying {replaces.name}{{{replaces.id}}}" if replaces else ""),
                     entry,
                 )
                 if self.listener:
-                    self.listener.child_established(entry, child)
+                    if replaces is None:
+                        self.listener.child_established(entry, child)
+                    else:
+                        self.listener.child_rekeyed(entry, replaces, child)
+            case RekeyFailed(child_id, reason, detail):
+                entry = entry.current
+                self.counters.add("rekey_failed")
+                what = f"CHILD_SA {{{child_id}}}" if child_id else f"IKE_SA {entry.sa.connection.name}[{entry.sa.unique_id}]"
+                self.say(f"rekeying of {what} failed: {reason.value}{f' ({detail})' if detail else ''}; it is tried again", entry, warning=True)
+                if self.listener:
+                    self.listener.rekey_failed(entry, effect)
             case ChildClosed(child, reason):
+                entry = entry.current
                 self.counters.add("child_closed")
                 self.say(f"CHILD_SA {child.name}{{{child.id}}} closed: {reason.value}", entry)
                 if self.listener:
