@@ -132,6 +132,41 @@ def test_sent_batches_arrive_as_datagrams_with_our_mark(opened: Opened) -> None:
         assert esp.getsockopt(socket.SOL_SOCKET, socket.SO_MARK) == MARK
 
 
+def test_a_peer_that_cannot_be_sent_to_costs_the_others_no_segmentation(opened: Opened) -> None:
+    address = ip_address("127.0.0.1")
+    opened.bind(address)
+    esp = opened.esp(address)
+    receiver = opened.namespace.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    receiver.setsockopt(socket.IPPROTO_UDP, UDP_GRO, 1)
+    receiver.bind(("127.0.0.1", 0))
+    batch = memoryview(ESP * 10)
+    esp.send(Endpoint(address, 0), batch, len(ESP))  # EINVAL
+    assert sum(opened.counters.values().values()) == 10
+    esp.send(Endpoint(address, receiver.getsockname()[1]), batch, len(ESP))
+    assert len(receiver.recv(65535)) == len(batch), "one read: it was one send"
+    receiver.close()
+
+
+@pytest.mark.parametrize("text", ["127.0.0.1", "::1"])
+def test_what_need_not_stay_whole_is_fragmented_and_nothing_else(opened: Opened, text: str) -> None:
+    opened.namespace.ip("link set lo mtu 1500")
+    address = ip_address(text)
+    opened.bind(address)
+    esp = opened.esp(address)
+    receiver = opened.namespace.socket(socket.AF_INET if address.version == 4 else socket.AF_INET6, socket.SOCK_DGRAM)
+    receiver.bind((text, 0))
+    receiver.settimeout(5)
+    target = Endpoint(address, receiver.getsockname()[1])
+    large = memoryview(bytes(5000))
+    esp.send(target, large, len(large))
+    assert opened.counters.values()["io.esp.send.too-big"] == 1
+    esp.send(target, large, len(large), whole=False)
+    assert len(receiver.recv(65535)) == 5000
+    esp.send(target, large, len(large))
+    assert opened.counters.values()["io.esp.send.too-big"] == 2
+    receiver.close()
+
+
 def test_binding_twice_gives_the_same_descriptors_and_unbinding_frees_the_ports(opened: Opened) -> None:
     address = ip_address("127.0.0.1")
     assert opened.bind(address) == opened.bind(address)
