@@ -2,7 +2,8 @@
 
 `request` gives a ticket; what becomes of it is an event later: `Replied`, `Refused` or `TimedOut`. A reply is known by message type,
 sadb_msg_seq and sadb_msg_pid (RFC 2367 section 2.1), an entry of a dump by X_DUMP where our extensions are spoken. A request that is not answered
-for `REPLY_TIMEOUT` is sent again unchanged, `ATTEMPTS` times in all: the shim recognises it and does not carry it out twice.
+in time is sent again unchanged, with growing pauses (`REPEAT_AFTER`): the shim recognises it and does not carry it out twice. A dump of which
+an entry is missing is asked for again when it has ended.
 
 An edge drives it thus: send what `next_output` gives and say `output_sent`; pass datagrams to `receive` while `wants_read`; call `tick`
 when `next_deadline` is due; then empty `next_event`. Descriptors in an event are the caller's to close.
@@ -24,8 +25,9 @@ from kernel_shim.pfkey.private import DumpPosition, ErrorText
 
 Ticket = NewType("Ticket", int)
 
-REPLY_TIMEOUT: Final = 5.0  # s without an answer, or without another entry of a dump
-ATTEMPTS: Final = 3
+REPEAT_AFTER: Final = (0.5, 1.5, 4.0, 9.0)  # s without an answer; a kernel that is busy for longer loses nothing by it
+ATTEMPTS: Final = len(REPEAT_AFTER)
+DUMP_TIMEOUT: Final = 5.0  # s without another entry of a dump
 MAX_UNDER_WAY: Final = 32  # requests sent and not answered; fewer than outbox.MAX_QUEUED_REPLIES, so that the shim always reads
 MAX_DUMP_ENTRIES: Final = 1_000_000
 MAX_OUTPUT: Final = 1024  # messages not yet sent
@@ -89,6 +91,7 @@ class _Request:
     attempts: int = 0
     entries: list[Message] = field(default_factory=list)  # of a dump
     remaining: int | None = None  # what the last entry of a dump said
+    gaps: bool = False  # entries of it are missing
 
 
 class ClientSession:
@@ -160,8 +163,8 @@ class ClientSession:
         self._waiting.extendleft(reversed(held))
 
     def _transmit(self, request: _Request, now: float) -> None:
+        request.deadline = now + (DUMP_TIMEOUT if request.type in _DUMPS else REPEAT_AFTER[request.attempts])
         request.attempts += 1
-        request.deadline = now + REPLY_TIMEOUT
         if request.data not in self._output:
             self._output.append(request.data)
 
@@ -248,15 +251,31 @@ class ClientSession:
         if position is not None:
             if dump.remaining is not None and position.remaining >= dump.remaining:
                 dump.entries.clear()  # the shim began anew
+                dump.gaps = False
             dump.remaining = position.remaining
+            # An older shim does not say the total.
+            dump.gaps |= bool(position.total) and position.total - position.remaining != len(dump.entries) + 1
         dump.entries.append(message)
-        dump.deadline = now + REPLY_TIMEOUT
-        if message.sequence == 0:
+        dump.deadline = now + DUMP_TIMEOUT
+        if message.sequence == 0 and dump.gaps:
+            self._dump_again(dump, now)
+        elif message.sequence == 0:
             self._finish(dump, now)
             self._events.append(Replied(dump.ticket, tuple(dump.entries)))
         elif len(dump.entries) >= MAX_DUMP_ENTRIES:
             self._finish(dump, now)
             self._events.append(Refused(dump.ticket, KernelError(errno.EMSGSIZE, f"a dump of more than {MAX_DUMP_ENTRIES} entries")))
+
+    def _dump_again(self, dump: _Request, now: float) -> None:
+        """Entries are missing: the table as a whole is asked for once more."""
+        if dump.attempts == ATTEMPTS:
+            self._finish(dump, now)
+            self._events.append(TimedOut(dump.ticket))
+            return
+        self.repeated += 1
+        dump.entries.clear()
+        dump.remaining, dump.gaps = None, False
+        self._transmit(dump, now)
 
     def next_event(self) -> SessionEvent | None:
         return self._events.popleft() if self._events else None

@@ -102,11 +102,12 @@ class Statistics(Extension):
 
 @dataclass(frozen=True, slots=True)
 class DumpPosition(Extension):
-    """In every message of a dump: the sequence of the request that it answers, and how many messages follow this one."""
+    """In every message of a dump: the sequence of the request that it answers, how many messages follow this one, and how many there are (0: not said)."""
 
     type: ClassVar[ExtensionType] = ExtensionType.X_DUMP
     request: int
     remaining: int
+    total: int = 0
 
 
 @dataclass(frozen=True, slots=True)

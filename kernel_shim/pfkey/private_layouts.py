@@ -274,7 +274,7 @@ def write_statistics(writer: Writer, statistics: Statistics) -> None:
         writer.pad()
 
 
-_DUMP: Final = Struct("=IIxxxx")
+_DUMP: Final = Struct("=III")
 
 
 def read_dump(reader: Reader, _: ExtensionType) -> DumpPosition:
@@ -282,7 +282,7 @@ def read_dump(reader: Reader, _: ExtensionType) -> DumpPosition:
 
 
 def write_dump(writer: Writer, position: DumpPosition) -> None:
-    writer.put(_DUMP, position.request, position.remaining)
+    writer.put(_DUMP, position.request, position.remaining, position.total)
 
 
 def read_error(reader: Reader, _: ExtensionType) -> ErrorText:

@@ -330,7 +330,7 @@ class ServerSession:
             client.outbox.dump = None
         extensions = tuple(_entry_extensions(entry, private=client.private))
         if client.private:
-            extensions += (DumpPosition(dump.request, dump.remaining),)
+            extensions += (DumpPosition(dump.request, dump.remaining, len(dump.entries)),)
         sequence = dump.position if dump.remaining else 0
         sa_type = SaType.ESP if dump.type == MessageType.DUMP else SaType.UNSPEC
         return self._codec.encode(Message(dump.type, sa_type, 0, sequence, dump.pid, extensions))

@@ -15,9 +15,10 @@ from kernel_shim.pfkey import messages as m
 from kernel_shim.pfkey import private as p
 from kernel_shim.pfkey.client import (
     ATTEMPTS,
+    DUMP_TIMEOUT,
     MAX_OUTPUT,
     MAX_UNDER_WAY,
-    REPLY_TIMEOUT,
+    REPEAT_AFTER,
     ClientSession,
     Overrun,
     Refused,
@@ -93,7 +94,7 @@ def test_silence_is_answered_by_repetition_and_then_by_an_end(client):
         client.tick(now)
         assert sent(client) == [first]
     assert events(client) == []
-    assert now == REPLY_TIMEOUT * (ATTEMPTS - 1)
+    assert now == sum(REPEAT_AFTER[:-1])
     client.tick(client.next_deadline())
     assert events(client) == [TimedOut(ticket)]
     assert client.next_deadline() is None
@@ -164,7 +165,7 @@ def test_a_dump_is_one_reply_and_lives_as_long_as_it_moves(client):
     ticket = client.request(DUMP, 0.0)
     (asked,) = sent(client)
     for position in range(1, 10):
-        now = position * REPLY_TIMEOUT * 0.9
+        now = position * DUMP_TIMEOUT * 0.9
         client.tick(now)
         hear(client, entry(position, position % 9, asked.sequence, 9 - position), now=now)
     assert sent(client) == []
@@ -195,6 +196,42 @@ def test_a_dump_that_began_anew_is_not_counted_twice(client):
         hear(client, entry(spi, sequence, asked.sequence, remaining))
     (replied,) = events(client)
     assert [message.require(m.Sa).spi for message in replied.messages] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_a_dump_that_lost_an_entry_is_asked_for_again_as_a_whole(client, count):
+    kernel = NaiveKernel()
+    for spi in range(count):
+        kernel.add_sa(make_sa(0x1000 + spi), 0.0)
+    talk = Talk.start(ServerSession(kernel, PipeSockets()))
+    talk.ask(CODEC.encode(m.Message(MessageType.REGISTER, SaType.ESP, extensions=(p.Hello(),))))
+    for lost in range(count):
+        now = 100.0 * lost
+        ticket = client.request(DUMP, now)
+        for data in sent(client):
+            talk.say(CODEC.encode(data))
+        for at, data in enumerate(talk.hear_all()):
+            if at != lost:
+                client.receive(data, (), now)
+        if lost == count - 1:  # nothing came after it
+            client.tick(now + DUMP_TIMEOUT)
+        for data in sent(client):
+            talk.say(CODEC.encode(data))
+        for data in talk.hear_all():
+            client.receive(data, (), now)
+        (replied,) = events(client)
+        assert replied.ticket == ticket
+        assert [message.require(m.Sa).spi for message in replied.messages] == [0x1000 + spi for spi in range(count)]
+    assert client.repeated == count
+
+
+def test_a_dump_that_never_comes_whole_ends(client):
+    ticket = client.request(DUMP, 0.0)
+    (asked,) = sent(client)
+    for _ in range(ATTEMPTS):
+        hear(client, m.Message(MessageType.DUMP, SaType.ESP, 0, 0, PID, (m.Sa(2), p.DumpPosition(asked.sequence, 0, 2))))
+        sent(client)
+    assert events(client) == [TimedOut(ticket)]
 
 
 def test_dumps_wait_for_each_other_and_hold_nothing_else_up(client):

@@ -129,7 +129,7 @@ STRATEGIES = {
     X.X_UNRESOLVED: st.builds(p.UnresolvedExtension, st.sampled_from(Unresolved)),
     X.X_FLOW: st.builds(p.FlowExtension, flows),
     X.X_STATISTICS: st.builds(p.Statistics, st.lists(st.tuples(st.text(max_size=30), u64), max_size=8).map(tuple)),
-    X.X_DUMP: st.builds(p.DumpPosition, u32, u32),
+    X.X_DUMP: st.builds(p.DumpPosition, u32, u32, u32),
     X.X_ERROR: st.builds(p.ErrorText, st.text(max_size=60)),
     X.X_ACQUIRE: st.builds(p.AcquireReference, u32),
     X.X_PENDING: st.builds(_pending, pairs, st.booleans(), st.booleans(), u32, st.sampled_from(Unresolved), u32, u32, u32, u32, u64),
