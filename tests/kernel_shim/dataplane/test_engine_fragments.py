@@ -6,6 +6,8 @@ import random
 
 import pytest
 from dataplane_pair import Gateway, Pair, endpoints
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scapy.layers.inet import IP, UDP
 from scapy.layers.inet6 import ICMPv6PacketTooBig, IPv6, IPv6ExtHdrFragment, fragment6
 from scapy.packet import Raw
@@ -84,6 +86,24 @@ def test_fragments_that_overlap_are_thrown_away(version: int) -> None:
     pair.send(first, first, *others)
     assert pair.left.sent() == []
     assert pair.left.count("drop_transport_fragment") == 2
+
+
+@pytest.mark.property
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from([4, 6]), st.lists(st.tuples(st.integers(0, 4), st.integers(0, 63), st.integers(0, 255)), max_size=4), st.permutations(range(5)))
+def test_damaged_fragments_cost_their_datagram_and_nothing_else(version: int, damage: list[tuple[int, int, int]], order: list[int]) -> None:
+    pair = Pair(version, version, Mode.TRANSPORT)
+    pair.connect()
+    pieces = [bytearray(piece) for piece in cut(pair, bytes(6000), 1)]
+    assert len(pieces) == 5
+    for index, position, value in damage:
+        pieces[index][position] = value
+    pair.send(*(bytes(pieces[index]) for index in order))
+    pair.left.sent()
+    body = random.Random(2).randbytes(6000)
+    pair.send(*cut(pair, body, 0x7777))  # an identification that damage does not make
+    pair.right.take(pair.left.sent(), pair.now)
+    assert bodies(pair.right, version) == [body]
 
 
 def test_transport_mode_sends_a_packet_without_df_in_fragments() -> None:
