@@ -9,10 +9,12 @@ from realkernel.kernel_gateways import XfrmGateway, kernel_pair, strongswan, xfr
 
 pytestmark = pytest.mark.realkernel
 
+PLAIN = {"encap": "no"}  # ESP without UDP
+
 
 @pytest.mark.parametrize("esp", ["aes256gcm16-esn", "aes128-sha256"])
 def test_two_of_ours(esp: str) -> None:
-    with kernel_pair(xfrm, xfrm, Tunnel(esp_proposals=esp)) as both:
+    with kernel_pair(xfrm, xfrm, Tunnel(esp_proposals=esp, connection_options=PLAIN)) as both:
         a, b = both.link.a, both.link.b
         a.initiate()
         both.carries()
@@ -32,7 +34,7 @@ def test_ipv6_in_ipv4_with_forced_encapsulation() -> None:
 
 
 def test_host_to_host_transport_over_ipv6() -> None:
-    with kernel_pair(xfrm, xfrm, Tunnel(mode="transport", outer_version=6, inner_version=6, start_a="trap")) as both:
+    with kernel_pair(xfrm, xfrm, Tunnel(mode="transport", outer_version=6, inner_version=6, start_a="trap", connection_options=PLAIN)) as both:
         both.link.carries_again()
         both.carries()
 
@@ -46,8 +48,9 @@ def test_with_our_userspace_kernel(a: DaemonFactory, b: DaemonFactory) -> None:
 
 @pytest.mark.parametrize(("a", "b"), [pytest.param(xfrm, strongswan, id="ours-begins"), pytest.param(strongswan, xfrm, id="strongswan-begins")])
 def test_with_strongswan_on_the_same_kernel(a: DaemonFactory, b: DaemonFactory) -> None:
-    with kernel_pair(a, b, Tunnel()) as both:
+    with kernel_pair(a, b, Tunnel(connection_options=PLAIN)) as both:
         both.link.a.initiate()
+        assert [child.encap for child in both.children()] == [False, False]
         both.carries()
 
 
@@ -66,7 +69,7 @@ def test_nothing_is_left_behind() -> None:
 
 
 def test_a_killed_key_manager_leaves_its_tunnels_and_its_successor_replaces_them() -> None:
-    with kernel_pair(xfrm, xfrm, Tunnel(start_a="trap")) as both:
+    with kernel_pair(xfrm, xfrm, Tunnel(start_a="trap", connection_options=PLAIN)) as both:
         a, b = both.link.a, both.link.b
         assert isinstance(a, XfrmGateway)
         assert isinstance(b, XfrmGateway)
