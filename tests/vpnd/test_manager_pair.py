@@ -349,7 +349,8 @@ async def test_a_peer_without_address_that_is_tried_for_ever_is_tried_with_pause
     up = asyncio.ensure_future(a.up())
     for _ in range(200):
         await asyncio.sleep(0)
-    assert asked == ["nowhere.example"]
+    assert asked == ["nowhere.example"] * 2, "once for the demand and once to know the peer"
+    assert any("no address for nowhere.example" in line for line in a.lines)
     a.demands.stop()
     with pytest.raises(ControlError):
         await up
@@ -382,12 +383,12 @@ async def test_a_client_that_leaves_in_the_middle_leaves_no_task_behind() -> Non
 
 
 async def test_a_trap_towards_a_name_waits_for_the_resolver_and_discards_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
-    answers: list[object] = [None, None, B]
+    answers: list[object] = [None, None, None]
     gate = asyncio.Event()
 
     async def resolve(host: str) -> object:
         await gate.wait()
-        return answers.pop(0)
+        return answers.pop(0) if answers else B
 
     monkeypatch.setattr(demands, "resolve", resolve)
     monkeypatch.setattr(demands, "RETRY_FIRST", 0.01)
@@ -596,3 +597,16 @@ async def test_what_the_kernel_loses_while_it_is_rekeyed_is_replaced_once() -> N
     network.cut = False
     await until(lambda: mirrored(a, b) and old.spi not in a.spis(Direction.OUT) and len(children(a)) == len(children(b)) == 1)
     assert len(a.kernel.policies) == len(b.kernel.policies) == 3
+
+
+async def test_a_peer_that_asks_first_is_known_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def resolve(host: str) -> object:
+        return {"a.example": A}[host]
+
+    monkeypatch.setattr(demands, "resolve", resolve)
+    network = Network()
+    a, b = Node(network, config("a"), A), Node(network, config("b").replace(f"remote_addrs = {A}", "remote_addrs = a.example"), B)
+    await b.start()
+    await a.start()
+    await a.up()
+    await until(lambda: mirrored(a, b))

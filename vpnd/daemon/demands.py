@@ -92,6 +92,7 @@ class Demands:
         self._retired: set[int] = set()  # children that close because their successor stands, or cannot be had
         self._retries: dict[ChildKey, asyncio.TimerHandle] = {}
         self._recovering: dict[ChildKey, asyncio.TimerHandle] = {}
+        self._looking_up: set[str] = set()  # connections whose peer's name is being resolved
         self._turn = asyncio.Lock()  # of demands that begin
         self._background = Background()
         self._stopping = False
@@ -205,6 +206,23 @@ class Demands:
                 return address
         return None
 
+    def look_up(self, connection: ConnectionConfig) -> None:
+        """Resolve its names in the background, so that a peer who asks first is recognised by its address."""
+        if connection.name not in self._looking_up and host_names(connection.remote_addrs):
+            self._looking_up.add(connection.name)
+            self._background.start(self._look_up(connection.name))
+
+    async def _look_up(self, name: str) -> None:
+        attempt = 1
+        try:
+            while (connection := self._manager.connections.get(name)) is not None and not self._stopping:
+                if await self._remote_address(connection) is not None:
+                    return
+                await asyncio.sleep(_backoff(attempt))
+                attempt += 1
+        finally:
+            self._looking_up.discard(name)
+
     def _local_address(self, connection: ConnectionConfig, remote: IPAddress | None) -> IPAddress | None:
         for pattern in connection.local_addrs:
             address = fixed_address(pattern)
@@ -272,6 +290,8 @@ class Demands:
         self._manager.run(entry, effects)
 
     def _failed(self, key: ChildKey, demand: Demand, reason: Reason, detail: str) -> None:
+        if demand.entry is None and detail:
+            self._manager.say(f"CHILD_SA {demand.child.name} of connection {key[0]} not brought up: {detail}", group="CFG", warning=True)
         tries = demand.connection.keyingtries
         config = self._configured(key)
         if reason is Reason.PEER_SILENT and (tries == 0 or demand.attempts < tries) and config is not None and not self._stopping:

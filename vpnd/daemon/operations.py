@@ -267,6 +267,7 @@ class Operations:
             if self._demands.trapped(connection.name, name) and before[name] != connection.children.get(name):
                 await self._demands.uninstall(connection.name, name)
         self._manager.connections[connection.name] = connection
+        self._demands.look_up(connection)
         try:
             await self._start_children(connection, old)
         except ControlError:
