@@ -2,6 +2,8 @@
 
 Policies are level, not edge: a change marks its key, and one synchroniser at a time makes the kernel agree with the table.
 What the kernel refused or did not answer, deletions of SAs included, is tried again with back-off until the kernel agrees or is gone.
+Every `AUDIT_INTERVAL`, and after an overrun, the kernel's tables are read and held against what should be in them: missing policies are put back,
+those that nobody wants and SAs that nobody owns go, SAs that vanished are told to their owners.
 After the kernel side was restarted the policies come back as they should be; SAs do not, for their sequence numbers are
 lost and an outbound key is never installed twice (their owners hear of it and negotiate anew).
 What an earlier run of the daemon left in a kernel that lived on, its orphans, keeps carrying packets until a successor of
@@ -12,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Awaitable, Callable, Hashable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from typing import Final
 
 import structlog
@@ -33,6 +35,7 @@ from kernel_shim.model import (
     Spi,
     SpiRequest,
 )
+from vpnd.daemon.audit import Strangers, policy_drift, same_policy
 from vpnd.daemon.background import Background
 from vpnd.policies import PolicyKey, PolicyTable
 from vpnd.telemetry.counters import Counters
@@ -42,6 +45,9 @@ RECONNECT_FIRST: Final = 0.05  # s
 RECONNECT_LAST: Final = 5.0  # s
 REPAIR_FIRST: Final = 0.5  # s, until what the kernel refused or did not answer is tried again; doubles
 REPAIR_LAST: Final = 60.0  # s
+AUDIT_INTERVAL: Final = 180.0  # s
+STRANGER_GRACE: Final = 30.0  # s that an SA without an owner has to get one
+SYNCHRONISED_AT_ONCE: Final = 32  # policies; as many requests as a channel keeps under way
 REQID_FIRST: Final = 1
 REQID_LAST: Final = 0x7FFFFFFF
 
@@ -72,6 +78,11 @@ class KernelSide:
         self._orphan_task: asyncio.Task[None] | None = None
         self._reconnect_task: asyncio.Task[None] | None = None
         self._repair_task: asyncio.Task[None] | None = None
+        self._audit_task: asyncio.Task[None] | None = None
+        self._examine_lock = asyncio.Lock()
+        self._installing: dict[SaId, None] = {}
+        self._installed_before: frozenset[PolicyKey] = frozenset()  # ours in the kernel that went away, should it be the same that comes back
+        self._strangers: Final = Strangers(STRANGER_GRACE)
         self._next_reqid = REQID_FIRST
         self._reqids: set[int] = set()
         self._closing = False
@@ -84,11 +95,12 @@ class KernelSide:
     async def open(self) -> None:
         """Attach to the kernel; whatever `connect` raises passes through."""
         await self._attach()
+        self._audit_task = asyncio.create_task(self._audit_regularly(), name="kernel-audit")
 
     async def close(self, *, leave: bool = False) -> None:
         """Detach. Unless `leave`, every policy and SA of ours goes first."""
         self._closing = True
-        for task in (self._orphan_task, self._reconnect_task, self._repair_task):
+        for task in (self._audit_task, self._orphan_task, self._reconnect_task, self._repair_task):
             if task is not None:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
@@ -126,7 +138,7 @@ class KernelSide:
         self._channel = channel
         channel.on_closed(lambda: self._on_closed(channel))
         try:
-            await self._examine(channel, orphans=True)
+            await self._examine(channel, attached=True)
         except BaseException:
             self._channel = None
             await channel.close()
@@ -134,38 +146,85 @@ class KernelSide:
         channel.on_overrun(lambda: self._background.start(self._resynchronise()))
         channel.on_event(self._on_event)
 
-    async def _examine(self, channel: KernelChannel, *, orphans: bool) -> None:
-        """Compare what the kernel has with what it should have, and repair the difference. SAs that nobody here knows are orphans, or else a race of ours."""
-        actual = {status.sa.id: status for status in await channel.sas()}
-        standing = {(policy.direction, policy.selector): policy for policy in await channel.policies()}
-        self._installed = standing
+    async def _examine(self, channel: KernelChannel, *, attached: bool) -> None:
+        """Compare what the kernel has with what it should have, and repair the difference.
+
+        When it was just `attached`, what nobody here knows is an earlier run's and its orphan; later it is a stranger.
+        """
+        async with self._examine_lock:
+            before = list(self._ours)  # what is installed while the tables are read need not be in them
+            actual = {status.sa.id: status for status in await channel.sas()}
+            async with self._sync_lock:
+                standing = {(policy.direction, policy.selector): policy for policy in await channel.policies()}
+                self._installed = standing
+                self._unsure.clear()
+                self._look_at_policies(standing, attached=attached)
+            vanished = [sa for sa in before if sa in self._ours and sa not in actual]
+            for sa in vanished:
+                del self._ours[sa]
+            for sa in [sa for sa in self._doomed if sa not in actual]:
+                del self._doomed[sa]
+            if attached:
+                self._adopt(actual)
+            await self._synchronise()
+            if vanished:
+                self._counters.add("kernel_sas_lost", len(vanished))
+                self.lost(vanished)
+            if self._doomed:
+                self._repair_soon()
+            if not attached:
+                await self._remove_strangers(actual)
+
+    def _look_at_policies(self, standing: Mapping[PolicyKey, Policy], *, attached: bool) -> None:
         for policy in standing.values():
             self._reqids.update(template.reqid for template in policy.templates)
-        vanished = [sa for sa in self._ours if sa not in actual]
-        for sa in vanished:
-            del self._ours[sa]
-        if orphans:
-            self._orphan_policies = {key: policy for key, policy in standing.items() if key not in self.table}
-            self._orphans = {sa: status for sa, status in actual.items() if sa not in self._ours and status.state is not SaState.LARVAL}
-            if self._orphans or self._orphan_policies:
-                log.info("adopting what an earlier run left in the kernel", sas=len(self._orphans), policies=len(self._orphan_policies))
-                if self._orphan_task is not None:
-                    self._orphan_task.cancel()
-                self._orphan_task = asyncio.create_task(self._drop_orphans_later(), name="orphans")
-        self._dirty.update(dict.fromkeys((policy.direction, policy.selector) for policy in self.table.desired()))
-        self._dirty.update(dict.fromkeys(key for key in standing if key not in self._orphan_policies))
-        await self._synchronise()
-        if vanished:
-            self._counters.add("kernel_sas_lost", len(vanished))
-            self.lost(vanished)
+        if attached:
+            self._orphan_policies = {key: policy for key, policy in standing.items() if key not in self.table and key not in self._installed_before}
+            self._installed_before = frozenset()
+        drift = policy_drift(standing, self.table.desired(), {*self._dirty, *self._orphan_policies})
+        for name, keys in (("kernel_policies_restored", drift.missing), ("kernel_policies_removed", drift.foreign)):
+            if keys:
+                self._counters.add(name, len(keys))
+                self._dirty.update(dict.fromkeys(keys))
+
+    def _adopt(self, actual: Mapping[SaId, SaStatus]) -> None:
+        known = {*self._ours, *self._doomed, *self._installing}
+        self._orphans = {sa: status for sa, status in actual.items() if sa not in known and status.state is not SaState.LARVAL}
+        if self._orphans or self._orphan_policies:
+            log.info("adopting what an earlier run left in the kernel", sas=len(self._orphans), policies=len(self._orphan_policies))
+            if self._orphan_task is not None:
+                self._orphan_task.cancel()
+            self._orphan_task = asyncio.create_task(self._drop_orphans_later(), name="orphans")
+
+    async def _remove_strangers(self, actual: Mapping[SaId, SaStatus]) -> None:
+        known = {*self._ours, *self._doomed, *self._installing, *self._orphans}
+        for sa in self._strangers.meet(actual, known, asyncio.get_running_loop().time()):
+            log.warning("removing an SA that nobody owns", spi=f"{sa.spi:08x}", destination=str(sa.destination))
+            self._counters.add("kernel_sas_removed")
+            await self.remove(sa)
 
     async def _resynchronise(self) -> None:
         """After the kernel side had to forget events: what they told is read from its tables."""
         self._counters.add("kernel_overruns")
+        await self._try_to_examine("an overrun")
+
+    async def audit(self) -> None:
+        """Hold the kernel's tables against what should be in them, and repair. Never raises for what the kernel does."""
+        self._counters.add("kernel_audits")
+        await self._try_to_examine("an audit")
+
+    async def _try_to_examine(self, why: str) -> None:
         try:
-            await self._examine(self.channel, orphans=False)
+            await self._examine(self.channel, attached=False)
         except (KernelError, ChannelClosed, TimeoutError) as error:
-            log.warning("kernel not examined after an overrun", error=str(error))
+            self._counters.add("kernel_audits_failed")
+            log.warning("kernel not examined", why=why, error=str(error))
+
+    async def _audit_regularly(self) -> None:
+        while True:
+            await asyncio.sleep(min(AUDIT_INTERVAL, STRANGER_GRACE) if len(self._strangers) else AUDIT_INTERVAL)
+            if self.connected:
+                await self.audit()
 
     def _on_event(self, event: KernelEvent) -> None:
         self.event(event)
@@ -176,9 +235,9 @@ class KernelSide:
         log.warning("the kernel side went away")
         self._counters.add("kernel_disconnects")
         self._channel = None
+        self._installed_before = frozenset({*self._installed, *self._unsure, *self._installed_before} - {*self._orphan_policies})
         self._installed = {}
         self._unsure.clear()
-        self._doomed.clear()  # found as orphans, should they still be there
         self._reconnect_task = asyncio.create_task(self._reconnect(), name="kernel-reconnect")
 
     async def _reconnect(self) -> None:
@@ -231,32 +290,46 @@ class KernelSide:
     async def _synchronise(self) -> None:
         """Make the kernel agree with the table in all marked keys. What it refuses is in `_refused` afterwards, for whoever claimed it."""
         async with self._sync_lock:
-            while self._dirty and self._channel is not None:
-                key = next(iter(self._dirty))
-                del self._dirty[key]
-                desired = self.table.get(key)
-                self._refused.pop(key, None)
-                try:
-                    await self._carry_over(self._channel, key, desired)
-                except KernelError as error:
-                    # A later call may carry over what this one marked: a refusal belongs to the key, not to the caller.
-                    self._refused[key] = error
-                    log.warning("kernel refused a policy" if desired else "policy not deleted", selector=str(key[1]), error=str(error))
-                    self._repair_soon()
-                except TimeoutError:
-                    self._unsure.add(key)
-                    self._dirty[key] = None
-                    self._repair_soon()
-                    return
-                except ChannelClosed:
-                    self._dirty[key] = None
-                    return  # the reconnection marks everything again
+            while self._dirty and (channel := self._channel) is not None:
+                # What is wanted first: to a kernel with fewer words two selectors may be one.
+                wanted = [key for key in self._dirty if self.table.get(key) is not None]
+                unwanted = [key for key in self._dirty if self.table.get(key) is None]
+                for keys in (wanted, unwanted):
+                    for at in range(0, len(keys), SYNCHRONISED_AT_ONCE):
+                        batch = keys[at : at + SYNCHRONISED_AT_ONCE]
+                        if not all(await asyncio.gather(*(self._carry_over_one(channel, key) for key in batch))):
+                            return
+
+    async def _carry_over_one(self, channel: KernelChannel, key: PolicyKey) -> bool:
+        """False when the kernel did not answer, or is gone."""
+        self._dirty.pop(key, None)
+        self._refused.pop(key, None)
+        desired = self.table.get(key)
+        try:
+            await self._carry_over(channel, key, desired)
+        except KernelError as error:
+            # A later call may carry over what this one marked: a refusal belongs to the key, not to the caller.
+            self._refused[key] = error
+            log.warning("kernel refused a policy" if desired else "policy not deleted", selector=str(key[1]), error=str(error))
+            self._repair_soon()
+        except ChannelClosed:
+            self._dirty[key] = None
+            self._unsure.add(key)
+            return False  # the reconnection marks everything again
+        except (TimeoutError, asyncio.CancelledError) as error:
+            self._unsure.add(key)
+            self._dirty[key] = None
+            self._repair_soon()
+            if isinstance(error, asyncio.CancelledError):
+                raise
+            return False
+        return True
 
     async def _carry_over(self, channel: KernelChannel, key: PolicyKey, desired: Policy | None) -> None:
         standing, unsure = self._installed.get(key), key in self._unsure
         if desired is not None:
             self._orphan_policies.pop(key, None)
-            if standing is None or unsure or not _same_policy(standing, desired):
+            if standing is None or unsure or not same_policy(standing, desired):
                 self._installed[key] = await channel.update_policy(desired)
         elif (standing is not None or unsure) and key not in self._orphan_policies:
             try:
@@ -290,31 +363,42 @@ class KernelSide:
         return await self.channel.get_spi(request)
 
     async def install(self, sa: SecurityAssociation) -> None:
-        """Give keys to an inbound SPI that `get_spi` reserved, or add an outbound SA. Orphans of the same selectors go once both stand."""
-        if sa.direction is Direction.IN:
-            await self.channel.update_sa(sa)
-        else:
-            await self.channel.add_sa(sa)
+        """Give keys to an inbound SPI that `get_spi` reserved, or add an outbound SA. Orphans of the same selectors go once both stand.
+
+        An SA of which the kernel did not say whether it has it is deleted as soon as the kernel answers: its keys are not used again.
+        """
+        self._installing[sa.id] = None
+        try:
+            if sa.direction is Direction.IN:
+                await self.channel.update_sa(sa)
+            else:
+                await self.channel.add_sa(sa)
+        except KernelError:
+            raise
+        except BaseException:
+            self._doom(sa.id)
+            raise
+        finally:
+            self._installing.pop(sa.id, None)
         self._ours[sa.id] = sa
         self._doomed.pop(sa.id, None)
         if sa.direction is Direction.OUT and self._orphans:
             await self._drop_superseded(sa)
 
     async def remove(self, sa: SaId) -> None:
-        """That it is gone already is no error."""
+        """That it is gone already is no error. What the kernel does not do now it is asked for again, also when it was away."""
         self._ours.pop(sa, None)
         self._doomed.pop(sa, None)
-        if self._channel is None:
-            return
         try:
-            await self._channel.delete_sa(sa)
-        except ChannelClosed as error:
-            log.warning("SA not deleted", spi=f"{sa.spi:08x}", error=str(error))
-        except (KernelError, TimeoutError) as error:
+            await self.channel.delete_sa(sa)
+        except (KernelError, TimeoutError, ChannelClosed) as error:
             if not isinstance(error, KernelError) or error.errno != errno.ESRCH:
                 log.warning("SA not deleted", spi=f"{sa.spi:08x}", error=str(error))
-                self._doomed[sa] = None
-                self._repair_soon()
+                self._doom(sa)
+
+    def _doom(self, sa: SaId) -> None:
+        self._doomed[sa] = None
+        self._repair_soon()
 
     def forget(self, sa: SaId) -> None:
         """The kernel dropped it of its own accord."""
@@ -362,8 +446,3 @@ class KernelSide:
             self._next_reqid = self._next_reqid + 1 if self._next_reqid < REQID_LAST else REQID_FIRST
         self._reqids.add(self._next_reqid)
         return ReqId(self._next_reqid)
-
-
-def _same_policy(one: Policy, other: Policy) -> bool:
-    """Whether two policies of one direction and selector ask for the same."""
-    return (one.action, one.priority, one.templates, one.unresolved) == (other.action, other.priority, other.templates, other.unresolved)
