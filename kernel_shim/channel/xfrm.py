@@ -101,6 +101,7 @@ class XfrmChannel:
         self._holds = False
         self._next_index = FIRST_INDEX + INDEX_STEP * secrets.randbelow(1 << 27)
         self._standing = StandingPolicies()
+        self._policy_lock = asyncio.Lock()  # so that no kick puts back what was just deleted
         self._directions: dict[SaId, Direction] = {}
         self._acquires: OrderedDict[AcquireSequence, Acquire] = OrderedDict()
         self._counters = {"acquires": 0, "expires": 0, "mappings": 0, "foreign": 0, "malformed": 0, "kicks": 0, "repeated": 0, "found": 0}
@@ -202,7 +203,10 @@ class XfrmChannel:
 
     async def sas(self) -> Sequence[SaStatus]:
         """Ours. A larval SA that an ACQUIRE left has SPI 0 and the flow as its selectors."""
-        return [found.status(self._direction(found)) for found in await self._dump_sas()]
+        found = await self._dump_sas()
+        standing = {sa.id for sa in found}
+        self._directions = {sa: direction for sa, direction in self._directions.items() if sa in standing}
+        return [sa.status(self._direction(sa)) for sa in found]
 
     async def flush_sas(self) -> None:
         """Ours, larval ones included."""
@@ -255,10 +259,11 @@ class XfrmChannel:
 
     async def _kick(self, reqid: ReqId) -> None:
         """The kernel polls its hold queue with growing pauses; to replace the policy makes it look at once (xfrm_policy_requeue)."""
-        for policy in self._standing.outbound(reqid):
-            with suppress(KernelError):  # it went meanwhile
-                await self._requests.request(policy_message(policy, replace=True))
-                self._counters["kicks"] += 1
+        async with self._policy_lock:
+            for policy in self._standing.outbound(reqid):
+                with suppress(KernelError, TimeoutError):  # the SA stands all the same, and the kernel polls
+                    await self._requests.request(policy_message(policy, replace=True))
+                    self._counters["kicks"] += 1
 
     # Policies
 
@@ -275,21 +280,40 @@ class XfrmChannel:
         index, self._next_index = self._next_index, self._next_index + INDEX_STEP
         if self._next_index > LAST_INDEX:
             self._next_index = FIRST_INDEX
-        await self._requests.request(policy_message(policy, replace=update, index=index))
-        # Which number it has only the kernel knows: a replaced policy keeps its own.
-        replies = await self._requests.request(policy_id_message(MessageType.GETPOLICY, policy.direction, policy.selector))
-        told = policy_from(replies[0]) if replies else None
-        put = replace(policy, index=told.policy.index) if told is not None else policy
-        self._standing.put(put)
+        async with self._policy_lock:
+            try:
+                await self._requests.request(policy_message(policy, replace=update, index=index), repeat=update)
+            except TimeoutError:
+                told = await self._told(policy.direction, policy.selector)
+                if told is None or told.index // INDEX_STEP != index // INDEX_STEP:
+                    raise
+                self._counters["repeated"] += 1
+            else:
+                # Which number it has only the kernel knows: a replaced policy keeps its own.
+                told = await self._told(policy.direction, policy.selector)
+            put = replace(policy, index=told.index) if told is not None else policy
+            self._standing.put(put)
         return put
+
+    async def _told(self, direction: Direction, selector: Selector) -> Policy | None:
+        """What the kernel has under this selector; None when it went meanwhile."""
+        try:
+            replies = await self._requests.request(policy_id_message(MessageType.GETPOLICY, direction, selector))
+        except KernelError as error:
+            if error.errno == errno.ENOENT:
+                return None
+            raise
+        told = policy_from(replies[0]) if replies else None
+        return told.policy if told is not None else None
 
     async def delete_policy(self, direction: Direction, selector: Selector) -> None:
         message = policy_id_message(MessageType.DELPOLICY, direction, selector)
-        standing = self._standing.get(direction, selector)
-        if standing is not None and standing.selector != selector:
-            return  # to the kernel the two selectors are one, and the other is wanted
-        self._standing.drop(direction, selector)
-        await self._requests.request(message)
+        async with self._policy_lock:
+            standing = self._standing.get(direction, selector)
+            if standing is not None and standing.selector != selector:
+                return  # to the kernel the two selectors are one, and the other is wanted
+            self._standing.drop(direction, selector)
+            await self._requests.request(message)
 
     async def policies(self) -> Sequence[Policy]:
         """Ours."""
@@ -310,9 +334,8 @@ class XfrmChannel:
     async def flush_policies(self) -> None:
         """Ours."""
         for policy in await self.policies():
-            self._standing.drop(policy.direction, policy.selector)
             with suppress(KernelError):  # it went meanwhile
-                await self._requests.request(policy_id_message(MessageType.DELPOLICY, policy.direction, policy.selector))
+                await self.delete_policy(policy.direction, policy.selector)
 
     def _as_asked(self, policy: Policy) -> Policy:
         """In the words in which it was asked for, where the kernel has only one of several ways to say it."""
