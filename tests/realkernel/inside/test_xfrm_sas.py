@@ -220,6 +220,19 @@ def test_a_narrow_sa_carries_only_its_own(ends: Ends) -> None:
     within(ends.here, body)
 
 
+def test_a_policy_that_is_deleted_while_its_sa_comes_stays_deleted(ends: Ends) -> None:
+    async def body(channel: XfrmChannel, _: list[KernelEvent]) -> None:
+        for number in range(20):
+            await channel.update_policy(TRAP)
+            sa = outbound(spi=Spi(0x2000 + number))
+            first, second = channel.add_sa(sa), channel.delete_policy(Direction.OUT, TRAP.selector)
+            await asyncio.gather(*((first, second) if number % 2 else (second, first)))
+            assert await channel.policies() == []
+            await channel.delete_sa(sa.id)
+
+    within(ends.here, body)
+
+
 class Sink:
     """Counts what arrives at the far end, and when the first came."""
 
