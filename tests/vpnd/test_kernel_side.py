@@ -7,7 +7,7 @@ from ipaddress import ip_address, ip_network
 import pytest
 from vpnd_fakes import ALGORITHM, FakeChannel, FakeKernel
 
-from kernel_shim.channel.api import KernelChannel
+from kernel_shim.channel.api import ChannelClosed, KernelChannel
 from kernel_shim.model import Action, AddressRange, Direction, KernelError, Mode, Policy, ReqId, SaId, SecurityAssociation, Spi, TrafficSelector
 from vpnd.daemon import kernel_side
 from vpnd.daemon.kernel_side import KernelSide
@@ -263,3 +263,19 @@ async def test_an_orderly_end_leaves_an_empty_kernel() -> None:
     await side.close()
     assert not lab.kernel.sas
     assert not lab.kernel.policies
+
+
+async def test_a_claim_outlives_a_kernel_that_dies_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_side, "REPAIR_FIRST", 0.0)
+    lab = Lab()
+    side = lab.side()
+    await side.open()
+    lab.kernel.faults["update_policy"] = ChannelClosed("gone")
+    claiming = asyncio.ensure_future(side.claim("trap", policies("10.2.0.0/16")))
+    await asyncio.sleep(0)
+    lab.channels[-1].die()
+    await claiming
+    async with asyncio.timeout(5):
+        while len(lab.kernel.policies) < 3:
+            await asyncio.sleep(0.001)
+    await side.close()

@@ -263,10 +263,10 @@ class KernelSide:
         changes = self.table.claim(owner, policies)
         self._claims.setdefault(owner, []).extend(policies)
         self._dirty.update(dict.fromkeys((change.policy.direction, change.policy.selector) for change in changes))
-        await self._synchronise()
+        answered = await self._synchronise()
         keys = [(policy.direction, policy.selector) for policy in policies]
         refusals = [self._refused.pop(key) for key in keys if key in self._refused]
-        unanswered = self.connected and any(key in self._dirty for key in keys)
+        unanswered = not answered and any(key in self._dirty for key in keys)
         if refusals or unanswered:
             await self.release(owner)
             raise refusals[0] if refusals else TimeoutError("the kernel does not answer")
@@ -287,8 +287,11 @@ class KernelSide:
     def has_claims(self, owner: Hashable) -> bool:
         return owner in self._claims
 
-    async def _synchronise(self) -> None:
-        """Make the kernel agree with the table in all marked keys. What it refuses is in `_refused` afterwards, for whoever claimed it."""
+    async def _synchronise(self) -> bool:
+        """Make the kernel agree with the table in all marked keys. What it refuses is in `_refused` afterwards, for whoever claimed it.
+
+        False when it did not answer, so that keys are left marked.
+        """
         async with self._sync_lock:
             while self._dirty and (channel := self._channel) is not None:
                 # What is wanted first: to a kernel with fewer words two selectors may be one.
@@ -297,11 +300,13 @@ class KernelSide:
                 for keys in (wanted, unwanted):
                     for at in range(0, len(keys), SYNCHRONISED_AT_ONCE):
                         batch = keys[at : at + SYNCHRONISED_AT_ONCE]
-                        if not all(await asyncio.gather(*(self._carry_over_one(channel, key) for key in batch))):
-                            return
+                        answers = await asyncio.gather(*(self._carry_over_one(channel, key) for key in batch))
+                        if not all(answers):
+                            return False not in answers
+        return True
 
-    async def _carry_over_one(self, channel: KernelChannel, key: PolicyKey) -> bool:
-        """False when the kernel did not answer, or is gone."""
+    async def _carry_over_one(self, channel: KernelChannel, key: PolicyKey) -> bool | None:
+        """False when the kernel did not answer, None when it is gone."""
         self._dirty.pop(key, None)
         self._refused.pop(key, None)
         desired = self.table.get(key)
@@ -315,7 +320,9 @@ class KernelSide:
         except ChannelClosed:
             self._dirty[key] = None
             self._unsure.add(key)
-            return False  # the reconnection marks everything again
+            if channel is self._channel:
+                self._repair_soon()
+            return None  # the reconnection marks everything again
         except (TimeoutError, asyncio.CancelledError) as error:
             self._unsure.add(key)
             self._dirty[key] = None
