@@ -166,6 +166,10 @@ class Daemon(abc.ABC):
         what = {"child": child} if child else {"ike": ike or CONNECTION}
         return [line.get("msg", "") for line in self.request("terminate", timeout=int(timeout * 1000), **what)]
 
+    def rekey(self, *, child: str | None = None, ike: str | None = None) -> None:
+        """Begin to rekey; it is done when the list of SAs says so."""
+        self.request("rekey", **({"child": child} if child else {"ike": ike or CONNECTION}))
+
     def ike_sas(self) -> list[IkeSa]:
         return [_ike(name, raw) for entry in self.request("list-sas") for name, raw in entry.items()]
 

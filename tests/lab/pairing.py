@@ -95,6 +95,38 @@ class Pair:
             sent = {side: stream.wait() for side, stream in streams.items()}
             return {side: sinks[side].expect(sent[side].sent - sent[side].refused, timeout=3.0) for side in Side}
 
+    def rekeyed(self, *, children: bool = True, timeout: float = 15.0) -> Callable[[], None]:
+        """Call what it returns to wait until other SAs than now, one CHILD_SA and one IKE SA, stand on both sides and no other is left."""
+
+        def standing() -> list[tuple[str, str, list[tuple[int, int, str]]]]:
+            found = []
+            for daemon in (self.a, self.b):
+                for ike in daemon.ike_sas():
+                    spis = [(child.spi_in, child.spi_out, child.state) for child in ike.children if child.state != "DELETED"]
+                    found.append((ike.state, f"{ike.initiator_spi}-{ike.responder_spi}", spis))
+            return found
+
+        def keys(state: list[tuple[str, str, list[tuple[int, int, str]]]]) -> set[object]:
+            return {spi for _, _, spis in state for spi in spis} if children else {spis for _, spis, _ in state}
+
+        before = keys(standing())
+
+        def done() -> bool:
+            now = standing()
+            if len(now) != 2 or {state for state, _, _ in now} != {"ESTABLISHED"} or any(len(spis) != 1 for _, _, spis in now):
+                return False
+            (_, ike_a, [(in_a, out_a, state_a)]), (_, ike_b, [(in_b, out_b, state_b)]) = now
+            same = ike_a == ike_b and (in_a, out_a) == (out_b, in_b) and state_a == state_b == "INSTALLED"
+            return same and not before & keys(now)
+
+        def wait() -> None:
+            try:
+                wait_until(done, "rekeyed", timeout, 0.05)
+            except LabError as error:
+                raise LabError(f"{error}: {standing()}") from None
+
+        return wait
+
     def down(self, timeout: float = 15.0) -> None:
         """No IKE SA on either side; traps stay. A late packet of earlier traffic may start one anew, so it looks again."""
 

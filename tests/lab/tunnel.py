@@ -61,6 +61,7 @@ class Tunnel:
     options_a: Mapping[str, str] = field(default_factory=dict)
     options_b: Mapping[str, str] = field(default_factory=dict)
     proposals_b: str = ""
+    esp_proposals_b: str = ""
     secret_b: str = ""
     credentials_b: Credentials | None = None
     ts_b_at_b: str = ""
@@ -119,7 +120,7 @@ class Tunnel:
         children = ""
         for name, ours, theirs in ((CHILD, near_ts, far_ts), *((name, *(ts if side is Side.A else ts[::-1])) for name, ts in self.more_children.items())):
             child = {
-                "esp_proposals": self.esp_proposals,
+                "esp_proposals": (self.esp_proposals_b if side is Side.B else "") or self.esp_proposals,
                 "mode": self.mode,
                 "local_ts": ours,
                 "remote_ts": theirs,

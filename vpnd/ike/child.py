@@ -264,7 +264,8 @@ def build(session: Session, agreed: Agreed, spi_in: SaId, keying: Keying, replac
     )
     # the peer has its new SA in only once it has our answer, so until it deletes the old CHILD_SA that one sends
     sends = keying.initiator or replaces is None
-    return Child(sa, config, agreed.proposal, session.now, keying.initiator, replaces=replaces.sa.id if replaces else 0, sends=sends)
+    lowest = min(keying.nonce_i, keying.nonce_r)
+    return Child(sa, config, agreed.proposal, session.now, keying.initiator, replaces=replaces.sa.id if replaces else 0, lowest=lowest, sends=sends)
 
 
 def check_encapsulation(session: Session) -> None:

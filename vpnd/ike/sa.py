@@ -285,11 +285,18 @@ class IkeSa(Transport):
             self.active.rival = None
         old = self.children.get(child.replaces)
         self.reinstate(old)
-        deletion = next((task for task in self.queue if task.name == "CHILD_DELETE" and task.target == child.replaces), None)
-        if child.initiator and old is not None and deletion is not None:
+        if child.initiator and old is not None:
+            self._call_off_deletion(old)
+        for other in self.children.values():
+            if not child.initiator and child.replaces and other.replaces == child.replaces:
+                self._call_off_deletion(other)
+
+    def _call_off_deletion(self, child: Child) -> None:
+        deletion = next((task for task in self.queue if task.name == "CHILD_DELETE" and task.target == child.sa.id), None)
+        if deletion is not None:
             self.queue.remove(deletion)
-            old.state = ChildSaState.INSTALLED
-            self.rekey_later(old)
+            child.state = ChildSaState.INSTALLED
+            self.rekey_later(child)
 
     # Timers
 

@@ -378,7 +378,8 @@ class Session:
     def _send_by_successor(self, child: Child) -> None:
         """Until a rekeyed CHILD_SA is deleted it sends: only then its peer, who rekeyed it, surely has the new SA in."""
         # of two that a collision made, the one that did not send takes over should the other go
-        both = child.replaces if child.replaces not in self.children else 0
+        old = self.children.get(child.replaces)
+        both = child.replaces if old is None or old.state is ChildSaState.DELETING else 0
         successors = [other for other in self.children.values() if other.replaces and other.replaces in (child.sa.id, both)]
         if self.closed or any(other.sends for other in successors):
             return

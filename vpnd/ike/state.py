@@ -32,7 +32,7 @@ class ChildSaState(Enum):
     DELETING = "DELETING"
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Child:
     """A CHILD_SA of an IKE SA and what a listing says of it."""
 
@@ -43,6 +43,7 @@ class Child:
     initiator: bool  # of the exchange that made it
     state: ChildSaState = ChildSaState.INSTALLED
     replaces: int = 0  # id of the CHILD_SA that it rekeys
+    lowest: bytes = b""  # of the two nonces that it was made with, should its rekeying turn out to be one of two
     sends: bool = True  # its SA out is installed; not yet while the one that it replaces still sends
     at_risk: tuple[Effect, ...] = ()  # what followed its SAs in the same step, and is lost should the kernel refuse one
 

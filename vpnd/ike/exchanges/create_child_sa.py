@@ -215,11 +215,23 @@ def _respond(session: Session, request: Message) -> Steps[Response]:
     return Response((sa, NoncePayload(nonce_r), *key_exchange, *rest), child, (NotifyPayload(NotifyType.TEMPORARY_FAILURE),))
 
 
+def _ours_in_place_of(session: Session, old: Child) -> Child | None:
+    """The CHILD_SA that our own rekeying made, while no other one has a claim to the place."""
+    successors = [child for child in session.children.values() if child.replaces == old.sa.id]
+    return successors[0] if len(successors) == 1 and successors[0].initiator and successors[0].state is not ChildSaState.DELETING else None
+
+
 def _note_rekeying(session: Session, old: Child, rival: Rival) -> None:
     task = session.active
     if old.state is ChildSaState.REKEYING and task is not None and task.asked and task.name == "CHILD_REKEY" and task.target == old.sa.id:
         # RFC 7296 section 2.8.1: ours is on the wire, so which one stays is decided when it is answered
         task.rival = rival
+    elif old.state is ChildSaState.DELETING:
+        # ours was answered before we saw the peer's
+        ours = _ours_in_place_of(session, old)
+        if ours is not None and ours.lowest < rival.lowest:
+            ours.state = ChildSaState.DELETING
+            session.queue.append(delete_child(ours.sa.inbound.spi, ours.sa.id, Reason.REKEYED))
     else:
         old.state = ChildSaState.REKEYED
         session.later.set(old.sa.id, None)
@@ -247,8 +259,9 @@ def _rekeyed(session: Session, request: Message) -> Child | None:
     if child is None:
         notify = NotifyPayload(NotifyType.CHILD_SA_NOT_FOUND, b"", rekey.protocol, rekey.spi)
         raise _NotFound(notify)
-    # RFC 7296 section 2.25.1: we are deleting it
-    if child.state is ChildSaState.DELETING:
+    # RFC 7296 section 2.25.1: we are deleting it; unless that is because we rekeyed it, and then this is the late half of section 2.8.1
+    # (strongSwan 5.9 would be left without an SA out if it were refused)
+    if child.state is ChildSaState.DELETING and _ours_in_place_of(session, child) is None:
         raise ChildRefused(Reason.TEMPORARY_FAILURE, NotifyType.TEMPORARY_FAILURE)
     return child
 
