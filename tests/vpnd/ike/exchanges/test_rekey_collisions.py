@@ -1,0 +1,343 @@
+"""Both peers act at once (RFC 7296 sections 2.8.1, 2.8.2 and 2.25): what crosses on the wire, and what stands on both sides after each message.
+
+An order names the senders of the messages in the order in which they arrive. After each of them: what is sent can be received.
+After the last one: each SA of a side has its twin on the other, and nothing is left over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from lab.ike_pair import Datagram, Pair, Peer, agree, child, connection, mirrored, psk
+
+from kernel_shim.model import Direction
+from vpnd.ike.context import IkeSettings, Retransmission
+from vpnd.ike.effects import ChildClosed, IkeClosed, Reason
+from vpnd.ike.sa import ChildSaState, IkeSaState
+
+NET = child("net", "10.1.0.0/16", "10.2.0.0/16", "aes128gcm16-x25519")
+OTHER = child("other", "10.3.0.0/16", "10.4.0.0/16")
+DELAY = IkeSettings().rekeyed_delay
+
+Act = Callable[[Pair, Peer], None]
+
+
+def collide(pair: Pair, first: Act, second: Act) -> None:
+    """Both requests are on the wire, `a`'s first."""
+    first(pair, pair.a)
+    second(pair, pair.b)
+    assert [datagram.sender for datagram in pair.flight] == ["a", "b"]
+
+
+def make_pair(lower: str = "a") -> Pair:
+    """`lower` is who will draw the lower nonces, and so make the SA that goes."""
+    pair = Pair(connection("to-b", psk("a"), psk("b"), [NET, OTHER]), connection("to-a", psk("b"), psk("a"), [mirrored(NET), mirrored(OTHER)]))
+    pair.connect()
+    pair.log.clear()
+    for peer in pair.peers:
+        peer.settings = IkeSettings(retransmission=Retransmission(timeout=1.0, base=1.0, tries=60))
+        first = b"\x00" if peer.name == lower else b"\x7f"
+
+        def entropy(octets: int, drawn: Callable[[int], bytes] = peer.entropy, first: bytes = first) -> bytes:
+            # until the requests cross, what is drawn goes into them; the nonces of the answers decide nothing
+            return (b"\x80" if pair.log else first) + drawn(octets - 1)
+
+        peer.entropy = entropy  # type: ignore[method-assign]
+    return pair
+
+
+def rekey_child(pair: Pair, peer: Peer) -> None:
+    peer.run(peer.sa, peer.sa.rekey_child(min(peer.sa.children), pair.now), pair.now)
+
+
+def delete_child(pair: Pair, peer: Peer) -> None:
+    peer.run(peer.sa, peer.sa.delete_child(min(peer.sa.children), pair.now), pair.now)
+
+
+def expire_child(pair: Pair, peer: Peer) -> None:
+    peer.run(peer.sa, peer.sa.child_expired(min(peer.sa.children), pair.now), pair.now)
+
+
+def create_child(pair: Pair, peer: Peer) -> None:
+    peer.run(peer.sa, peer.sa.create_child(peer.connections[0].children["other"], pair.now), pair.now)
+
+
+def rekey_ike(pair: Pair, peer: Peer) -> None:
+    peer.run(peer.sa, peer.sa.rekey(pair.now), pair.now)
+
+
+def delete_ike(pair: Pair, peer: Peer) -> None:
+    peer.run(peer.sa, peer.sa.delete(pair.now), pair.now)
+
+
+def deliver(pair: Pair, sender: str) -> str:
+    """Let the oldest datagram of that sender arrive; what it was."""
+    while not any(datagram.sender == sender for datagram in pair.flight):
+        assert pair._tick(), f"nothing of {sender} is in flight: {pair.log}"
+    datagram = next(datagram for datagram in pair.flight if datagram.sender == sender)
+    pair.flight.remove(datagram)
+    pair.deliver(datagram)
+    return str(datagram)
+
+
+def invariants(pair: Pair, *, lossless: bool = True) -> None:
+    """At any moment: no kernel has an SA that its key manager does not know, and, unless somebody deletes, what is sent can be received."""
+    for peer, other in (pair.peers, pair.peers[::-1]):
+        outbound = [sa for sa in peer.sad.values() if sa.direction is Direction.OUT]
+        if outbound and lossless:
+            assert outbound[-1].spi in {sa.spi for sa in other.sad.values() if sa.direction is Direction.IN}, f"{peer.name} sends what {other.name} cannot open"
+        known = {sa_id for ike in peer.standing for one in ike.children.values() for sa_id in (one.sa.inbound.id, one.sa.outbound.id)}
+        lingering = {sa_id for ike in peer.standing for sa_id in ike.lingering}
+        assert set(peer.sad) <= known | lingering
+
+
+def finish(pair: Pair, children: int, *, drop: Callable[[Datagram], bool] = lambda datagram: False) -> None:
+    for _ in range(400):
+        pair.settle(drop)
+        invariants(pair)
+        pair.wait(0.1, drop)
+    pair.wait(DELAY)
+    agree(pair, children)
+    assert len(pair.a.standing) == len(pair.b.standing) == 1
+    for peer in pair.peers:
+        assert peer.sa.state is IkeSaState.ESTABLISHED
+        assert {one.state for one in peer.sa.children.values()} <= {ChildSaState.INSTALLED}
+        assert not peer.sa.lingering
+        assert not peer.sa.held
+        assert peer.sa.tasks_active == peer.sa.tasks_queued == ()
+    assert sorted(pair.a.up) == sorted(pair.b.up)
+    assert len(pair.a.up) == children
+
+
+def reasons(peer: Peer) -> list[Reason]:
+    return [event.reason for event in peer.events if isinstance(event, ChildClosed)]
+
+
+# Simultaneous CHILD rekeying, RFC 7296 section 2.8.1
+
+
+def one_child_of(pair: Pair, loser: str) -> None:
+    finish(pair, 1)
+    (a,), (b,) = pair.a.sa.children.values(), pair.b.sa.children.values()
+    assert a.initiator is (loser == "b")
+    assert b.initiator is (loser == "a")
+    assert set(reasons(pair.a)) | set(reasons(pair.b)) == {Reason.REKEYED}
+
+
+@pytest.mark.parametrize("loser", ["a", "b"])
+@pytest.mark.parametrize("order", ["abab", "abba", "baab", "baba"])
+def test_both_rekey_the_child(order: str, loser: str) -> None:
+    pair = make_pair(loser)
+    # CREATE_CHILD_SA { N(REKEY_SA(old)), SA, Ni1, KEi1, TSi, TSr } -->
+    # <-- CREATE_CHILD_SA { N(REKEY_SA(old)), SA, Ni2, KEi2, TSi, TSr }
+    collide(pair, rekey_child, rekey_child)
+    # CREATE_CHILD_SA { SA, Nr2, KEr2, TSi, TSr } -->  <-- CREATE_CHILD_SA { SA, Nr1, KEr1, TSi, TSr }
+    for sender in order:
+        deliver(pair, sender)
+        invariants(pair)
+    # the winner: INFORMATIONAL { D(old) }; the loser: INFORMATIONAL { D(its new one) }
+    one_child_of(pair, loser)
+
+
+@pytest.mark.parametrize("loser", ["a", "b"])
+@pytest.mark.parametrize("first", ["a", "b"])
+def test_one_side_has_rekeyed_the_child_before_it_sees_the_other_request(first: str, loser: str) -> None:
+    pair = make_pair(loser)
+    collide(pair, rekey_child, rekey_child)
+    late = next(datagram for datagram in pair.flight if datagram.sender != first)
+    pair.flight.remove(late)
+    deliver(pair, first)  # CREATE_CHILD_SA { N(REKEY_SA(old)), SA, Ni1, ... } -->
+    invariants(pair)
+    deliver(pair, late.sender)  # <-- CREATE_CHILD_SA { SA, Nr1, ... }
+    invariants(pair)
+    pair._tick()  # INFORMATIONAL { D(old) } --> is on the wire
+    pair.deliver(late)  # <-- CREATE_CHILD_SA { N(REKEY_SA(old)), SA, Ni2, ... }
+    invariants(pair)
+    # CREATE_CHILD_SA { SA, Nr2, ... } -->, and then as if both had noticed at once
+    one_child_of(pair, loser)
+
+
+@pytest.mark.parametrize("loser", ["a", "b"])
+@pytest.mark.parametrize("lost", range(8))
+@pytest.mark.parametrize("repeated", [False, True], ids=["lost", "repeated"])
+@pytest.mark.parametrize("acts", [rekey_child, rekey_ike], ids=["child", "ike"])
+def test_any_message_of_a_collision_is_lost_or_repeated(acts: Act, repeated: bool, lost: int, loser: str) -> None:
+    pair, seen = make_pair(loser), [-1]
+    collide(pair, acts, acts)
+
+    def disturb(datagram: Datagram) -> bool:
+        seen[0] += 1
+        if seen[0] == lost and repeated:
+            pair.deliver(datagram)
+        return seen[0] == lost and not repeated
+
+    pair.settle(disturb)
+    pair.wait(200.0, disturb)
+    finish(pair, 1)
+
+
+@pytest.mark.parametrize("loser", ["a", "b"])
+@pytest.mark.parametrize("deaf", ["a", "b"])
+@pytest.mark.parametrize("acts", [rekey_child, rekey_ike], ids=["child", "ike"])
+def test_all_that_one_side_sends_is_lost_for_a_while(acts: Act, deaf: str, loser: str) -> None:
+    pair = make_pair(loser)
+    collide(pair, acts, acts)
+    pair.wait(10.0, lambda datagram: datagram.sender == deaf)
+    pair.wait(200.0)
+    finish(pair, 1)
+
+
+# CHILD rekeying and deletion, RFC 7296 section 2.25.1
+
+
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_rekeying_meets_deletion(order: str) -> None:
+    pair = make_pair()
+    # CREATE_CHILD_SA { N(REKEY_SA(old)), ... } -->  <-- INFORMATIONAL { D(old) }
+    collide(pair, rekey_child, delete_child)
+    # <-- CREATE_CHILD_SA { N(TEMPORARY_FAILURE) }  INFORMATIONAL { D(old) } -->
+    for sender in order + order[::-1]:
+        deliver(pair, sender)
+        invariants(pair, lossless=False)
+    finish(pair, 0)
+    assert reasons(pair.a) == [Reason.PEER_DELETED]
+    assert reasons(pair.b) == [Reason.DELETED]
+
+
+def test_rekeying_meets_the_deletion_of_what_is_gone_already() -> None:
+    pair = make_pair()
+    # the peer's kernel has dropped it: <-- INFORMATIONAL { D(old) } is late
+    collide(pair, rekey_child, expire_child)
+    late = pair.flight.pop(1)
+    deliver(pair, "a")
+    # <-- CREATE_CHILD_SA { N(CHILD_SA_NOT_FOUND) }: a makes one from scratch, unless it learns that this is meant
+    deliver(pair, "b")
+    pair.deliver(late)
+    finish(pair, 0)
+
+
+def test_what_the_peer_has_lost_is_made_from_scratch() -> None:
+    pair = make_pair()
+    old = pair.b.sa.children.pop(1)
+    for sa_id in (old.sa.inbound.id, old.sa.outbound.id):
+        del pair.b.sad[sa_id]
+    pair.b.events.append(ChildClosed(old.sa, Reason.EXPIRED))
+    rekey_child(pair, pair.a)
+    # { N(REKEY_SA(old)), ... } -->  <-- { N(CHILD_SA_NOT_FOUND) }  { SA, Ni, ... } -->  <-- { SA, Nr, ... }
+    finish(pair, 1)
+    assert reasons(pair.a) == [Reason.REKEYED]
+
+
+def test_a_child_that_is_deleted_while_it_is_rekeyed_does_not_come_back() -> None:
+    pair = make_pair()
+    rekey_child(pair, pair.a)
+    delete_child(pair, pair.a)
+    # { N(REKEY_SA(old)), ... } -->  <-- { SA, ... }  { D(new) } --> <-- { D }  { D(old) } --> <-- { D }
+    finish(pair, 0)
+
+
+@pytest.mark.parametrize("sides", ["a", "b", "ab"])
+def test_a_child_that_expires_while_it_is_rekeyed_leaves_its_successor(sides: str) -> None:
+    pair = make_pair()
+    rekey_child(pair, pair.a)
+    deliver(pair, "a")
+    for side in sides:
+        expire_child(pair, pair.a if side == "a" else pair.b)
+    finish(pair, 1)
+
+
+# Simultaneous IKE rekeying, RFC 7296 section 2.8.2
+
+
+@pytest.mark.parametrize("loser", ["a", "b"])
+@pytest.mark.parametrize("order", ["abab", "abba", "baab", "baba"])
+def test_both_rekey_the_ike_sa(order: str, loser: str) -> None:
+    pair = make_pair(loser)
+    collide(pair, rekey_ike, rekey_ike)
+    # CREATE_CHILD_SA { SA, Ni1, KEi1 } -->  <-- CREATE_CHILD_SA { SA, Ni2, KEi2 }
+    # CREATE_CHILD_SA { SA, Nr2, KEr2 } -->  <-- CREATE_CHILD_SA { SA, Nr1, KEr1 }
+    for sender in order:
+        deliver(pair, sender)
+        invariants(pair)
+    # the winner: { D(IKE) } on the old one; the loser: { D(IKE) } on its own new one
+    finish(pair, 1)
+    assert pair.a.sa.initiator is (loser == "b")
+    assert pair.a.sa.spi_local == pair.b.sa.spi_remote
+    assert len(pair.a.sas) == len(pair.b.sas) == 3
+    for peer in pair.peers:
+        assert [event.reason for event in peer.events if isinstance(event, IkeClosed)] == [Reason.REKEYED] * 2
+
+
+def test_one_side_has_rekeyed_the_ike_sa_before_it_sees_the_other_request() -> None:
+    pair = make_pair()
+    collide(pair, rekey_ike, rekey_ike)
+    late = pair.flight.pop(0)
+    # <-- CREATE_CHILD_SA { SA, Ni2, KEi2 }  CREATE_CHILD_SA { SA, Nr2, KEr2 } -->
+    deliver(pair, "b")
+    deliver(pair, "a")
+    # CREATE_CHILD_SA { SA, Ni1, KEi1 } -->  <-- CREATE_CHILD_SA { N(TEMPORARY_FAILURE) }: it is being closed
+    pair.deliver(late)
+    finish(pair, 1)
+    assert len(pair.a.sas) == len(pair.b.sas) == 2
+    assert pair.b.sa.initiator
+
+
+# IKE rekeying and everything else, RFC 7296 section 2.25.2
+
+
+@pytest.mark.parametrize("order", ["ab", "ba"])
+@pytest.mark.parametrize(("meets", "children"), [(rekey_child, 1), (create_child, 2), (delete_child, 0)], ids=["rekey", "create", "delete"])
+def test_ike_rekeying_meets_a_child_exchange(meets: Act, children: int, order: str) -> None:
+    pair = make_pair()
+    # CREATE_CHILD_SA { SA, Ni, KEi } -->  <-- CREATE_CHILD_SA { ... } or INFORMATIONAL { D }
+    collide(pair, rekey_ike, meets)
+    for sender in order:
+        deliver(pair, sender)
+        invariants(pair, lossless=children > 0)
+    # the IKE rekeying gets TEMPORARY_FAILURE, and so does the CHILD_SA exchange unless it deletes; both are tried again
+    finish(pair, children)
+    assert len(pair.a.sas) == 2
+    assert pair.b.failed == []
+
+
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_ike_rekeying_meets_its_deletion(order: str) -> None:
+    pair = make_pair()
+    # CREATE_CHILD_SA { SA, Ni, KEi } -->  <-- INFORMATIONAL { D(IKE) }
+    collide(pair, rekey_ike, delete_ike)
+    for sender in order:
+        deliver(pair, sender)
+    # it is answered as usual, and the rekeying is forgotten
+    pair.wait(10.0)
+    agree(pair, 0)
+    assert pair.a.standing == pair.b.standing == []
+    assert pair.a.closed is Reason.PEER_DELETED
+
+
+@pytest.mark.parametrize("who", ["a", "b", "ab"])
+@pytest.mark.parametrize("both", [False, True], ids=["one rekeys", "both rekey"])
+def test_an_ike_sa_that_is_deleted_while_it_is_rekeyed_goes_with_its_successor(both: bool, who: str) -> None:
+    pair = make_pair()
+    rekey_ike(pair, pair.a)
+    if both:
+        rekey_ike(pair, pair.b)
+    deliver(pair, "a")
+    for name in who:
+        peer = pair.a if name == "a" else pair.b
+        for sa in list(peer.standing):
+            peer.run(sa, sa.delete(pair.now), pair.now)
+    pair.wait(400.0)
+    agree(pair, 0)
+    assert pair.a.standing == pair.b.standing == []
+    assert pair.a.up == pair.b.up == []
+
+
+def test_a_child_rekeying_that_waits_moves_to_the_new_ike_sa() -> None:
+    pair = make_pair()
+    rekey_ike(pair, pair.a)
+    rekey_child(pair, pair.a)
+    create_child(pair, pair.a)
+    finish(pair, 2)
+    # everything but the IKE rekeying was asked once, on the new IKE SA
+    assert [line for line in pair.log if "a: CREATE_CHILD_SA request" in line] == [f"a: CREATE_CHILD_SA request {number}" for number in (2, 0, 1)]
