@@ -46,6 +46,12 @@ def test_load_initiate_list_terminate(link: Pair, swanctl: StrongSwan) -> None:
     assert "ESTABLISHED, IKEv2" in shown
     assert "10.1.0.0/16" in shown
 
+    for what in (("--child", CHILD), ("--ike", CONNECTION)):
+        done = link.rekeyed(children=what[0] == "--child")
+        assert "rekey completed successfully" in swanctl.swanctl("--rekey", *what, uri=uri)
+        done()
+    assert link.ping().lost == 0
+
     assert "terminate completed successfully" in swanctl.swanctl("--terminate", "--ike", CONNECTION, uri=uri)
     link.b.wait_gone()
     assert "ESTABLISHED" not in swanctl.swanctl("--list-sas", uri=uri)
