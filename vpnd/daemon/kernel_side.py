@@ -298,12 +298,22 @@ class KernelSide:
                 wanted = [key for key in self._dirty if self.table.get(key) is not None]
                 unwanted = [key for key in self._dirty if self.table.get(key) is None]
                 for keys in (wanted, unwanted):
-                    for at in range(0, len(keys), SYNCHRONISED_AT_ONCE):
-                        batch = keys[at : at + SYNCHRONISED_AT_ONCE]
-                        answers = await asyncio.gather(*(self._carry_over_one(channel, key) for key in batch))
-                        if not all(answers):
-                            return False not in answers
+                    answers = await self._carry_over_all(channel, keys)
+                    if not all(answers):
+                        return False not in answers
         return True
+
+    async def _carry_over_all(self, channel: KernelChannel, keys: Sequence[PolicyKey]) -> list[bool | None]:
+        """`SYNCHRONISED_AT_ONCE` at a time; who waits for an answer holds the others up no longer than it lasts."""
+        left = iter(keys)
+
+        async def one_after_another() -> bool | None:
+            for key in left:
+                if not (answer := await self._carry_over_one(channel, key)):
+                    return answer
+            return True
+
+        return await asyncio.gather(*(one_after_another() for _ in range(min(len(keys), SYNCHRONISED_AT_ONCE))))
 
     async def _carry_over_one(self, channel: KernelChannel, key: PolicyKey) -> bool | None:
         """False when the kernel did not answer, None when it is gone."""
