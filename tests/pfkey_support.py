@@ -328,6 +328,9 @@ class SocketEdge:
             except BlockingIOError:
                 self._loop.add_writer(number, self._send, number)
                 break
+            except OSError:
+                self.drop(number)
+                return
             self.session.output_sent(ClientId(number), self._loop.time())
         self._watch(number)
 

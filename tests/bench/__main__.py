@@ -24,6 +24,9 @@ GROUPS: Final = {
     "pending-burst": "bench.pending_burst",
     "spd-scale": "bench.spd_scale",
     "dataplane": "bench.dataplane_micro",
+    "pfkey-dump": "bench.pfkey_dump",
+    "acquire-storm": "bench.acquire_storm",
+    "channel-drift": "bench.channel_drift",
 }
 
 
