@@ -25,7 +25,7 @@ from kernel_shim.pfkey.private import DumpPosition, ErrorText
 
 Ticket = NewType("Ticket", int)
 
-REPEAT_AFTER: Final = (0.5, 1.5, 4.0, 9.0)  # s without an answer; a kernel that is busy for longer loses nothing by it
+REPEAT_AFTER: Final = (0.2, 0.6, 2.0, 4.0, 8.0)  # s without an answer; a kernel that is busy for longer loses nothing by it
 ATTEMPTS: Final = len(REPEAT_AFTER)
 DUMP_TIMEOUT: Final = 5.0  # s without another entry of a dump
 MAX_UNDER_WAY: Final = 32  # requests sent and not answered; fewer than outbox.MAX_QUEUED_REPLIES, so that the shim always reads
