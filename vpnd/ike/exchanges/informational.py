@@ -44,10 +44,11 @@ def delete_spi(session: Session, spi: Spi) -> None:
 
 
 def delete_ike(reason: Reason) -> Task:
-    """RFC 7296 section 1.4.1: the IKE SA takes its CHILD_SAs along."""
+    """RFC 7296 section 1.4.1: the IKE SA takes its CHILD_SAs along; one that was rekeyed has none, and its peer waits to hear of it."""
 
     def steps(session: Session, _task: Task) -> Steps[None]:
-        yield from ask(Ask(Exchange.INFORMATIONAL, (DeletePayload(ProtocolId.IKE),), tries=DELETE_TRIES))
+        tries = None if reason is Reason.REKEYED else DELETE_TRIES
+        yield from ask(Ask(Exchange.INFORMATIONAL, (DeletePayload(ProtocolId.IKE),), tries=tries))
         session.close(reason, session.describe())
 
     return Task("IKE_DELETE", steps)
