@@ -49,13 +49,20 @@ class Pair:
     def daemon(self, side: Side) -> Daemon:
         return self.a if side is Side.A else self.b
 
-    def leaks(self) -> list[str]:
-        """What was on the wire in clear of the inner networks, in transport mode of the gateways themselves; a test wants none."""
+    def leaks(self, *, of: Side | None = None) -> list[str]:
+        """What was on the wire in clear of the inner networks, in transport mode of the gateways themselves; a test wants none.
+
+        `of`: only what came from that side's networks.
+        """
         if self.tunnel.mode == "transport":
             between = {self.sites.a.wan4, self.sites.a.wan6, self.sites.b.wan4, self.sites.b.wan6}
             packets = [packet for packet in self.capture.packets() if {packet.source, packet.destination} <= between]
             return [str(packet) for packet in packets if not (packet.is_esp or packet.is_ike or packet.is_keepalive)]
-        return [str(packet) for packet in self.capture.clear_packets(self.sites.inner_networks)]
+        packets = self.capture.clear_packets(self.sites.inner_networks)
+        if of is not None:
+            site = self.sites.a if of is Side.A else self.sites.b
+            packets = [packet for packet in packets if packet.source in (site.net4 if packet.source.version == 4 else site.net6)]
+        return [str(packet) for packet in packets]
 
     def carries_again(self, side: Side = Side.A, timeout: float = 30.0) -> None:
         """Until a ping from `side` comes back."""

@@ -39,7 +39,7 @@ async def test_what_is_taken_away_is_put_again(what: str) -> None:
         gateway.run(["sh", "-c", REMOVALS[what]])
         wait_until(lambda: a.counters()["capture.repairs"] > 0 and {**host_state(gateway), "nftables": ""} == {**closed, "nftables": ""}, "everything is back")
         with Capture(gateway, WAN) as wire, Capture(gateway, LAN) as inside:
-            assert ping(both.a.host, both.b.host4).lost == 0
+            wait_until(lambda: ping(both.a.host, both.b.host4).lost == 0, "traffic passes as before")
             assert wire.clear_packets(both.inner_networks) == []
             seen = len(inside.packets())
             assert b.stop() == 0  # what comes from the other site now comes in clear
