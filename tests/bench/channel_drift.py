@@ -138,7 +138,10 @@ def drift(engine: Engine, side: KernelSide, manager: KeyManager) -> int:
 
 
 async def scenario(directory: Path, *, tunnels: int, loss: float, cuts: int, seed: int = 1, pause: float = 0.5) -> Outcome:
-    """Builds the tunnels while the channel is cut `cuts` times, `pause` seconds apart; a hand in the kernel takes away some of what stands, untold."""
+    """Builds the tunnels and keeps them while the channel is cut `cuts` times, one half of them meanwhile, each as soon as it stands again.
+
+    With each cut a hand in the kernel takes away some of what stands, untold.
+    """
     engine = Gateway(seed).engine
     edge = SocketEdge(directory / "kernel", engine)
     proxy = ChannelProxy(directory / "proxy", directory / "kernel", loss=loss, seed=seed)
@@ -160,14 +163,19 @@ async def scenario(directory: Path, *, tunnels: int, loss: float, cuts: int, see
         for number in range(tunnels):
             manager.todo.put_nowait(number)
         workers += [asyncio.create_task(manager.work()) for _ in range(BUILDERS)]
-        for _ in range(cuts):
+        for cut in range(cuts):
             await asyncio.sleep(pause)
+            async with asyncio.timeout(REPAIR_LIMIT):
+                if cut == cuts // 2:
+                    await manager.todo.join()
+                    outcome.build_seconds = time.monotonic() - began
+                while not side.connected:
+                    await asyncio.sleep(0.01)
             proxy.cut()
             _take_away(engine, draw)
         disturbed = time.monotonic()
         async with asyncio.timeout(REPAIR_LIMIT):
             await manager.todo.join()
-            outcome.build_seconds = time.monotonic() - began
             while not side.connected or manager.todo.qsize() or drift(engine, side, manager):
                 await asyncio.sleep(AUDIT_PAUSE)
                 if side.connected:

@@ -56,11 +56,13 @@ async def kernel_with(directory: Path, sas: int, buffer: int) -> AsyncIterator[P
     engine = Gateway(1).engine
     for number in range(sas):
         engine.add_sa(association(number), 0.0)
-    edge = SocketEdge(directory / f"kernel{sas}", engine, send_buffer=buffer)
+    path = directory / "kernel"
+    edge = SocketEdge(path, engine, send_buffer=buffer)
     try:
-        yield directory / f"kernel{sas}"
+        yield path
     finally:
         edge.close()
+        path.unlink()
 
 
 @asynccontextmanager
