@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 SAS: Final = 20_000
 CHANGES: Final = 1000  # a second, half of them additions
 BUFFER: Final = 32 << 10  # octets as setsockopt has it; the kernel doubles it to 64 KB
-AT_ONCE: Final = 8  # additions, and as many deletions, under way together
+AT_ONCE: Final = 16  # additions, and as many deletions, under way together
 RUNS: Final = 5
 CEILING_GROWTH: Final = 1.5
 
