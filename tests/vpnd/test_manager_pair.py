@@ -11,7 +11,7 @@ import pytest
 from vpnd_fakes import FakeChannel, FakeKernel
 
 from kernel_shim.channel.api import KernelChannel
-from kernel_shim.model import Acquire, AcquireSequence, Action, Direction, Endpoint, Expire, Flow, KernelError, Mode, PolicyIndex
+from kernel_shim.model import Acquire, AcquireSequence, Action, Direction, Endpoint, Expire, Flow, KernelError, Mode, NewMapping, PolicyIndex
 from vpnd.auth.credentials import CredentialStore
 from vpnd.config import load_text
 from vpnd.control.backend import ChildUpDown, ControlError, LogLine
@@ -75,7 +75,7 @@ class Node:
         loaded = load_text(config, Path("/nonexistent"))
         counters = Counters()
         side = KernelSide(self._connect, counters)
-        settings = IkeSettings(retransmission=Retransmission(0.05, 1.2, 3), rekeyed_delay=0.02)
+        settings = IkeSettings(retransmission=Retransmission(0.05, 1.2, 3), rekeyed_delay=0.02, force_encapsulation=True)
         self.manager = Manager(side, self, CredentialStore.of(loaded.configuration), settings, gate or GateSettings(), counters)
         self.demands = Demands(self.manager, mark=1)
         self.operations = Operations(self.manager, self.demands)
@@ -261,6 +261,18 @@ async def test_when_both_sides_ask_at_once_one_child_remains(standing: bool, mon
     await asyncio.sleep(0.1)
     assert mirrored(a, b)
     assert len(a.manager) == len(b.manager) == 1
+
+
+async def test_a_nat_that_gives_the_peer_another_port_is_followed() -> None:
+    a, b, _ = await pair()
+    await a.up()
+    await until(lambda: mirrored(a, b))
+    inbound = next(sa for sa in b.kernel.sas.values() if sa.direction is Direction.IN)
+    outbound = next(sa for sa in b.kernel.sas.values() if sa.direction is Direction.OUT)
+    for port, address in ((61000, A), (62000, A), (63000, ip_address("127.0.0.99"))):
+        b.channels[-1].event(NewMapping(inbound.id, inbound.reqid, Endpoint(A, 4500), Endpoint(address, port)))
+        await until(lambda port=port, address=address: address != A or b.kernel.sas[outbound.id].encapsulation.destination_port == port)
+    assert b.kernel.sas[outbound.id].encapsulation == replace(outbound.encapsulation, destination_port=62000), "another address is not taken on its word"
 
 
 async def test_half_open_limits_ask_for_cookies_and_then_refuse() -> None:

@@ -12,6 +12,8 @@ Selectors = tuple[TrafficSelector, ...]
 
 MAX_SELECTORS: Final = 64  # a side; a kernel walks an SA's selectors, so their number is a cost that the peer would set
 
+MAX_SPLINTERS: Final = 16  # selectors a side that a peer may make of fewer configured ones: each pair of sides costs policies
+
 
 def resolve(templates: Sequence[TsTemplate], endpoint: IPAddress) -> Selectors:
     """Configured selectors; `dynamic` ones become the IKE endpoint's own address."""
@@ -45,7 +47,7 @@ def narrow(offered: Selectors, configured: Selectors) -> Selectors:
                 continue
             common = [known for known in common if not both.contains(known)]
             common.append(both)
-    return tuple(common[:MAX_SELECTORS])
+    return tuple(common[: min(MAX_SELECTORS, max(MAX_SPLINTERS, len(configured)))])
 
 
 def paired(local: Selectors, remote: Selectors) -> tuple[Selectors, Selectors] | None:

@@ -10,7 +10,7 @@ from lab.ike_pair import selectors
 
 from kernel_shim.model import AddressRange, Flow, PortRange, TrafficSelector
 from vpnd.config.addresses import parse_traffic_selector
-from vpnd.ike.narrowing import MAX_SELECTORS, Selectors, narrow, of_flow, paired, resolve, substituted, within
+from vpnd.ike.narrowing import MAX_SELECTORS, MAX_SPLINTERS, Selectors, narrow, of_flow, paired, resolve, substituted, within
 
 
 def test_dynamic_is_the_endpoint() -> None:
@@ -50,7 +50,8 @@ def test_narrowing_keeps_exactly_the_packets_that_both_allow(seed: int) -> None:
 
 def test_the_number_of_selectors_is_bounded() -> None:
     many = tuple(TrafficSelector(AddressRange.host(IPv4Address(2 * number))) for number in range(300))
-    assert len(narrow(many, selectors("0.0.0.0/0"))) == MAX_SELECTORS
+    assert len(narrow(many, selectors("0.0.0.0/0"))) == MAX_SPLINTERS, "a peer makes no more of fewer configured ones"
+    assert len(narrow(many, many)) == MAX_SELECTORS
     assert not within(many, selectors("0.0.0.0/0"))
 
 
