@@ -15,7 +15,7 @@ from kernel_shim.model import Direction, IPAddress, KernelError, Policy, PolicyI
 from kernel_shim.pfkey.constants import MAX_STATISTIC_NAME, MAX_STATISTICS, ExtensionType, MessageType, SaType
 from kernel_shim.pfkey.messages import Address, Extension, Key, Message, PfKeyError, PolicyExtension
 from kernel_shim.pfkey.policy_messages import direction_from, policy_extensions, policy_from, selector_from
-from kernel_shim.pfkey.private import Statistics
+from kernel_shim.pfkey.private import SaExtension, Statistics
 from kernel_shim.pfkey.sa_messages import sa_from, sa_id_from, spi_request_from, status_extensions
 
 _PRIVATE_REQUESTS: Final = frozenset({MessageType.X_BIND, MessageType.X_UNBIND, MessageType.X_STATISTICS})
@@ -89,10 +89,15 @@ class Requests:
 
     def _add(self, message: Message, now: float) -> Answer:
         _require_esp(message)
-        destination = message.require(Address, ExtensionType.ADDRESS_DST).address
-        is_inbound = self._is_local is not None and self._is_local(destination)
-        sa = sa_from(message, Direction.IN if is_inbound else Direction.OUT, keys=True)
+        sa = sa_from(message, self._direction(message), keys=True)
         return _status(self._kernel.add_sa(sa, now), notify=True)
+
+    def _direction(self, message: Message) -> Direction:
+        """Of an SA whose client does not say it. Who says it is spared the look at the host's addresses."""
+        if message.find(SaExtension) is not None or self._is_local is None:
+            return Direction.OUT
+        destination = message.require(Address, ExtensionType.ADDRESS_DST).address
+        return Direction.IN if self._is_local(destination) else Direction.OUT
 
     def _update(self, message: Message, now: float) -> Answer:
         # An UPDATE completes a GETSPI, which is for inbound SAs; one without keys changes lifetimes or ports of a mature SA.
