@@ -15,7 +15,7 @@ from kernel_shim.model import Acquire, AcquireSequence, Action, Direction, Endpo
 from vpnd.auth.credentials import CredentialStore
 from vpnd.config import load_text
 from vpnd.control.backend import ChildUpDown, ControlError, LogLine
-from vpnd.daemon import background, demands
+from vpnd.daemon import background, demands, endpoints
 from vpnd.daemon.demands import Demands
 from vpnd.daemon.kernel_side import KernelSide
 from vpnd.daemon.manager import Manager
@@ -354,7 +354,7 @@ async def test_a_peer_without_address_that_is_tried_for_ever_is_tried_with_pause
     async def unresolved(host: str) -> None:
         asked.append(host)
 
-    monkeypatch.setattr(demands, "resolve", unresolved)
+    monkeypatch.setattr(endpoints, "resolve", unresolved)
     network = Network()
     a = Node(network, config("a").replace(f"remote_addrs = {B}", "remote_addrs = nowhere.example\n keyingtries = 0"), A)
     await a.start()
@@ -402,8 +402,8 @@ async def test_a_trap_towards_a_name_waits_for_the_resolver_and_discards_meanwhi
         await gate.wait()
         return answers.pop(0) if answers else B
 
-    monkeypatch.setattr(demands, "resolve", resolve)
-    monkeypatch.setattr(demands, "RETRY_FIRST", 0.01)
+    monkeypatch.setattr(endpoints, "resolve", resolve)
+    monkeypatch.setattr(endpoints, "RETRY_FIRST", 0.01)
     network = Network()
     a, b = Node(network, config("a", "trap").replace(f"remote_addrs = {B}", "remote_addrs = b.example"), A), Node(network, config("b"), B)
     await b.start()
@@ -421,7 +421,7 @@ async def test_a_trap_that_waits_for_an_address_goes_with_its_connection(monkeyp
     async def resolve(host: str) -> None:
         return None
 
-    monkeypatch.setattr(demands, "resolve", resolve)
+    monkeypatch.setattr(endpoints, "resolve", resolve)
     a = Node(Network(), config("a", "trap").replace(f"remote_addrs = {B}", "remote_addrs = b.example"), A)
     await a.start()
     await until(lambda: a.lines)
@@ -488,7 +488,7 @@ async def test_a_demand_that_waits_for_the_resolver_ends_with_the_daemon(monkeyp
         await gate.wait()
         return None
 
-    monkeypatch.setattr(demands, "resolve", resolve)
+    monkeypatch.setattr(endpoints, "resolve", resolve)
     failures: list[object] = []
     monkeypatch.setattr(background.log, "error", lambda *_args, **details: failures.append(details))
     a = Node(Network(), config("a").replace(f"remote_addrs = {B}", "remote_addrs = b.example"), A)
@@ -615,7 +615,7 @@ async def test_a_peer_that_asks_first_is_known_by_its_name(monkeypatch: pytest.M
     async def resolve(host: str) -> object:
         return {"a.example": A}[host]
 
-    monkeypatch.setattr(demands, "resolve", resolve)
+    monkeypatch.setattr(endpoints, "resolve", resolve)
     network = Network()
     a, b = Node(network, config("a"), A), Node(network, config("b").replace(f"remote_addrs = {A}", "remote_addrs = a.example"), B)
     await b.start()

@@ -1,4 +1,4 @@
-"""Why CHILD_SAs come up: traps and their ACQUIREs, start actions, the operator; and what follows when one goes.
+"""Why CHILD_SAs come up: ACQUIREs of traps, start actions, the operator; and what follows when one goes.
 
 A demand is one CHILD_SA that is wanted now. There is at most one a child configuration at a time: further ACQUIREs
 wait for its outcome, and those whose flow it turns out not to cover make the next demand.
@@ -18,8 +18,6 @@ from kernel_shim.channel.api import ChannelClosed
 from kernel_shim.model import (
     Acquire,
     AcquireSequence,
-    Action,
-    AddressRange,
     Endpoint,
     Expire,
     Flow,
@@ -27,37 +25,26 @@ from kernel_shim.model import (
     KernelError,
     KernelEvent,
     NewMapping,
-    ReqId,
     SaId,
-    Selector,
     TrafficSelector,
     UdpEncapsulation,
 )
-from vpnd.config.model import ChildConfig, ConnectionConfig, StartAction, TsTemplate
+from vpnd.config.model import ChildConfig, ConnectionConfig, StartAction
 from vpnd.control.backend import ControlError
 from vpnd.daemon.background import Background
 from vpnd.daemon.crossings import SETTLE, superfluous_child, superfluous_ike
-from vpnd.daemon.manager import Entry, Manager
+from vpnd.daemon.endpoints import Endpoints, backoff
+from vpnd.daemon.manager import ChildKey, Entry, Manager
+from vpnd.daemon.traps import Traps
 from vpnd.ike.effects import ChildFailed, ChildSa, IkeClosed, Reason
 from vpnd.ike.sa import ChildSaState
-from vpnd.io.addresses import resolve, source_towards
-from vpnd.peers import ANY, fixed_address, host_names
-from vpnd.policies import PolicySpec, policies_for
 
 NO_ACQUIRE: Final = AcquireSequence(0)
 MAXIMUM_WAITING: Final = 1024  # ACQUIREs that wait for one demand; the kernel repeats those beyond
-RETRY_FIRST: Final = 1.0  # s, until a failed start action is tried again; doubles
-RETRY_LAST: Final = 60.0  # s
 RECOVERY_GRACE: Final = 60.0  # s, for which policies outlive a CHILD_SA that was lost while its successor is sought
 SUCCESSION_GRACE: Final = 5.0  # s, for which they outlive one whose peer came back with a new IKE SA
 
-ChildKey = tuple[str, str]  # connection, child
-
 log = structlog.get_logger("child")
-
-
-class NoAddressYet(ControlError):
-    """A name does not resolve or no route leads to the peer: it may be otherwise later."""
 
 
 class ChildNotUp(ControlError):
@@ -84,152 +71,17 @@ class Demands:
 
     def __init__(self, manager: Manager, mark: int) -> None:
         self._manager = manager
-        self._mark = mark
+        self._endpoints = Endpoints(manager, mark)
+        self.traps: Final = Traps(manager, self._endpoints)
         self._demands: dict[ChildKey, Demand] = {}
-        self._traps: dict[ChildKey, tuple[ConnectionConfig, ChildConfig]] = {}
-        self._held: dict[ChildKey, asyncio.TimerHandle] = {}  # traps that wait for an address; when each is tried again
         self._waiting: dict[ChildKey, list[asyncio.Future[None]]] = {}  # `wait` of the control socket
         self._outgoing: dict[ChildKey, dict[int, Entry]] = {}  # children that the kernel lost and whose successor is sought
         self._retired: set[int] = set()  # children that close because their successor stands, or cannot be had
         self._retries: dict[ChildKey, asyncio.TimerHandle] = {}
         self._recovering: dict[ChildKey, asyncio.TimerHandle] = {}
-        self._looking_up: set[str] = set()  # connections whose peer's name is being resolved
         self._turn = asyncio.Lock()  # of demands that begin
         self._background = Background()
         self._stopping = False
-
-    # Traps and shunts
-
-    @property
-    def traps(self) -> Sequence[tuple[ConnectionConfig, ChildConfig]]:
-        return list(self._traps.values())
-
-    def trapped(self, connection: str, child: str) -> bool:
-        """Or about to be, once there is an address."""
-        return (connection, child) in self._traps or (connection, child) in self._held
-
-    def held(self, connection: str, child: str) -> bool:
-        """Whether its trap still waits for an address."""
-        return (connection, child) in self._held
-
-    async def install(self, connection: ConnectionConfig, child: ChildConfig) -> None:
-        """Install the trap or shunt policies of a child. ControlError when it cannot be: the text says why. NoAddressYet when it may be later."""
-        key = (connection.name, child.name)
-        remote = await self._remote_address(connection)
-        local = self._local_address(connection, remote)
-        local_ts = selectors(child.local_ts, local)
-        remote_ts = selectors(child.remote_ts, remote)
-        if remote is None and child.action is Action.PROTECT and (names := host_names(connection.remote_addrs)):
-            raise NoAddressYet(f"child '{child.name}' cannot be trapped: {', '.join(names)} of connection '{connection.name}' does not resolve")
-        if local_ts is None and remote is not None:
-            raise NoAddressYet(f"child '{child.name}' cannot be trapped: its local traffic selector is dynamic, and there is no route to {remote}")
-        if local_ts is None or remote_ts is None:
-            raise ControlError(
-                f"child '{child.name}' cannot be trapped: its dynamic traffic selector needs an address of {connection.remote_addrs} that is known"
-            )
-        if child.action is Action.PROTECT and remote is None:
-            raise ControlError(f"child '{child.name}' cannot be trapped: connection '{connection.name}' has no remote address to ask")
-        first = next((Selector.between(a, b) for a in local_ts for b in remote_ts if a.addresses.version == b.addresses.version), None)
-        if not child.reqid:
-            self._manager.adopt_reqid(connection, child, self._manager.kernel.reqid_for(first))
-        reqid = ReqId(self._manager.reqid(connection, child))
-        spec = PolicySpec.of_child(child, child.mode, reqid, local, remote)
-        policies = list(policies_for(spec, local_ts, remote_ts))
-        if not policies:
-            raise ControlError(f"child '{child.name}' has no pair of traffic selectors of one family and protocol")
-        if key in self._traps:
-            await self.uninstall(*key)
-        try:
-            await self._manager.kernel.claim(("trap", *key), policies)
-        except (KernelError, TimeoutError) as error:
-            raise ControlError(f"kernel refused the policies of child '{child.name}': {error}") from error
-        self._traps[key] = (connection, child)
-        self._stop_holding(key)
-        await self._manager.kernel.release(("hold", *key))
-
-    async def install_when_resolved(self, connection: ConnectionConfig, child: ChildConfig) -> None:
-        """Install a trap as soon as the peer has an address; until then what it protects is discarded, so that it does not leave in clear."""
-        key = (connection.name, child.name)
-        if not self._manager.kernel.orphans:  # else the policies of an earlier run may still carry its packets
-            await self._hold(key, child)
-        self._try_to_install(key, 1, 0.0)
-
-    async def _hold(self, key: ChildKey, child: ChildConfig) -> None:
-        local_ts, remote_ts = selectors(child.local_ts, None), selectors(child.remote_ts, None)
-        if not local_ts or not remote_ts or self._manager.kernel.has_claims(("hold", *key)):
-            return
-        spec = PolicySpec.of_child(child, child.mode, ReqId(0), None, None)
-        policies = [replace(policy, action=Action.DISCARD, templates=()) for policy in policies_for(spec, local_ts, remote_ts)]
-        try:
-            await self._manager.kernel.claim(("hold", *key), policies)
-        except (KernelError, TimeoutError) as error:
-            raise ControlError(f"kernel refused the policies of child '{child.name}': {error}") from error
-
-    def _try_to_install(self, key: ChildKey, attempt: int, delay: float) -> None:
-        async def work() -> None:
-            config = self._configured(key)
-            if config is None or key not in self._held:
-                return
-            try:
-                await self.install(*config)
-            except ControlError as error:
-                if key in self._held:
-                    delay = _backoff(attempt)
-                    self._manager.say(f"{error}; trying again in {delay:g} s", group="CFG", warning=True)
-                    self._try_to_install(key, attempt + 1, delay)
-                    await self._hold(key, config[1])
-            else:
-                self._manager.say(f"child '{key[1]}' of connection '{key[0]}' is trapped", group="CFG")
-
-        self._held[key] = asyncio.get_running_loop().call_later(delay, lambda: self._background.start(work()))
-
-    def _stop_holding(self, key: ChildKey) -> bool:
-        handle = self._held.pop(key, None)
-        if handle is not None:
-            handle.cancel()
-        return handle is not None
-
-    async def uninstall(self, connection: str, child: str) -> None:
-        """ControlError when it is not installed."""
-        held = self._stop_holding((connection, child))
-        if self._traps.pop((connection, child), None) is None and not held:
-            raise ControlError(f"child '{child}' of connection '{connection}' is not installed")
-        await self._manager.kernel.release(("hold", connection, child))
-        await self._manager.kernel.release(("trap", connection, child))
-
-    async def _remote_address(self, connection: ConnectionConfig) -> IPAddress | None:
-        for pattern in connection.remote_addrs:
-            if pattern in ANY:
-                continue
-            address = fixed_address(pattern) or await resolve(pattern)
-            if address is not None:
-                self._manager.resolved[pattern] = address
-                return address
-        return None
-
-    def look_up(self, connection: ConnectionConfig) -> None:
-        """Resolve its names in the background, so that a peer who asks first is recognised by its address."""
-        if connection.name not in self._looking_up and host_names(connection.remote_addrs):
-            self._looking_up.add(connection.name)
-            self._background.start(self._look_up(connection.name))
-
-    async def _look_up(self, name: str) -> None:
-        attempt = 1
-        try:
-            while (connection := self._manager.connections.get(name)) is not None and not self._stopping:
-                if await self._remote_address(connection) is not None:
-                    return
-                await asyncio.sleep(_backoff(attempt))
-                attempt += 1
-        finally:
-            self._looking_up.discard(name)
-
-    def _local_address(self, connection: ConnectionConfig, remote: IPAddress | None) -> IPAddress | None:
-        for pattern in connection.local_addrs:
-            address = fixed_address(pattern)
-            if address is not None and (remote is None or address.version == remote.version):
-                return address
-        return source_towards(remote, self._mark) if remote is not None else None
 
     # Demands
 
@@ -257,7 +109,7 @@ class Demands:
             await asyncio.sleep(delay)
         name = demand.connection.name
         known = self._manager.established(name) is not None
-        remote = None if known else await self._remote_address(demand.connection)
+        remote = None if known else await self._endpoints.remote(demand.connection)
         async with self._turn:
             await asyncio.sleep(0)  # a thousand ACQUIREs at once do not hold up the datagrams
             if self._demands.get(key) is not demand:
@@ -273,7 +125,7 @@ class Demands:
         entry = self._manager.established(name)  # another demand may have made one meanwhile
         fresh = entry is None
         if entry is None:
-            local = self._local_address(demand.connection, remote)
+            local = self._endpoints.local(demand.connection, remote)
             if remote is None or local is None:
                 detail = f"no address for {', '.join(demand.connection.remote_addrs)}" if remote is None else f"no route to {remote}"
                 self._failed(key, demand, Reason.PEER_SILENT, detail)
@@ -294,10 +146,10 @@ class Demands:
         if demand.entry is None and detail:
             self._manager.say(f"CHILD_SA {demand.child.name} of connection {key[0]} not brought up: {detail}", group="CFG", warning=True)
         tries = demand.connection.keyingtries
-        config = self._configured(key)
+        config = self._manager.configured(*key)
         if reason is Reason.PEER_SILENT and (tries == 0 or demand.attempts < tries) and config is not None and not self._stopping:
             # without an entry nothing was sent, so no retransmission has taken time
-            delay = 0.0 if demand.entry is not None else _backoff(demand.attempts)
+            delay = 0.0 if demand.entry is not None else backoff(demand.attempts)
             demand.connection, demand.child = config
             demand.attempts += 1
             demand.entry = None
@@ -313,12 +165,6 @@ class Demands:
         if demand.child.start_action is StartAction.START and not self._stopping:
             self._retry_later(key, demand)
 
-    def _configured(self, key: ChildKey) -> tuple[ConnectionConfig, ChildConfig] | None:
-        """As it is configured now; it may have been unloaded."""
-        connection = self._manager.connections.get(key[0])
-        child = connection.children.get(key[1]) if connection else None
-        return (connection, child) if connection and child else None
-
     async def _refuse(self, acquires: Sequence[AcquireSequence]) -> None:
         for sequence in acquires:
             try:
@@ -327,18 +173,22 @@ class Demands:
                 log.warning("ACQUIRE not answered", sequence=sequence, error=str(error))
 
     def _retry_later(self, key: ChildKey, demand: Demand) -> None:
-        delay = _backoff(demand.attempts)
+        delay = backoff(demand.attempts)
         attempts = demand.attempts + 1
 
         def again() -> None:
             self._retries.pop(key, None)
-            config = self._configured(key)
+            config = self._manager.configured(*key)
             if config is not None and not self._stopping:
                 self.demand(*config).attempts = attempts
 
         if (old := self._retries.pop(key, None)) is not None:
             old.cancel()
         self._retries[key] = asyncio.get_running_loop().call_later(delay, again)
+
+    def look_up(self, connection: ConnectionConfig) -> None:
+        """Resolve its names in the background, so that a peer who asks first is recognised by its address."""
+        self._endpoints.look_up(connection)
 
     # News of the manager
 
@@ -377,7 +227,7 @@ class Demands:
         """Should the kernel have lost it already, it is made anew."""
         old = entry.sa.children.get(child_id)
         key = (entry.sa.connection.name, old.sa.name) if old else None
-        if key is not None and child_id in self._outgoing.get(key, {}) and (config := self._configured(key)) is not None:
+        if key is not None and child_id in self._outgoing.get(key, {}) and (config := self._manager.configured(*key)) is not None:
             self.demand(*config)
 
     def ike_rekeyed(self, old: Entry, new: Entry) -> None:
@@ -408,7 +258,7 @@ class Demands:
         if connection is None or config is None or self._stopping:
             return
         if reason in (Reason.EXPIRED, Reason.KERNEL_LOST):
-            again = config.start_action is StartAction.START or (entry.sa.initiator and not self.trapped(connection.name, child.name))
+            again = config.start_action is StartAction.START or (entry.sa.initiator and not self.traps.trapped(connection.name, child.name))
             wanted = again and child.id not in self._retired
         else:
             wanted = reason is Reason.PEER_SILENT and StartAction.START in (config.start_action, config.dpd_action)
@@ -542,7 +392,7 @@ class Demands:
         if self._manager.installing(event.reqid):
             return  # the kernel asks again should that SA not cover the flow
         key = (connection.name, known[1].name)
-        if not self.trapped(*key) and key not in self._demands and key not in self._recovering and key not in self._outgoing:
+        if not self.traps.trapped(*key) and key not in self._demands and key not in self._recovering and key not in self._outgoing:
             # a late packet of a CHILD_SA that is being deleted: nobody asked for it to come back by itself
             self._background.start(self._refuse([event.sequence]))
             return
@@ -554,27 +404,12 @@ class Demands:
     def stop(self) -> None:
         """Nothing new is begun; what is under way fails."""
         self._stopping = True
-        for handle in (*self._retries.values(), *self._recovering.values(), *self._held.values()):
+        self.traps.stop()
+        self._endpoints.stop()
+        for handle in (*self._retries.values(), *self._recovering.values()):
             handle.cancel()
         for key, demand in list(self._demands.items()):
             self._failed(key, demand, Reason.SHUTDOWN, "")
-
-
-def _backoff(attempts: int) -> float:
-    return min(RETRY_FIRST * 2.0 ** min(attempts - 1, 10), RETRY_LAST)
-
-
-def selectors(templates: Sequence[TsTemplate], address: IPAddress | None) -> list[TrafficSelector] | None:
-    """Templates with `dynamic` filled in; None when it must be and the address is not known."""
-    filled = []
-    for template in templates:
-        if template.addresses is not None:
-            filled.append(template.addresses)
-        elif address is None:
-            return None
-        else:
-            filled.append(TrafficSelector(AddressRange.host(address), template.protocol, template.ports))
-    return filled
 
 
 def covers(child: ChildSa, flow: Flow) -> bool:

@@ -70,6 +70,7 @@ REFUSALS_AT_ONCE: Final = 20  # log lines about IKE_SA_INITs that were refused; 
 REFUSALS_A_SECOND: Final = 1.0
 
 K = TypeVar("K")
+ChildKey = tuple[str, str]  # connection, child
 
 log = structlog.get_logger("ike")
 
@@ -199,6 +200,12 @@ class Manager:
             known = self._reqids[key] = self.kernel.reqid_for(None)
         self._child_of_reqid[known] = (connection.name, child)
         return known
+
+    def configured(self, connection: str, child: str) -> tuple[ConnectionConfig, ChildConfig] | None:
+        """As it is configured now; it may have been unloaded."""
+        known = self.connections.get(connection)
+        config = known.children.get(child) if known else None
+        return (known, config) if known and config else None
 
     def adopt_reqid(self, connection: ConnectionConfig, child: ChildConfig, reqid: ReqId) -> None:
         """Fix the reqid of a child before its first use: that of the policies which an earlier run left."""

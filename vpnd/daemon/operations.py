@@ -26,8 +26,9 @@ from vpnd.control.backend import (
     LogLine,
     PolicyStatus,
 )
-from vpnd.daemon.demands import Demands, NoAddressYet, selectors
+from vpnd.daemon.demands import Demands
 from vpnd.daemon.manager import Entry, Manager
+from vpnd.daemon.traps import NoAddressYet, selectors
 from vpnd.ike.effects import ChildFailed, ChildSa, IkeClosed, Reason, RekeyFailed
 from vpnd.ike.proposal import within
 from vpnd.ike.sa import Child, ChildSaState, IkeSaState
@@ -117,7 +118,7 @@ class Operations:
             since=self._started,
             ike_total=len(self._manager),
             ike_half_open=self._manager.half_open,
-            policies=len(self._demands.traps),
+            policies=len(self._demands.traps.installed),
             counters=self._manager.counters.snapshot(),
         )
 
@@ -219,7 +220,7 @@ class Operations:
     def list_policies(self, *, trap: bool, shunt: bool, child: str | None = None, ike: str | None = None) -> Sequence[PolicyStatus]:
         names = {Action.BYPASS: "PASS", Action.DISCARD: "DROP"}
         found = []
-        for connection, config in self._demands.traps:
+        for connection, config in self._demands.traps.installed:
             is_shunt = config.action is not Action.PROTECT
             if not (shunt if is_shunt else trap) or child not in (None, config.name) or ike not in (None, connection.name):
                 continue
@@ -264,8 +265,8 @@ class Operations:
         self._claim_reqids(connection)
         before: Mapping[str, ChildConfig] = old.children if old else {}
         for name in before:
-            if self._demands.trapped(connection.name, name) and before[name] != connection.children.get(name):
-                await self._demands.uninstall(connection.name, name)
+            if self._demands.traps.trapped(connection.name, name) and before[name] != connection.children.get(name):
+                await self._demands.traps.uninstall(connection.name, name)
         self._manager.connections[connection.name] = connection
         self._demands.look_up(connection)
         try:
@@ -296,13 +297,13 @@ class Operations:
     async def _start_action(self, connection: ConnectionConfig, child: ChildConfig) -> None:
         if child.start_action is StartAction.TRAP or (child.action is not Action.PROTECT and child.start_action is not StartAction.NONE):
             if child.action is Action.PROTECT and host_names(connection.remote_addrs):
-                await self._demands.install_when_resolved(connection, child)  # a resolver that does not answer holds nobody up
+                await self._demands.traps.install_when_resolved(connection, child)  # a resolver that does not answer holds nobody up
             else:
                 try:
-                    await self._demands.install(connection, child)
+                    await self._demands.traps.install(connection, child)
                 except NoAddressYet:
-                    await self._demands.install_when_resolved(connection, child)
-            if child.action is Action.PROTECT and not self._demands.held(connection.name, child.name) and self._orphaned(connection, child):
+                    await self._demands.traps.install_when_resolved(connection, child)
+            if child.action is Action.PROTECT and not self._demands.traps.held(connection.name, child.name) and self._orphaned(connection, child):
                 self._demands.demand(connection, child)
         elif child.start_action is StartAction.START:
             self._demands.demand(connection, child)
@@ -317,8 +318,8 @@ class Operations:
         if connection is None:
             raise ControlError(f"connection '{name}' not found")
         for child in connection.children:
-            if self._demands.trapped(name, child):
-                await self._demands.uninstall(name, child)
+            if self._demands.traps.trapped(name, child):
+                await self._demands.traps.uninstall(name, child)
 
     def _find(self, child: str, ike: str | None) -> tuple[ConnectionConfig, ChildConfig]:
         for connection in self._manager.connections.values():
@@ -462,12 +463,12 @@ class Operations:
 
     async def install(self, child: str, ike: str | None) -> None:
         connection, config = self._find(child, ike)
-        await self._demands.install(connection, config)
+        await self._demands.traps.install(connection, config)
 
     async def uninstall(self, child: str, ike: str | None) -> None:
-        for connection, config in self._demands.traps:
+        for connection, config in self._demands.traps.installed:
             if config.name == child and ike in (None, connection.name):
-                await self._demands.uninstall(connection.name, child)
+                await self._demands.traps.uninstall(connection.name, child)
                 return
         raise ControlError(f"policy '{child}' not found")
 

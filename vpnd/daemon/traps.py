@@ -1,0 +1,146 @@
+"""Traps and shunts: policies that stand without an SA, so that traffic asks for one or never needs one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+
+from kernel_shim.model import Action, AddressRange, IPAddress, KernelError, ReqId, Selector, TrafficSelector
+from vpnd.config.model import ChildConfig, ConnectionConfig, TsTemplate
+from vpnd.control.backend import ControlError
+from vpnd.daemon.background import Background
+from vpnd.daemon.endpoints import Endpoints, backoff
+from vpnd.daemon.manager import ChildKey, Manager
+from vpnd.peers import host_names
+from vpnd.policies import PolicySpec, policies_for
+
+
+class NoAddressYet(ControlError):
+    """A name does not resolve or no route leads to the peer: it may be otherwise later."""
+
+
+class Traps:
+    """Those that stand, and those that wait for an address of their peer."""
+
+    def __init__(self, manager: Manager, endpoints: Endpoints) -> None:
+        self._manager = manager
+        self._endpoints = endpoints
+        self._traps: dict[ChildKey, tuple[ConnectionConfig, ChildConfig]] = {}
+        self._held: dict[ChildKey, asyncio.TimerHandle] = {}  # those that wait; when each is tried again
+        self._background = Background()
+
+    @property
+    def installed(self) -> Sequence[tuple[ConnectionConfig, ChildConfig]]:
+        return list(self._traps.values())
+
+    def trapped(self, connection: str, child: str) -> bool:
+        """Or about to be, once there is an address."""
+        return (connection, child) in self._traps or (connection, child) in self._held
+
+    def held(self, connection: str, child: str) -> bool:
+        """Whether its trap still waits for an address."""
+        return (connection, child) in self._held
+
+    async def install(self, connection: ConnectionConfig, child: ChildConfig) -> None:
+        """Install the trap or shunt policies of a child. ControlError when it cannot be: the text says why. NoAddressYet when it may be later."""
+        key = (connection.name, child.name)
+        remote = await self._endpoints.remote(connection)
+        local = self._endpoints.local(connection, remote)
+        local_ts = selectors(child.local_ts, local)
+        remote_ts = selectors(child.remote_ts, remote)
+        if remote is None and child.action is Action.PROTECT and (names := host_names(connection.remote_addrs)):
+            raise NoAddressYet(f"child '{child.name}' cannot be trapped: {', '.join(names)} of connection '{connection.name}' does not resolve")
+        if local_ts is None and remote is not None:
+            raise NoAddressYet(f"child '{child.name}' cannot be trapped: its local traffic selector is dynamic, and there is no route to {remote}")
+        if local_ts is None or remote_ts is None:
+            raise ControlError(
+                f"child '{child.name}' cannot be trapped: its dynamic traffic selector needs an address of {connection.remote_addrs} that is known"
+            )
+        if child.action is Action.PROTECT and remote is None:
+            raise ControlError(f"child '{child.name}' cannot be trapped: connection '{connection.name}' has no remote address to ask")
+        first = next((Selector.between(a, b) for a in local_ts for b in remote_ts if a.addresses.version == b.addresses.version), None)
+        if not child.reqid:
+            self._manager.adopt_reqid(connection, child, self._manager.kernel.reqid_for(first))
+        reqid = ReqId(self._manager.reqid(connection, child))
+        spec = PolicySpec.of_child(child, child.mode, reqid, local, remote)
+        policies = list(policies_for(spec, local_ts, remote_ts))
+        if not policies:
+            raise ControlError(f"child '{child.name}' has no pair of traffic selectors of one family and protocol")
+        if key in self._traps:
+            await self.uninstall(*key)
+        try:
+            await self._manager.kernel.claim(("trap", *key), policies)
+        except (KernelError, TimeoutError) as error:
+            raise ControlError(f"kernel refused the policies of child '{child.name}': {error}") from error
+        self._traps[key] = (connection, child)
+        self._stop_holding(key)
+        await self._manager.kernel.release(("hold", *key))
+
+    async def install_when_resolved(self, connection: ConnectionConfig, child: ChildConfig) -> None:
+        """Install a trap as soon as the peer has an address; until then what it protects is discarded, so that it does not leave in clear."""
+        key = (connection.name, child.name)
+        if not self._manager.kernel.orphans:  # else the policies of an earlier run may still carry its packets
+            await self._hold(key, child)
+        self._try_to_install(key, 1, 0.0)
+
+    async def _hold(self, key: ChildKey, child: ChildConfig) -> None:
+        local_ts, remote_ts = selectors(child.local_ts, None), selectors(child.remote_ts, None)
+        if not local_ts or not remote_ts or self._manager.kernel.has_claims(("hold", *key)):
+            return
+        spec = PolicySpec.of_child(child, child.mode, ReqId(0), None, None)
+        policies = [replace(policy, action=Action.DISCARD, templates=()) for policy in policies_for(spec, local_ts, remote_ts)]
+        try:
+            await self._manager.kernel.claim(("hold", *key), policies)
+        except (KernelError, TimeoutError) as error:
+            raise ControlError(f"kernel refused the policies of child '{child.name}': {error}") from error
+
+    def _try_to_install(self, key: ChildKey, attempt: int, delay: float) -> None:
+        async def work() -> None:
+            config = self._manager.configured(*key)
+            if config is None or key not in self._held:
+                return
+            try:
+                await self.install(*config)
+            except ControlError as error:
+                if key in self._held:
+                    delay = backoff(attempt)
+                    self._manager.say(f"{error}; trying again in {delay:g} s", group="CFG", warning=True)
+                    self._try_to_install(key, attempt + 1, delay)
+                    await self._hold(key, config[1])
+            else:
+                self._manager.say(f"child '{key[1]}' of connection '{key[0]}' is trapped", group="CFG")
+
+        self._held[key] = asyncio.get_running_loop().call_later(delay, lambda: self._background.start(work()))
+
+    def _stop_holding(self, key: ChildKey) -> bool:
+        handle = self._held.pop(key, None)
+        if handle is not None:
+            handle.cancel()
+        return handle is not None
+
+    async def uninstall(self, connection: str, child: str) -> None:
+        """ControlError when it is not installed."""
+        held = self._stop_holding((connection, child))
+        if self._traps.pop((connection, child), None) is None and not held:
+            raise ControlError(f"child '{child}' of connection '{connection}' is not installed")
+        await self._manager.kernel.release(("hold", connection, child))
+        await self._manager.kernel.release(("trap", connection, child))
+
+    def stop(self) -> None:
+        """No further attempt; what stands goes with the kernel's policies."""
+        for handle in self._held.values():
+            handle.cancel()
+
+
+def selectors(templates: Sequence[TsTemplate], address: IPAddress | None) -> list[TrafficSelector] | None:
+    """Templates with `dynamic` filled in; None when it must be and the address is not known."""
+    filled = []
+    for template in templates:
+        if template.addresses is not None:
+            filled.append(template.addresses)
+        elif address is None:
+            return None
+        else:
+            filled.append(TrafficSelector(AddressRange.host(address), template.protocol, template.ports))
+    return filled
