@@ -36,10 +36,9 @@ from vpnd.daemon.crossings import SETTLE, superfluous_child, superfluous_ike
 from vpnd.daemon.endpoints import Endpoints, backoff
 from vpnd.daemon.manager import ChildKey, Entry, Manager
 from vpnd.daemon.traps import Traps
-from vpnd.ike.effects import ChildFailed, ChildSa, IkeClosed, Reason
+from vpnd.ike.effects import NO_ACQUIRE, ChildFailed, ChildSa, IkeClosed, Reason
 from vpnd.ike.sa import ChildSaState
 
-NO_ACQUIRE: Final = AcquireSequence(0)
 MAXIMUM_WAITING: Final = 1024  # ACQUIREs that wait for one demand; the kernel repeats those beyond
 RECOVERY_GRACE: Final = 60.0  # s, for which policies outlive a CHILD_SA that was lost while its successor is sought
 SUCCESSION_GRACE: Final = 5.0  # s, for which they outlive one whose peer came back with a new IKE SA
@@ -253,10 +252,10 @@ class Demands:
             self._manager.run(entry, entry.sa.delete(asyncio.get_running_loop().time(), Reason.REPLACED))
 
     def child_closed(self, entry: Entry, child: ChildSa, reason: Reason) -> None:
-        connection = self._manager.connections.get(entry.sa.connection.name)
-        config = connection.children.get(child.name) if connection else None
-        if connection is None or config is None or self._stopping:
+        configured = self._manager.configured(entry.sa.connection.name, child.name)
+        if configured is None or self._stopping:
             return
+        connection, config = configured
         if reason in (Reason.EXPIRED, Reason.KERNEL_LOST):
             again = config.start_action is StartAction.START or (entry.sa.initiator and not self.traps.trapped(connection.name, child.name))
             wanted = again and child.id not in self._retired
@@ -351,19 +350,18 @@ class Demands:
         old = entry.sa.children.get(child_id)
         if old is None or entry.sa.closed:
             return
-        connection = self._manager.connections.get(entry.sa.connection.name)
-        config = connection.children.get(old.sa.name) if connection else None
-        if connection is None or config is None or self._stopping:
+        configured = self._manager.configured(entry.sa.connection.name, old.sa.name)
+        if configured is None or self._stopping:
             self._end(entry, child_id, True)
             return
         if any(other.replaces == child_id for other in entry.sa.children.values()):
             self._retired.add(child_id)
             self._end(entry, child_id, True)
             return
-        key = (connection.name, config.name)
+        key = (entry.sa.connection.name, old.sa.name)
         self._outgoing.setdefault(key, {})[child_id] = entry
         if old.state is not ChildSaState.REKEYING:
-            self.demand(connection, config)
+            self.demand(*configured)
 
     def _retire(self, key: ChildKey, *, keep: int = 0, only: int = 0) -> None:
         outgoing = self._outgoing.pop(key, {})

@@ -48,18 +48,15 @@ from vpnd.ike.effects import (
     Send,
     SendKeepalive,
 )
+from vpnd.ike.iana import Exchange
 from vpnd.ike.identity import Identity
 from vpnd.ike.sa import IkeSa, IkeSaState
+from vpnd.ike.wire.header import FLAG_INITIATOR, FLAG_RESPONSE, HEADER_LENGTH
 from vpnd.peers import Connections
 from vpnd.policies import PolicySpec, policies_for
 from vpnd.schedule import Deadlines
 from vpnd.telemetry.counters import Counters
 from vpnd.telemetry.throttle import Throttle
-
-HEADER_LENGTH: Final = 28  # RFC 7296 section 3.1
-FLAG_INITIATOR: Final = 0x08
-FLAG_RESPONSE: Final = 0x20
-EXCHANGE_IKE_SA_INIT: Final = 34
 
 USABLE: Final = (IkeSaState.CONNECTING, IkeSaState.ESTABLISHED, IkeSaState.REKEYING)
 KERNEL_ERRORS: Final = (KernelError, TimeoutError, ChannelClosed)
@@ -293,7 +290,7 @@ class Manager:
         entry = self._by_spi.get(spi)
         if entry is not None:
             self.run(entry, entry.sa.receive(data, local, remote, self._now()))
-        elif spi == 0 and from_initiator and data[18] == EXCHANGE_IKE_SA_INIT and not data[19] & FLAG_RESPONSE:
+        elif spi == 0 and from_initiator and data[18] == Exchange.IKE_SA_INIT and not data[19] & FLAG_RESPONSE:
             self._initial(local, remote, data)
         else:
             self.counters.add("ike_unknown_spi")

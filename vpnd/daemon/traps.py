@@ -6,12 +6,13 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 
-from kernel_shim.model import Action, AddressRange, IPAddress, KernelError, ReqId, Selector, TrafficSelector
+from kernel_shim.model import Action, IPAddress, KernelError, ReqId, Selector, TrafficSelector
 from vpnd.config.model import ChildConfig, ConnectionConfig, TsTemplate
 from vpnd.control.backend import ControlError
 from vpnd.daemon.background import Background
 from vpnd.daemon.endpoints import Endpoints, backoff
 from vpnd.daemon.manager import ChildKey, Manager
+from vpnd.ike.narrowing import resolve
 from vpnd.peers import host_names
 from vpnd.policies import PolicySpec, policies_for
 
@@ -135,12 +136,7 @@ class Traps:
 
 def selectors(templates: Sequence[TsTemplate], address: IPAddress | None) -> list[TrafficSelector] | None:
     """Templates with `dynamic` filled in; None when it must be and the address is not known."""
-    filled = []
-    for template in templates:
-        if template.addresses is not None:
-            filled.append(template.addresses)
-        elif address is None:
-            return None
-        else:
-            filled.append(TrafficSelector(AddressRange.host(address), template.protocol, template.ports))
-    return filled
+    if address is not None:
+        return list(resolve(templates, address))
+    fixed = [template.addresses for template in templates if template.addresses is not None]
+    return fixed if len(fixed) == len(templates) else None
