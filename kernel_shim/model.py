@@ -353,6 +353,9 @@ class SecurityAssociation:
     source_selectors: tuple[TrafficSelector, ...] = ()
     destination_selectors: tuple[TrafficSelector, ...] = ()
     acquire: AcquireSequence = AcquireSequence(0)  # the ACQUIRE or GETSPI that this SA answers
+    if_id: int = 0  # the xfrm interface that its packets belong to; 0 is none
+    mark: Mark = NO_MARK  # only packets with this mark find it
+    offload: str = ""  # the device that encrypts (packets of another device are then encrypted by the kernel); empty is none
 
     @property
     def id(self) -> SaId:
@@ -370,6 +373,8 @@ class SpiRequest:
     minimum: int = 0x100
     maximum: int = 0xFFFFFFFF
     acquire: AcquireSequence = AcquireSequence(0)
+    if_id: int = 0
+    mark: Mark = NO_MARK
 
 
 @dataclass(frozen=True, slots=True)
@@ -443,4 +448,7 @@ class Capabilities:
     sa_selectors: bool = True
     acquire_flow: bool = True
     unresolved_modes: frozenset[Unresolved] = frozenset({Unresolved.QUEUE})
+    if_ids: bool = False  # policies and SAs of one xfrm interface
+    marks: bool = False
+    offload: bool = False
     binds_ike_sockets: bool = False  # the kernel opens the IKE sockets and hands their descriptors over

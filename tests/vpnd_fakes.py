@@ -95,6 +95,12 @@ class FakeChannel:
         if self._ask("delete_sa").sas.pop(sa, None) is None:
             raise KernelError(errno.ESRCH, "no such SA")
 
+    async def migrate_sa(self, old: SecurityAssociation, new: SecurityAssociation) -> None:
+        kernel = self._ask("migrate_sa")
+        if kernel.sas.pop(old.id, None) is None and new.id not in kernel.sas:
+            raise KernelError(errno.ESRCH, "no such SA")
+        kernel.sas[new.id] = new
+
     async def get_sa(self, sa: SaId) -> SaStatus:
         found = self._ask("get_sa").sas.get(sa)
         if found is None:

@@ -185,6 +185,9 @@ class PfKeyChannel:
     async def delete_sa(self, sa: SaId) -> None:
         await self._ask(MessageType.DELETE, sa_id_extensions(sa))
 
+    async def migrate_sa(self, old: SecurityAssociation, new: SecurityAssociation) -> None:
+        raise KernelError(errno.EOPNOTSUPP, "this kernel cannot move an SA to other addresses")
+
     async def get_sa(self, sa: SaId) -> SaStatus:
         return status_from(await self._ask(MessageType.GET, sa_id_extensions(sa)))
 

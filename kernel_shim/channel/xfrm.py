@@ -196,6 +196,9 @@ class XfrmChannel:
         self._directions.pop(sa, None)
         await self._requests.request(sa_id_message(MessageType.DELSA, sa))
 
+    async def migrate_sa(self, old: SecurityAssociation, new: SecurityAssociation) -> None:
+        raise KernelError(errno.EOPNOTSUPP, "this kernel cannot move an SA to other addresses")
+
     async def get_sa(self, sa: SaId) -> SaStatus:
         replies = await self._requests.request(sa_id_message(MessageType.GETSA, sa))
         found = self._sa_of(replies, f"GETSA {sa.spi:08x}")
