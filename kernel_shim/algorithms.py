@@ -83,11 +83,26 @@ class EspAlgorithm:
         return self.encryption in AEAD_ICV
 
     @property
+    def counts_its_ivs(self) -> bool:
+        """Whether two packets under one key and IV betray both plaintexts: AEADs and counter mode, whose IV is the sequence number."""
+        return self.aead or self.encryption is EncryptionId.AES_CTR
+
+    @property
+    def iv_length(self) -> int:
+        """Bytes of the IV in each packet."""
+        return 8 if self.counts_its_ivs else 16 if self.encryption is EncryptionId.AES_CBC else 0
+
+    @property
     def encryption_key_length(self) -> int:
-        """Bytes of encryption keying material, salt included (RFC 4106 section 8.1, RFC 7634 section 2)."""
+        """Bytes of encryption keying material, salt included (RFC 3686, 4106, 4309 and 7634)."""
+        return self.key_bits // 8 + self.salt_length
+
+    @property
+    def salt_length(self) -> int:
+        """Bytes at the end of the encryption keying material that are not the cipher's key."""
         if self.encryption is EncryptionId.AES_CTR:
-            return self.key_bits // 8 + 4  # the nonce of RFC 3686 section 5.1
-        return self.key_bits // 8 + AEAD_SALT.get(self.encryption, 0)
+            return 4  # the nonce of RFC 3686 section 5.1
+        return AEAD_SALT.get(self.encryption, 0)
 
     @property
     def integrity_key_length(self) -> int:
@@ -98,3 +113,17 @@ class EspAlgorithm:
     def icv_length(self) -> int:
         """Bytes of the integrity check value at the packet's end."""
         return AEAD_ICV.get(self.encryption) or INTEGRITY_ICV[self.integrity]
+
+
+_AES_BITS: Final = (128, 192, 256)
+_MACS: Final = tuple(integrity for integrity in IntegrityId if integrity is not IntegrityId.NONE)
+
+USERSPACE: Final = frozenset(
+    {
+        *(EspAlgorithm(encryption, bits) for encryption in AEAD_ICV if encryption is not EncryptionId.CHACHA20_POLY1305 for bits in _AES_BITS),
+        EspAlgorithm(EncryptionId.CHACHA20_POLY1305, 256),
+        *(EspAlgorithm(encryption, bits, mac) for encryption in (EncryptionId.AES_CBC, EncryptionId.AES_CTR) for bits in _AES_BITS for mac in _MACS),
+        *(EspAlgorithm(EncryptionId.NULL, 0, mac) for mac in _MACS),
+    }
+)
+"""What our own data plane seals and opens with. Never without integrity: such an SA could be made to say anything."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from kernel_shim.channel.userspace import USERSPACE
 from kernel_shim.dataplane import inspection
 from kernel_shim.dataplane.bundle import Bundle, Held
 from kernel_shim.dataplane.inbound import Admission, Inbound
@@ -14,7 +15,6 @@ from kernel_shim.dataplane.mtu import PathMtus
 from kernel_shim.dataplane.outbound import TAIL_ROOM, Outbound
 from kernel_shim.dataplane.output import Sink
 from kernel_shim.dataplane.traffic import Traffic
-from kernel_shim.esp.cipher import SUPPORTED
 from kernel_shim.inspection import CachedBundle, PendingQueue, Snapshot
 from kernel_shim.model import (
     PROTOCOL_ESP,
@@ -34,7 +34,6 @@ from kernel_shim.model import (
     SecurityAssociation,
     Selector,
     SpiRequest,
-    Unresolved,
 )
 from kernel_shim.packet import virtio
 from kernel_shim.policy.acquire import AcquireTable
@@ -179,7 +178,7 @@ class Engine:
     # SAD
 
     def capabilities(self) -> Capabilities:
-        return Capabilities(name="userspace", algorithms=SUPPORTED, encapsulation_required=True, unresolved_modes=frozenset(Unresolved), binds_ike_sockets=True)
+        return USERSPACE
 
     def get_spi(self, request: SpiRequest, now: float) -> SaStatus:
         self._now = now

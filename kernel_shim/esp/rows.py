@@ -13,6 +13,8 @@ import numpy.typing as npt
 
 from kernel_shim.esp.wire import HEADER, Shape
 
+Sequences = npt.NDArray[np.uint64]
+
 # Specifications: UDP_MAX_SEGMENTS of Linux before 6.9, and the largest UDP payload over IPv4
 MAX_ROWS: Final = 64
 MAX_DATAGRAMS: Final = 65507
@@ -40,6 +42,7 @@ class Tables:
         self.salts, self.raw_ivs = matrix[:, :4], matrix[:, 4:]
         self.ivs = np.ndarray((MAX_ROWS,), ">u8", nonces, 4, (12,))
         self.nonces = _slices(memoryview(nonces), 12, 0, 12, MAX_ROWS)
+        self.short_nonces = _slices(memoryview(nonces), 12, 1, 12, MAX_ROWS)  # RFC 4309 section 4: AES-CCM has a salt of 3
         associated = bytearray(MAX_ROWS * 12)  # RFC 4106 section 5: SPI and the 64-bit sequence number
         self.associated_spis = np.ndarray((MAX_ROWS,), ">u4", associated, 0, (12,))
         self.associated_high = np.ndarray((MAX_ROWS,), ">u4", associated, 4, (12,))

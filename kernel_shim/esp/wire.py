@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from typing import Final
 
-from kernel_shim.algorithms import EspAlgorithm
+from kernel_shim.algorithms import EncryptionId, EspAlgorithm
 
 HEADER: Final = 8  # SPI and sequence number
 TRAILER: Final = 2  # pad length and next header
@@ -41,9 +41,9 @@ class Shape:
     __slots__ = ("alignment", "icv", "iv", "overhead")
 
     def __init__(self, algorithm: EspAlgorithm) -> None:
-        self.iv: Final = 8 if algorithm.aead else 16
+        self.iv: Final = algorithm.iv_length
         self.icv: Final = algorithm.icv_length
-        self.alignment: Final = 4 if algorithm.aead else 16
+        self.alignment: Final = 16 if algorithm.encryption is EncryptionId.AES_CBC else 4
         self.overhead: Final = HEADER + self.iv + self.icv
 
     def sealed(self, payload: int) -> int:

@@ -275,7 +275,7 @@ class Sad:
             cipher = make_cipher(sa.algorithm, sa.encryption_key, sa.integrity_key, sa.spi, sa.esn, self._entropy)
         except ValueError as error:
             raise KernelError(errno.EINVAL, str(error)) from None
-        if sa.direction is Direction.OUT and sa.algorithm.aead:
+        if sa.direction is Direction.OUT and sa.algorithm.counts_its_ivs:
             self._refuse_used_key(sa)
         return cipher
 

@@ -50,6 +50,17 @@ def test_algorithms(ours: Side, ike: str, esp: str) -> None:
         carries_a_little(link)
 
 
+ESP_CIPHERS = ["aes192gcm16", "aes256gcm12", "aes128gcm8", "aes128ccm16", "aes192ccm12", "aes256ccm8", "aes128ctr-sha256", "aes192-sha384", "aes128-sha1"]
+
+
+@pytest.mark.parametrize("esp", ESP_CIPHERS)
+@pytest.mark.parametrize("ours", OUR_SIDES)
+def test_esp_ciphers(ours: Side, esp: str) -> None:
+    with facing(ours, Tunnel(esp_proposals=esp)) as link:
+        link.a.initiate()
+        carries_a_little(link)
+
+
 @pytest.mark.parametrize("ours", OUR_SIDES)
 def test_key_exchange_guessed_wrong(ours: Side) -> None:
     """The initiator's first group is not the responder's: INVALID_KE_PAYLOAD (RFC 7296 section 1.2)."""

@@ -20,7 +20,7 @@ CHARON: Final = Path("/usr/lib/ipsec/charon")
 SWANCTL: Final = Path("/usr/sbin/swanctl")
 LIBIPSEC: Final = Path("/usr/lib/ipsec/plugins/libstrongswan-kernel-libipsec.so")
 PLUGINS: Final = (
-    "random nonce openssl curve25519 chapoly aes sha2 sha1 hmac kdf gcm pem pkcs1 pkcs8 x509 pubkey constraints revocation "
+    "random nonce openssl curve25519 chapoly aes sha2 sha1 hmac kdf gcm ccm ctr pem pkcs1 pkcs8 x509 pubkey constraints revocation "
     "kernel-libipsec kernel-netlink socket-default vici updown"
 )
 

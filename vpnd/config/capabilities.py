@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
-from kernel_shim.algorithms import EncryptionId, EspAlgorithm, IntegrityId
 from kernel_shim.channel.linux import XFRM
-from kernel_shim.model import Action, Capabilities, Unresolved
+from kernel_shim.channel.userspace import USERSPACE
+from kernel_shim.model import Action, Capabilities
 from vpnd.config.errors import ConfigError, Position
 from vpnd.config.model import ChildConfig, Configuration, KernelChoice, TsTemplate
 from vpnd.config.tree import Section
@@ -15,23 +15,7 @@ from vpnd.ike.iana import TransformType
 from vpnd.ike.proposal import Proposal, within
 
 EXPECTED: Final[Mapping[KernelChoice, Capabilities]] = {
-    KernelChoice.USERSPACE: Capabilities(
-        name="userspace",
-        algorithms=frozenset(
-            {
-                *(EspAlgorithm(EncryptionId.AES_GCM_16, bits) for bits in (128, 192, 256)),
-                EspAlgorithm(EncryptionId.CHACHA20_POLY1305, 256),
-                *(
-                    EspAlgorithm(EncryptionId.AES_CBC, bits, integrity)
-                    for bits in (128, 192, 256)
-                    for integrity in (IntegrityId.HMAC_SHA2_256_128, IntegrityId.HMAC_SHA2_384_192, IntegrityId.HMAC_SHA2_512_256)
-                ),
-            }
-        ),
-        encapsulation_required=True,
-        unresolved_modes=frozenset(Unresolved),
-        binds_ike_sockets=True,
-    ),
+    KernelChoice.USERSPACE: USERSPACE,
     KernelChoice.XFRM: XFRM,
 }
 """What `vpnd check` measures against. A running daemon asks its kernel, whose answer counts."""

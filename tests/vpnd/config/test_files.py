@@ -16,6 +16,7 @@ from cryptography.x509.oid import NameOID
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kernel_shim.algorithms import EncryptionId, EspAlgorithm
 from kernel_shim.dataplane.engine import Engine, EngineConfig
 from kernel_shim.dataplane.output import Sink
 from kernel_shim.model import Capabilities, Mode, Unresolved
@@ -251,7 +252,7 @@ def test_what_a_kernel_cannot_do_is_named_with_its_place(tmp_path: Path) -> None
     loaded = load_text(text, tmp_path, "f")
     weak = Capabilities(
         "weak",
-        EXPECTED[KernelChoice.USERSPACE].algorithms,
+        frozenset({EspAlgorithm(EncryptionId.AES_GCM_16, 128)}),
         modes=frozenset({Mode.TUNNEL}),
         maximum_replay_window=32,
         port_ranges=False,
