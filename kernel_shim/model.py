@@ -355,6 +355,7 @@ class SecurityAssociation:
     acquire: AcquireSequence = AcquireSequence(0)  # the ACQUIRE or GETSPI that this SA answers
     if_id: int = 0  # the xfrm interface that its packets belong to; 0 is none
     mark: Mark = NO_MARK  # only packets with this mark find it
+    set_mark: Mark = NO_MARK  # what its packets are marked with once they went through it
     offload: str = ""  # the device that encrypts (packets of another device are then encrypted by the kernel); empty is none
 
     @property

@@ -6,13 +6,15 @@ Pure: nothing here speaks to a kernel. `PolicyTable` is the SPD that should exis
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, Self
 
 from kernel_shim.model import (
+    NO_MARK,
     Action,
     Direction,
     IPAddress,
+    Mark,
     Mode,
     Policy,
     ReqId,
@@ -56,13 +58,18 @@ class PolicySpec:
     remote: IPAddress | None = None
     unresolved: Unresolved = Unresolved.QUEUE
     priority: int = 0
+    mark_in: Mark = NO_MARK
+    mark_out: Mark = NO_MARK
+    if_id_in: int = 0
+    if_id_out: int = 0
 
     @classmethod
     def of_child(cls, child: ChildConfig | None, mode: Mode, reqid: ReqId, local: IPAddress | None, remote: IPAddress | None) -> Self:
         """`child` None: one whose configuration is gone meanwhile."""
         if child is None:
             return cls(Action.PROTECT, mode, reqid, local, remote)
-        return cls(child.action, mode, reqid, local, remote, child.unresolved, child.priority)
+        own = child.unresolved, child.priority, child.mark_in, child.mark_out, child.if_id_in, child.if_id_out
+        return cls(child.action, mode, reqid, local, remote, *own)
 
 
 def policies_for(spec: PolicySpec, local_ts: Sequence[TrafficSelector], remote_ts: Sequence[TrafficSelector]) -> Iterator[Policy]:
@@ -73,8 +80,8 @@ def policies_for(spec: PolicySpec, local_ts: Sequence[TrafficSelector], remote_t
                 continue
             if local.protocol != remote.protocol and 0 not in (local.protocol, remote.protocol):
                 continue
-            outbound = Selector.between(local, remote)
-            inbound = outbound.reversed()
+            outbound = replace(Selector.between(local, remote), mark=spec.mark_out, if_id=spec.if_id_out)
+            inbound = replace(outbound.reversed(), mark=spec.mark_in, if_id=spec.if_id_in)
             priority = spec.priority or priority_of(outbound, spec.action)
             out_templates: tuple[Template, ...] = ()
             in_templates: tuple[Template, ...] = ()

@@ -7,7 +7,7 @@ from typing import Final
 
 from kernel_shim.channel.linux import XFRM
 from kernel_shim.channel.userspace import USERSPACE
-from kernel_shim.model import Action, Capabilities
+from kernel_shim.model import NO_MARK, Action, Capabilities
 from vpnd.config.errors import ConfigError, Position
 from vpnd.config.model import ChildConfig, Configuration, KernelChoice, TsTemplate
 from vpnd.config.tree import Section
@@ -36,17 +36,29 @@ def _child(child: ChildConfig, path: str, capabilities: Capabilities) -> Iterato
     if not capabilities.address_ranges or not capabilities.port_ranges:
         for side, selectors in (("local_ts", child.local_ts), ("remote_ts", child.remote_ts)):
             yield from ((f"{path}.{side}", what) for selector in selectors for what in _selector(selector, capabilities))
+    yield from ((f"{path}.{option}", what) for option, what in impossible(child, capabilities) if option != "esp_proposals")
+    if child.action is Action.PROTECT:
+        for proposal in child.esp_proposals:
+            if text := _refused(proposal, capabilities):
+                yield f"{path}.esp_proposals", text
+
+
+def impossible(child: ChildConfig, capabilities: Capabilities) -> Iterator[tuple[str, str]]:
+    """Option and why, for each without which the child would be another one than was asked for: a daemon does not load it."""
+    for option in ("mark_in", "mark_out", "set_mark_in", "set_mark_out", "if_id_in", "if_id_out"):
+        wanted = getattr(child, option)
+        if wanted and wanted != NO_MARK and not (capabilities.if_ids if option.startswith("if_id") else capabilities.marks):
+            yield option, f"has no {'interface ids' if option.startswith('if_id') else 'marks'} in its policies and SAs"
     if child.action is not Action.PROTECT:
         return
-    for proposal in child.esp_proposals:
-        if text := _refused(proposal, capabilities):
-            yield f"{path}.esp_proposals", text
+    if not within(child.esp_proposals, capabilities):
+        yield "esp_proposals", "has none of its ESP algorithms"
     if child.mode not in capabilities.modes:
-        yield f"{path}.mode", f"has no {child.mode.name.lower()} mode"
+        yield "mode", f"has no {child.mode.name.lower()} mode"
     if child.replay_window > capabilities.maximum_replay_window:
-        yield f"{path}.replay_window", f"has replay windows of at most {capabilities.maximum_replay_window}"
+        yield "replay_window", f"has replay windows of at most {capabilities.maximum_replay_window}"
     if child.unresolved not in capabilities.unresolved_modes:
-        yield f"{path}.unresolved", f"does not know '{child.unresolved.value}' for packets without an SA"
+        yield "unresolved", f"does not know '{child.unresolved.value}' for packets without an SA"
 
 
 def _refused(proposal: Proposal, capabilities: Capabilities) -> str | None:

@@ -7,21 +7,35 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, Flag
 from pathlib import Path
 
-from kernel_shim.model import Action, IPAddress, Mode, PortRange, TrafficSelector, Unresolved
+from kernel_shim.model import NO_MARK, Action, IPAddress, Mark, Mode, PortRange, TrafficSelector, Unresolved
 from vpnd.config.tree import Section
 from vpnd.ike.identity import Identity
 from vpnd.ike.proposal import Proposal
 
 
-class StartAction(Enum):
-    """What `start_action` and `dpd_action` ask for; `dpd_action = clear` is NONE, `restart` is START."""
+class StartAction(Flag):
+    """What `start_action`, `dpd_action` and `close_action` ask for; the older word `clear` is NONE, `restart` is START."""
 
-    NONE = "none"
-    TRAP = "trap"
-    START = "start"
+    NONE = 0
+    TRAP = 1
+    START = 2
+
+    @property
+    def text(self) -> str:
+        """As swanctl.conf writes it."""
+        return "|".join(str(one.name).lower() for one in (StartAction.TRAP, StartAction.START) if one in self) or "none"
+
+
+class UniquePolicy(Enum):
+    """What becomes of other IKE SAs between the same two identities (swanctl.conf, `unique`)."""
+
+    NEVER = "never"  # nothing, not even when the peer says that this is its first contact
+    NO = "no"  # they go when the peer says so (INITIAL_CONTACT)
+    KEEP = "keep"  # they stay, and a new one of another address is refused
+    REPLACE = "replace"  # they go when a new one is authenticated
 
 
 class AuthMethod(Enum):
@@ -58,6 +72,7 @@ class ChildConfig:
     mode: Mode = Mode.TUNNEL
     start_action: StartAction = StartAction.NONE
     dpd_action: StartAction = StartAction.NONE  # what follows when the peer is found dead
+    close_action: StartAction = StartAction.NONE  # what follows when the peer deletes it
     action: Action = Action.PROTECT  # `mode = pass | drop` are BYPASS and DISCARD shunts
     rekey_time: float = 3600.0  # soft lifetime
     life_time: float = 3960.0  # hard lifetime
@@ -68,9 +83,17 @@ class ChildConfig:
     rekey_packets: int = 0
     life_packets: int = 0
     rand_packets: int = 0
+    inactivity: float = 0.0  # it is deleted when no packet uses it for so long
     replay_window: int = 32
     priority: int = 0  # 0: by the selector's size
     reqid: int = 0  # 0: given by the manager
+    mark_in: Mark = NO_MARK  # of policies in and forward, and with `mark_in_sa` of the SA in
+    mark_out: Mark = NO_MARK  # of policies and SA out
+    mark_in_sa: bool = False
+    set_mark_in: Mark = NO_MARK  # what packets that the SA in decrypted are marked with
+    set_mark_out: Mark = NO_MARK  # what packets that the SA out encrypted are marked with
+    if_id_in: int = 0  # of policies and SAs; 0 is none
+    if_id_out: int = 0
     hw_offload: bool = False
     unresolved: Unresolved = Unresolved.QUEUE  # our own option: `unresolved = queue | eagain | block | drop`
 
@@ -90,8 +113,10 @@ class ConnectionConfig:
     dpd_delay: float = 0.0
     dpd_timeout: float = 0.0
     keyingtries: int = 1  # 0: for ever
+    unique: UniquePolicy = UniquePolicy.NO
     rekey_time: float = 14400.0
-    over_time: float = 1440.0  # the IKE SA is closed this long after `rekey_time`
+    reauth_time: float = 0.0
+    over_time: float = 1440.0  # the IKE SA is closed this long after `rekey_time`, or `reauth_time` should that come first
     rand_time: float = 1440.0
     send_cert: str = "ifasked"
     send_certreq: bool = True
@@ -159,6 +184,9 @@ class DaemonConfig:
     retransmit_timeout: float = 4.0  # first retransmission
     retransmit_base: float = 1.8  # growth of the interval
     retransmit_tries: int = 5
+    make_before_break: bool = True  # a reauthentication makes the new IKE SA before it deletes the old one
+    inactivity_close_ike: bool = False  # an IKE SA whose last CHILD_SA was not used goes with it
+    shutdown_timeout: float = 3.0  # for the peers to answer our deletes
 
 
 @dataclass(frozen=True, slots=True)

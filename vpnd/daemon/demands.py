@@ -161,7 +161,7 @@ class Demands:
             if not waiter.done():
                 waiter.set_exception(error)
         self._background.start(self._refuse(list(demand.acquires)))
-        if demand.child.start_action is StartAction.START and not self._stopping:
+        if StartAction.START in demand.child.start_action and not self._stopping:
             self._retry_later(key, demand)
 
     async def _refuse(self, acquires: Sequence[AcquireSequence]) -> None:
@@ -257,10 +257,10 @@ class Demands:
             return
         connection, config = configured
         if reason in (Reason.EXPIRED, Reason.KERNEL_LOST):
-            again = config.start_action is StartAction.START or (entry.sa.initiator and not self.traps.trapped(connection.name, child.name))
+            again = StartAction.START in config.start_action or (entry.sa.initiator and not self.traps.trapped(connection.name, child.name))
             wanted = again and child.id not in self._retired
         else:
-            wanted = reason is Reason.PEER_SILENT and StartAction.START in (config.start_action, config.dpd_action)
+            wanted = reason is Reason.PEER_SILENT and StartAction.START in config.start_action | config.dpd_action
         self._retired.discard(child.id)
         if wanted or entry.superseded:
             # no clear packet while a successor is sought, or comes with the peer's new IKE SA: its policies stay

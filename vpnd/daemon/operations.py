@@ -10,6 +10,7 @@ from typing import Any, Final
 from kernel_shim.channel.api import ChannelClosed
 from kernel_shim.model import Action, KernelError, ReqId, SaId, SaStatus
 from vpnd.auth.credentials import CredentialError
+from vpnd.config.capabilities import impossible
 from vpnd.config.model import ChildConfig, Configuration, ConnectionConfig, PrivateKeySource, SharedSecret, StartAction
 from vpnd.control.backend import (
     ChildRekeyed,
@@ -30,7 +31,6 @@ from vpnd.daemon.demands import Demands
 from vpnd.daemon.manager import Entry, Manager
 from vpnd.daemon.traps import NoAddressYet, selectors
 from vpnd.ike.effects import ChildFailed, ChildSa, IkeClosed, Reason, RekeyFailed
-from vpnd.ike.proposal import within
 from vpnd.ike.sa import Child, ChildSaState, IkeSaState
 from vpnd.peers import host_names
 
@@ -250,15 +250,8 @@ class Operations:
     async def load_connection(self, connection: ConnectionConfig) -> None:
         capabilities = self._manager.capabilities
         for child in connection.children.values():
-            if child.action is Action.PROTECT and not within(child.esp_proposals, capabilities):
-                raise ControlError(f"child '{child.name}': the {capabilities.name} kernel has none of its ESP algorithms")
-            if child.mode not in capabilities.modes:
-                raise ControlError(f"child '{child.name}': the {capabilities.name} kernel cannot do {child.mode.name.lower()} mode")
-            if child.replay_window > capabilities.maximum_replay_window:
-                widest = capabilities.maximum_replay_window
-                raise ControlError(f"child '{child.name}': replay_window {child.replay_window} is over the {widest} of the {capabilities.name} kernel")
-            if child.unresolved not in capabilities.unresolved_modes:
-                raise ControlError(f"child '{child.name}': the {capabilities.name} kernel has no unresolved = {child.unresolved.value}")
+            for option, what in impossible(child, capabilities):
+                raise ControlError(f"child '{child.name}': {option}: the kernel '{capabilities.name}' {what}")
         old = self._manager.connections.get(connection.name)
         if old == connection:
             return
@@ -295,7 +288,7 @@ class Operations:
             await self._start_action(connection, child)
 
     async def _start_action(self, connection: ConnectionConfig, child: ChildConfig) -> None:
-        if child.start_action is StartAction.TRAP or (child.action is not Action.PROTECT and child.start_action is not StartAction.NONE):
+        if StartAction.TRAP in child.start_action:
             if child.action is Action.PROTECT and host_names(connection.remote_addrs):
                 await self._demands.traps.install_when_resolved(connection, child)  # a resolver that does not answer holds nobody up
             else:
@@ -305,7 +298,7 @@ class Operations:
                     await self._demands.traps.install_when_resolved(connection, child)
             if child.action is Action.PROTECT and not self._demands.traps.held(connection.name, child.name) and self._orphaned(connection, child):
                 self._demands.demand(connection, child)
-        elif child.start_action is StartAction.START:
+        if StartAction.START in child.start_action:
             self._demands.demand(connection, child)
 
     def _orphaned(self, connection: ConnectionConfig, child: ChildConfig) -> bool:

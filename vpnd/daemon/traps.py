@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 
-from kernel_shim.model import Action, IPAddress, KernelError, ReqId, Selector, TrafficSelector
+from kernel_shim.model import Action, IPAddress, KernelError, ReqId, TrafficSelector
 from vpnd.config.model import ChildConfig, ConnectionConfig, TsTemplate
 from vpnd.control.backend import ControlError
 from vpnd.daemon.background import Background
@@ -60,9 +60,9 @@ class Traps:
             )
         if child.action is Action.PROTECT and remote is None:
             raise ControlError(f"child '{child.name}' cannot be trapped: connection '{connection.name}' has no remote address to ask")
-        first = next((Selector.between(a, b) for a in local_ts for b in remote_ts if a.addresses.version == b.addresses.version), None)
         if not child.reqid:
-            self._manager.adopt_reqid(connection, child, self._manager.kernel.reqid_for(first))
+            first = next(policies_for(PolicySpec.of_child(child, child.mode, ReqId(0), local, remote), local_ts, remote_ts), None)
+            self._manager.adopt_reqid(connection, child, self._manager.kernel.reqid_for(first.selector if first else None))
         reqid = ReqId(self._manager.reqid(connection, child))
         spec = PolicySpec.of_child(child, child.mode, reqid, local, remote)
         policies = list(policies_for(spec, local_ts, remote_ts))

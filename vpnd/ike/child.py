@@ -8,6 +8,7 @@ from typing import Final
 
 from kernel_shim.algorithms import EspAlgorithm
 from kernel_shim.model import (
+    NO_MARK,
     AcquireSequence,
     Action,
     AddressRange,
@@ -249,6 +250,10 @@ def build(session: Session, agreed: Agreed, spi_in: SaId, keying: Keying, replac
             source_selectors=agreed.remote_ts if inbound else agreed.local_ts,
             destination_selectors=agreed.local_ts if inbound else agreed.remote_ts,
             acquire=agreed.acquire,
+            if_id=config.if_id_in if inbound else config.if_id_out,
+            # as in strongSwan, what is decrypted need not be marked already
+            mark=(config.mark_in if config.mark_in_sa else NO_MARK) if inbound else config.mark_out,
+            set_mark=config.set_mark_in if inbound else config.set_mark_out,
         )
 
     sa = ChildSa(

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from kernel_shim.model import Action, AddressRange, Mode, PortRange, TrafficSelector, Unresolved
 from vpnd.config import ConfigErrors, load_text
 from vpnd.config.addresses import parse_ike_address, parse_remote_address, parse_traffic_selector
+from vpnd.config.children import MAX_NAME
 from vpnd.config.model import AuthMethod, AuthRound, ChildConfig, ConnectionConfig, StartAction, TsTemplate
 from vpnd.config.options import CHILD, CONNECTION, LOCAL, REMOTE
 from vpnd.config.tree import Plain, Section
-from vpnd.config.validate import MAX_NAME, validate_connection
+from vpnd.config.validate import validate_connection
 from vpnd.ike.iana import ProtocolId
 from vpnd.ike.identity import Identity
 from vpnd.ike.proposal import default_proposals, number_proposals, parse_proposals
@@ -153,7 +154,7 @@ def test_lifetimes_follow_from_each_other(options: dict[str, str], rekey: float,
         ({"version": "1"}, "connections.gw.version: IKEv1 is not implemented; 0 and 2 are IKEv2"),
         ({"mobike": "yes"}, "connections.gw.mobike: the option 'mobike' (yes) is not implemented yet"),
         ({"vips": ["0.0.0.0"]}, "connections.gw.vips: the option 'vips' is not implemented yet"),
-        ({"reauth_time": "1h"}, "connections.gw.reauth_time: the option 'reauth_time' (1h) is not implemented yet"),
+        ({"reauth_time": "1y"}, "connections.gw.reauth_time: '1y' is not a time, such as 90s, 15m, 4h or 1d"),
         ({"dpd_delay": "5 x"}, "connections.gw.dpd_delay: '5 x' is not a time, such as 90s, 15m, 4h or 1d"),
         ({"dpd_delay": "-5"}, "connections.gw.dpd_delay: '-5' is not a time, such as 90s, 15m, 4h or 1d"),
         ({"dpd_delay": "99999d"}, "connections.gw.dpd_delay: '99999d' is longer than 2147483647 seconds"),
@@ -190,8 +191,11 @@ def test_complaints_of_connections(options: Plain, message: str) -> None:
         ({"moode": "tunnel"}, "moode: unknown option 'moode', did you mean 'mode'?"),
         ({"mode": "beet"}, "mode: the mode 'beet' is not implemented yet"),
         ({"mode": "tunel"}, "mode: 'tunel' is not one of tunnel, transport, pass, drop"),
-        ({"start_action": "trap|start"}, "start_action: the combination 'trap|start' is not implemented yet"),
-        ({"close_action": "trap"}, "close_action: the option 'close_action' (trap) is not implemented yet"),
+        ({"start_action": "trap|stop"}, "start_action: 'trap|stop' is not one of none, trap, route, start, or trap|start"),
+        ({"close_action": "stop"}, "close_action: 'stop' is not one of none, trap, route, start, clear, hold, restart, or trap|start"),
+        ({"mark_in": "%unique"}, "mark_in: '%unique' is not implemented yet: value/mask is needed"),
+        ({"mark_out": "3/1"}, "mark_out: the mark 3/1 has bits that its mask leaves out"),
+        ({"if_id_in": "%unique-dir"}, "if_id_in: '%unique-dir' is not implemented yet: a number is needed"),
         ({"policies": "no"}, "policies: the option 'policies' (no) is not implemented yet"),
         ({"updown": "/bin/sh"}, "updown: the option 'updown' (/bin/sh) is not implemented yet"),
         ({"replay_window": "4097"}, "replay_window: 4097 is not within 0 to 4096"),
@@ -229,11 +233,8 @@ def test_defaults_that_are_said_are_harmless() -> None:
             "mobike": "no",
             "fragmentation": "no",
             "childless": "allow",
-            "unique": "no",
             "ocsp": "reply",
-            "reauth_time": "0s",
             "dscp": "000000",
-            "if_id_in": "0",
             "mediation": "no",
             "ppk_required": "no",
             "remote": {"revocation": "relaxed", "round": "0"},
@@ -242,10 +243,7 @@ def test_defaults_that_are_said_are_harmless() -> None:
                     "hostaccess": "no",
                     "policies": "yes",
                     "ipcomp": "no",
-                    "inactivity": "0s",
-                    "mark_in": "0/0x00000000",
                     "sha256_96": "no",
-                    "close_action": "none",
                     "tfc_padding": "0",
                     "hw_offload": "auto",
                     "copy_df": "yes",

@@ -13,7 +13,7 @@ from cryptography import x509
 
 from kernel_shim.model import ANY_PROTOCOL, PROTOCOL_ICMP, PROTOCOL_ICMPV6, Action, AddressRange, Mode, PortRange, TrafficSelector
 from vpnd.config.addresses import PORT_NAMES, PROTOCOL_NAMES
-from vpnd.config.model import AuthMethod, AuthRound, ChildConfig, ConnectionConfig, StartAction, TsTemplate
+from vpnd.config.model import AuthMethod, AuthRound, ChildConfig, ConnectionConfig, TsTemplate
 from vpnd.config.tree import Items, Node, Scalar, Section
 from vpnd.control.backend import ChildState, ChildStatus, DaemonStats, IkeState, IkeStatus, LogLine, PolicyStatus
 from vpnd.control.vici.codec import encode_message
@@ -204,9 +204,9 @@ def _connection(connection: ConnectionConfig) -> Section:
     builder.add("local_port", connection.local_port)
     builder.add("remote_port", connection.remote_port)
     builder.add("version", "IKEv2")
-    builder.add("reauth_time", 0)
+    builder.add("reauth_time", _whole(connection.reauth_time))
     builder.add("rekey_time", _whole(connection.rekey_time))
-    builder.add("unique", "UNIQUE_NO")
+    builder.add("unique", f"UNIQUE_{connection.unique.name}")
     builder.add("dpd_delay", _whole(connection.dpd_delay) or None)
     builder.add("dpd_timeout", _whole(connection.dpd_timeout) or None)
     for side, rounds in (("local", connection.local), ("remote", connection.remote)):
@@ -237,8 +237,8 @@ def _child_config(child: ChildConfig) -> Section:
     builder.add("rekey_time", _whole(child.rekey_time))
     builder.add("rekey_bytes", child.rekey_bytes)
     builder.add("rekey_packets", child.rekey_packets)
-    builder.add("dpd_action", child.dpd_action.value)
-    builder.add("close_action", StartAction.NONE.value)
+    builder.add("dpd_action", child.dpd_action.text)
+    builder.add("close_action", child.close_action.text)
     builder.items("local-ts", [template(ts) for ts in child.local_ts])
     builder.items("remote-ts", [template(ts) for ts in child.remote_ts])
     builder.add("priority", child.priority or None)

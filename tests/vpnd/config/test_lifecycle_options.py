@@ -1,0 +1,97 @@
+"""Options about the life of SAs: lifetimes and their bounds, what follows an end, unique policies; and marks and interface ids."""
+
+from __future__ import annotations
+
+import pytest
+
+from kernel_shim.model import NO_MARK, Mark
+from vpnd.config.errors import ConfigErrors
+from vpnd.config.model import ChildConfig, ConnectionConfig, StartAction, UniquePolicy
+from vpnd.config.tree import Plain, Section
+from vpnd.config.validate import validate_connection
+
+NONE, TRAP, START = StartAction.NONE, StartAction.TRAP, StartAction.START
+
+
+def connection(**options: str | Plain) -> ConnectionConfig:
+    return validate_connection(Section.of({"gw": {"remote_addrs": "192.0.2.2", **options}}))
+
+
+def child(**options: str) -> ChildConfig:
+    return connection(children={"net": options}).children["net"]
+
+
+def complaints(options: Plain) -> list[str]:
+    with pytest.raises(ConfigErrors) as caught:
+        connection(**options)  # type: ignore[arg-type]
+    return [f"{error.path.rsplit('.', 1)[-1]}: {error.message}" for error in caught.value.errors]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, (14400, 0, 1440, 1440)),
+        ({"reauth_time": "1h"}, (0, 3600, 360, 360)),
+        ({"rekey_time": "1h", "reauth_time": "10h"}, (3600, 36000, 3600, 3600)),
+        ({"rekey_time": "0"}, (0, 0, 0, 0)),
+        ({"rekey_time": "4s"}, (4, 0, 1, 1)),
+        ({"rekey_time": "1h", "over_time": "10m", "rand_time": "1m"}, (3600, 0, 600, 60)),
+    ],
+)
+def test_missing_lifetimes_of_an_ike_sa_follow_from_the_others(options: Plain, expected: tuple[int, ...]) -> None:
+    found = connection(**options)  # type: ignore[arg-type]
+    assert (found.rekey_time, found.reauth_time, found.over_time, found.rand_time) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"over_time": "0"}, "over_time: without over_time the IKE SA would be deleted just when it is to be replaced"),
+        ({"rekey_time": "1m", "rand_time": "2m"}, "rand_time: rand_time is more than rekey_time: the IKE SA could be due as soon as it stands"),
+        ({"reauth_time": "1m", "rand_time": "2m"}, "rand_time: rand_time is more than reauth_time: the IKE SA could be due as soon as it stands"),
+        ({"unique": "maybe"}, "unique: 'maybe' is not one of never, no, keep, replace"),
+        ({"children": {"net": {"rand_time": "2h"}}}, "rand_time: rand_time is more than rekey_time: the SA could be due as soon as it stands"),
+        ({"children": {"net": {"rekey_bytes": "1K"}}}, "rekey_bytes: an SA of fewer than 65536 bytes would be rekeyed without end"),
+        ({"children": {"net": {"life_packets": "9"}}}, "life_packets: an SA of fewer than 64 packets would be rekeyed without end"),
+    ],
+)
+def test_absurd_lifetimes_are_refused(options: Plain, complaint: str) -> None:
+    assert complaints(options) == [complaint]
+
+
+def test_the_random_part_that_follows_from_a_long_life_leaves_half_of_the_time() -> None:
+    found = child(rekey_time="1h", life_time="24h")
+    assert (found.rekey_time, found.life_time, found.rand_time) == (3600, 86400, 1800)
+
+
+@pytest.mark.parametrize(
+    ("text", "action"),
+    [("none", NONE), ("clear", NONE), ("trap", TRAP), ("start", START), ("restart", START), ("trap|start", TRAP | START), ("start | trap", TRAP | START)],
+)
+def test_what_follows_an_end(text: str, action: StartAction) -> None:
+    found = child(close_action=text, dpd_action=text)
+    assert found.close_action == found.dpd_action == action
+
+
+def test_several_start_actions() -> None:
+    found = child(start_action="trap|start")
+    assert found.start_action == TRAP | START
+    assert [action.text for action in (NONE, TRAP, START, TRAP | START)] == ["none", "trap", "start", "trap|start"]
+
+
+def test_unique_policies() -> None:
+    assert connection().unique is UniquePolicy.NO
+    assert [connection(unique=policy.value).unique for policy in UniquePolicy] == list(UniquePolicy)
+
+
+def test_marks_and_interface_ids() -> None:
+    assert child().mark_in == NO_MARK
+    found = child(mark_in="0x2a", mark_out="1/0xff", mark_in_sa="yes", set_mark_out="0x10/0xf0", if_id_in="7", inactivity="5m")
+    assert (found.mark_in, found.mark_out, found.mark_in_sa) == (Mark(42, 0xFFFFFFFF), Mark(1, 255), True)
+    assert (found.set_mark_in, found.set_mark_out) == (NO_MARK, Mark(0x10, 0xF0))
+    assert (found.if_id_in, found.if_id_out, found.inactivity) == (7, 0, 300)
+
+
+def test_a_child_has_the_interface_ids_of_its_connection_unless_it_has_its_own() -> None:
+    both = connection(if_id_in="7", if_id_out="8", children={"net": {"if_id_in": "9"}}).children["net"]
+    assert (both.if_id_in, both.if_id_out) == (9, 8)

@@ -1,0 +1,166 @@
+"""The `children` of a connection, and what both sections share: names and proposals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from kernel_shim.model import NO_MARK, Action, Mark, Mode, Unresolved
+from vpnd.config import options
+from vpnd.config.addresses import parse_traffic_selector
+from vpnd.config.errors import ConfigError
+from vpnd.config.lifetimes import child_lifetimes
+from vpnd.config.model import ChildConfig, StartAction, TsTemplate
+from vpnd.config.reader import Reader, integer, shown
+from vpnd.config.tree import Section
+from vpnd.ike.iana import ProtocolId
+from vpnd.ike.proposal import Proposal, default_proposals, number_proposals, parse_proposals
+
+MAX_NAME: Final = 200  # bytes: a name, a hyphen and an id fit a VICI name of 255
+MAX_CHILDREN: Final = 10_000  # of one connection
+MAX_SELECTORS: Final = 255  # of one side: their number is one octet on the wire (RFC 7296 section 3.13)
+MAX_REPLAY_WINDOW: Final = 4096
+ALL_BITS: Final = 0xFFFFFFFF  # the mask of a mark without one
+
+_MODES: Final = {"tunnel": Mode.TUNNEL, "transport": Mode.TRANSPORT, "pass": Mode.TUNNEL, "drop": Mode.TUNNEL}
+_ACTIONS: Final = {"pass": Action.BYPASS, "drop": Action.DISCARD}
+_FOREIGN_MODES: Final = ("beet", "iptfs", "transport_proxy")
+_START_ACTIONS: Final = {"none": StartAction.NONE, "trap": StartAction.TRAP, "route": StartAction.TRAP, "start": StartAction.START}
+_END_ACTIONS: Final = {**_START_ACTIONS, "clear": StartAction.NONE, "hold": StartAction.TRAP, "restart": StartAction.START}
+"""What `dpd_action` and `close_action` may say, old names included."""
+_UNRESOLVED: Final = {mode.value: mode for mode in Unresolved}
+
+
+def check_name(reader: Reader, name: str) -> None:
+    if not name or len(name.encode()) > MAX_NAME or not name.isprintable():
+        reader.complain(f"a name has 1 to {MAX_NAME} printable characters", node=reader.section, at_key=True)
+
+
+def read_proposals(reader: Reader, option: str, protocol: ProtocolId) -> tuple[Proposal, ...]:
+    def parse(text: str) -> Sequence[Proposal]:
+        return default_proposals(protocol) if text.lower() == "default" else parse_proposals(protocol, text)
+
+    given = option in reader.section.entries
+    proposals = [proposal for several in reader.convert_all(option, parse) for proposal in several]
+    if not proposals and not given:
+        proposals += default_proposals(protocol)
+    elif given and not reader.items(option):
+        reader.complain("no proposal is given", option)
+    return number_proposals(tuple(dict.fromkeys(proposals)))
+
+
+def read_children(reader: Reader, if_ids: tuple[int, int]) -> dict[str, ChildConfig]:
+    """`if_ids`: those of the connection, in and out, for children without."""
+    section = reader.children("children")
+    if section is None:
+        return {}
+    path = f"{reader.path}.children"
+    children: dict[str, ChildConfig] = {}
+    for name, node in section.entries.items():
+        if not isinstance(node, Section):
+            reader.errors.append(ConfigError(f"unknown option '{shown(name)}'", path=path, position=node.key_position))
+            continue
+        below = Reader(node, f"{path}.{shown(name)}", reader.errors)
+        check_name(below, name)
+        children[name] = _child(below, name, if_ids)
+    if len(children) > MAX_CHILDREN:
+        reader.complain(f"more than {MAX_CHILDREN} children", "children", at_key=True)
+    return children
+
+
+def _child(reader: Reader, name: str, if_ids: tuple[int, int]) -> ChildConfig:
+    mode = reader.convert("mode", "tunnel", _mode)
+    action = _ACTIONS.get(mode, Action.PROTECT)
+    start = reader.convert("start_action", StartAction.NONE, lambda text: _action(text, _START_ACTIONS))
+    if action is not Action.PROTECT and StartAction.START in start:
+        reader.complain(f"a child of mode {mode} cannot be started, only trapped", "start_action")
+    times, volumes, packets = child_lifetimes(reader)
+    reader.not_implemented(options.CHILD)
+    child = ChildConfig(
+        name=name,
+        esp_proposals=read_proposals(reader, "esp_proposals", ProtocolId.ESP),
+        local_ts=_selectors(reader, "local_ts"),
+        remote_ts=_selectors(reader, "remote_ts"),
+        mode=_MODES[mode],
+        start_action=start,
+        dpd_action=reader.convert("dpd_action", StartAction.NONE, lambda text: _action(text, _END_ACTIONS)),
+        close_action=reader.convert("close_action", StartAction.NONE, lambda text: _action(text, _END_ACTIONS)),
+        action=action,
+        rekey_time=times.rekey,
+        life_time=times.life,
+        rand_time=times.rand,
+        rekey_bytes=int(volumes.rekey),
+        life_bytes=int(volumes.life),
+        rand_bytes=int(volumes.rand),
+        rekey_packets=int(packets.rekey),
+        life_packets=int(packets.life),
+        rand_packets=int(packets.rand),
+        inactivity=reader.seconds("inactivity", 0.0) or 0.0,
+        replay_window=reader.integer("replay_window", 32, maximum=MAX_REPLAY_WINDOW),
+        priority=reader.integer("priority", 0),
+        reqid=reader.integer("reqid", 0),
+        mark_in=reader.convert("mark_in", NO_MARK, mark),
+        mark_out=reader.convert("mark_out", NO_MARK, mark),
+        mark_in_sa=reader.boolean("mark_in_sa", False),
+        set_mark_in=reader.convert("set_mark_in", NO_MARK, mark),
+        set_mark_out=reader.convert("set_mark_out", NO_MARK, mark),
+        if_id_in=reader.convert("if_id_in", if_ids[0], if_id),
+        if_id_out=reader.convert("if_id_out", if_ids[1], if_id),
+        unresolved=reader.choice("unresolved", Unresolved.QUEUE, _UNRESOLVED),
+    )
+    _check_families(reader, child)
+    reader.finish(list(options.CHILD))
+    return child
+
+
+def _mode(text: str) -> str:
+    mode = text.lower()
+    if mode in _FOREIGN_MODES:
+        raise ValueError(f"the mode '{mode}' is not implemented yet")
+    if mode not in _MODES:
+        raise ValueError(f"'{shown(text)}' is not one of {', '.join(_MODES)}")
+    return mode
+
+
+def _action(text: str, actions: Mapping[str, StartAction]) -> StartAction:
+    """One word, or several joined by `|`."""
+    wanted = StartAction.NONE
+    for word in text.lower().split("|"):
+        if (one := actions.get(word.strip())) is None:
+            raise ValueError(f"'{shown(text)}' is not one of {', '.join(actions)}, or trap|start")
+        wanted |= one
+    return wanted
+
+
+def if_id(text: str) -> int:
+    if text.startswith("%unique"):
+        raise ValueError(f"'{shown(text)}' is not implemented yet: a number is needed")
+    return integer(text)
+
+
+def mark(text: str) -> Mark:
+    """`value` or `value/mask`."""
+    if text.startswith("%"):
+        raise ValueError(f"'{shown(text)}' is not implemented yet: value/mask is needed")
+    value, slash, mask = text.partition("/")
+    found = Mark(integer(value.strip()), integer(mask.strip()) if slash else ALL_BITS)
+    if found.value & ~found.mask:
+        raise ValueError(f"the mark {shown(text)} has bits that its mask leaves out")
+    return found if found.mask and (found.value or slash) else NO_MARK
+
+
+def _selectors(reader: Reader, option: str) -> tuple[TsTemplate, ...]:
+    selectors = reader.convert_all(option, parse_traffic_selector)
+    if len(selectors) > MAX_SELECTORS:
+        reader.complain(f"more than {MAX_SELECTORS} traffic selectors", option)
+    return tuple(dict.fromkeys(selectors)) or (TsTemplate(None),)
+
+
+def _check_families(reader: Reader, child: ChildConfig) -> None:
+    """Both sides must share an address family and a protocol, or no packet could ever match."""
+    for local in child.local_ts:
+        for remote in child.remote_ts:
+            families = [side.addresses.addresses.version for side in (local, remote) if side.addresses]
+            if len(set(families)) < 2 and (local.protocol == remote.protocol or 0 in (local.protocol, remote.protocol)):
+                return
+    reader.complain("local_ts and remote_ts share no address family and protocol", "remote_ts" if "remote_ts" in reader.section.entries else "local_ts")
