@@ -27,6 +27,7 @@ Ticket = NewType("Ticket", int)
 
 REPEAT_AFTER: Final = (0.2, 0.6, 2.0, 4.0, 8.0)  # s without an answer; a kernel that is busy for longer loses nothing by it
 ATTEMPTS: Final = len(REPEAT_AFTER)
+BUSY_PAUSE: Final = 0.05  # s until a dump is asked for again that the kernel refused because of another one; doubles
 DUMP_TIMEOUT: Final = 5.0  # s without another entry of a dump
 MAX_UNDER_WAY: Final = 32  # requests sent and not answered; fewer than outbox.MAX_QUEUED_REPLIES, so that the shim always reads
 MAX_DUMP_ENTRIES: Final = 1_000_000
@@ -34,6 +35,7 @@ MAX_OUTPUT: Final = 1024  # messages not yet sent
 MAX_EVENTS: Final = 65536  # not yet taken; at the bound `wants_read` is false
 
 _LAST_SEQUENCE: Final = 0xFFFFFFFF
+_PID_BITS: Final = 22  # of a process id of Linux (PID_MAX_LIMIT)
 _DUMPS: Final = frozenset({MessageType.DUMP, MessageType.X_SPDDUMP, MessageType.X_PENDINGDUMP, MessageType.X_BUNDLEDUMP})
 
 
@@ -48,10 +50,11 @@ class Replied:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """The kernel said no, or its reply was malformed (PfKeyError)."""
+    """The kernel said no, or its reply was malformed (PfKeyError). `repeated`: perhaps not to the first request, which had its effect."""
 
     ticket: Ticket
     error: KernelError
+    repeated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,15 +93,23 @@ class _Request:
     deadline: float = 0.0
     attempts: int = 0
     entries: list[Message] = field(default_factory=list)  # of a dump
+    pid: int = 0  # sadb_msg_pid
     remaining: int | None = None  # what the last entry of a dump said
     gaps: bool = False  # entries of it are missing
+    busy: bool = False  # it waits until the kernel is done with another one
 
 
 class ClientSession:
-    """`pid` goes into sadb_msg_pid; `first_sequence` sets this session's numbers apart from those of another one of the same process."""
+    """`pid` goes into sadb_msg_pid; `first_sequence` sets this session's numbers apart from those of another one of the same process.
 
-    def __init__(self, pid: int, *, first_sequence: int = 1, dialect: Dialect = LINUX) -> None:
+    `numbered_dumps` is for Linux' AF_KEY, where entries of a dump count up from 1 and say nothing of the request: each dump then
+    has a sadb_msg_pid of its own, which every entry repeats, so that the rest of an abandoned dump is not taken for the next one.
+    """
+
+    def __init__(self, pid: int, *, first_sequence: int = 1, dialect: Dialect = LINUX, numbered_dumps: bool = False) -> None:
         self._pid = pid
+        self._numbered_dumps = numbered_dumps
+        self._dumps = 0
         self._first_sequence = self._sequence = first_sequence
         self._codec = Codec(dialect)
         self._tickets = 0
@@ -115,9 +126,10 @@ class ClientSession:
     def request(self, message: Message, now: float) -> Ticket:
         """Sends `message` as soon as it may be; its sadb_msg_seq is set here unless it has one. PfKeyError when it cannot be encoded."""
         sequence = message.sequence or self._next_sequence()
-        data = self._codec.encode(replace(message, sequence=sequence, pid=self._pid))
+        pid = self._dump_pid() if message.type in _DUMPS and self._numbered_dumps else self._pid
+        data = self._codec.encode(replace(message, sequence=sequence, pid=pid))
         self._tickets += 1
-        request = _Request(Ticket(self._tickets), message.type, sequence, data)
+        request = _Request(Ticket(self._tickets), message.type, sequence, data, pid=pid)
         self._waiting.append(request)
         self._send_waiting(now)
         return request.ticket
@@ -138,6 +150,10 @@ class ClientSession:
             if request.ticket == ticket:
                 self._finish(request, now)
                 return
+
+    def _dump_pid(self) -> int:
+        self._dumps = self._dumps % ((1 << 32 - _PID_BITS) - 1) + 1
+        return self._dumps << _PID_BITS | self._pid & (1 << _PID_BITS) - 1
 
     def _next_sequence(self) -> int:
         self._sequence = self._sequence + 1 if self._sequence < _LAST_SEQUENCE else self._first_sequence  # never 0, which ends a dump
@@ -163,6 +179,9 @@ class ClientSession:
         self._waiting.extendleft(reversed(held))
 
     def _transmit(self, request: _Request, now: float) -> None:
+        if self._numbered_dumps:
+            request.entries.clear()  # the shim goes on with a dump that is asked for again; Linux begins anew
+            request.gaps = request.busy = False
         request.deadline = now + (DUMP_TIMEOUT if request.type in _DUMPS else REPEAT_AFTER[request.attempts])
         request.attempts += 1
         if request.data not in self._output:
@@ -189,6 +208,14 @@ class ClientSession:
     def output_sent(self) -> None:
         self._output.popleft()
 
+    def output_refused(self, error: KernelError, now: float) -> None:
+        """The kernel did not take the message of `next_output`; other messages it may take."""
+        data = self._output.popleft()
+        for request in self._all_under_way():
+            if request.data == data:
+                self._finish(request, now)
+                self._events.append(Refused(request.ticket, error, request.attempts > 1))
+
     # Input
 
     def wants_read(self) -> bool:
@@ -198,7 +225,7 @@ class ClientSession:
         """One datagram of the kernel side. A malformed one is counted, and ends the request that it is the reply to."""
         claimed = False
         try:
-            claimed = self._receive(self._codec.decode(data), descriptors, now)
+            claimed = self._receive(self._codec.decode(data, from_kernel=True), descriptors, now)
         except PfKeyError as error:
             self.malformed += 1
             self._fail(header_of(data), error, now)
@@ -213,17 +240,18 @@ class ClientSession:
         if event is not None:
             self._events.append(Reported(event))
             return False
+        if message.type in _DUMPS:
+            if self._dump is not None and message.pid == self._dump.pid:
+                self._receive_dump(message, now)
+            return False
         if message.pid != self._pid:
             return False  # what another client did
-        if message.type in _DUMPS:
-            self._receive_dump(message, now)
-            return False
         request = self._under_way.get((message.type, message.sequence))
         if request is None:
             return False
         self._finish(request, now)
         if message.errno:
-            self._events.append(Refused(request.ticket, _error_of(message)))
+            self._events.append(Refused(request.ticket, _error_of(message), request.attempts > 1))
             return False
         self._events.append(Replied(request.ticket, (message,), descriptors))
         return True
@@ -232,7 +260,7 @@ class ClientSession:
         request = self._under_way.get((header.type, header.sequence))
         if self._dump is not None and self._dump.type == header.type:
             request = self._dump
-        if request is not None and header.pid == self._pid:
+        if request is not None and header.pid == request.pid:
             self._finish(request, now)
             self._events.append(Refused(request.ticket, error))
 
@@ -243,6 +271,10 @@ class ClientSession:
         if message.errno:
             # Linux has no empty dump; and its last entry may carry the errno of a failure.
             if position is None and message.sequence not in (0, dump.sequence):
+                return
+            if message.errno == errno.EBUSY and self._numbered_dumps:
+                dump.deadline = now + BUSY_PAUSE * 2**dump.attempts
+                dump.busy = True
                 return
             self._finish(dump, now)
             is_empty = message.errno == errno.ENOENT and not dump.entries
@@ -255,6 +287,8 @@ class ClientSession:
             dump.remaining = position.remaining
             # An older shim does not say the total.
             dump.gaps |= bool(position.total) and position.total - position.remaining != len(dump.entries) + 1
+        elif self._numbered_dumps:
+            dump.gaps |= message.sequence not in (0, len(dump.entries) + 1)
         dump.entries.append(message)
         dump.deadline = now + DUMP_TIMEOUT
         if message.sequence == 0 and dump.gaps:
@@ -268,17 +302,26 @@ class ClientSession:
 
     def _dump_again(self, dump: _Request, now: float) -> None:
         """Entries are missing: the table as a whole is asked for once more."""
-        if dump.attempts == ATTEMPTS:
-            self._finish(dump, now)
-            self._events.append(TimedOut(dump.ticket))
-            return
-        self.repeated += 1
         dump.entries.clear()
         dump.remaining, dump.gaps = None, False
-        self._transmit(dump, now)
+        self._again(dump, now)
 
     def next_event(self) -> SessionEvent | None:
         return self._events.popleft() if self._events else None
+
+    # Losses
+
+    def overrun(self) -> None:
+        """Messages were lost, nobody knows which: a dump under way is not believed."""
+        if self._dump is not None:
+            self._dump.gaps = True
+        self._events.append(Overrun())
+
+    def nothing_left(self, now: float) -> None:
+        """For a kernel that answers within the call: what was sent, and has no answer although all was read, is sent again at once."""
+        for request in self._all_under_way():
+            if request.data not in self._output and not request.busy:
+                self._again(request, now)
 
     # Time
 
@@ -288,14 +331,16 @@ class ClientSession:
 
     def tick(self, now: float) -> None:
         for request in self._all_under_way():
-            if now < request.deadline:
-                continue
-            if request.attempts < ATTEMPTS:
-                self.repeated += 1
-                self._transmit(request, now)
-            else:
-                self._finish(request, now)
-                self._events.append(TimedOut(request.ticket))
+            if now >= request.deadline:
+                self._again(request, now)
+
+    def _again(self, request: _Request, now: float) -> None:
+        if request.attempts < ATTEMPTS:
+            self.repeated += 1
+            self._transmit(request, now)
+        else:
+            self._finish(request, now)
+            self._events.append(TimedOut(request.ticket))
 
 
 def _error_of(message: Message) -> KernelError:

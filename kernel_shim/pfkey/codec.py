@@ -41,14 +41,17 @@ class Codec:
         self._numbers = {kind: number for kind in _ALL_LAYOUTS if (number := dialect.number(kind)) is not None}
         self._readers = {number: (kind, kind.name, _ALL_LAYOUTS[kind].read) for kind, number in self._numbers.items()}
 
-    def decode(self, data: bytes) -> Message:
-        """The message that `data`, one datagram, holds. EMSGSIZE when its length is not the one it announces, else EINVAL."""
+    def decode(self, data: bytes, *, from_kernel: bool = False) -> Message:
+        """The message that `data`, one datagram, holds. EMSGSIZE when its length is not the one it announces, else EINVAL.
+
+        `from_kernel`: Linux tells of a policy how often it is referred to, in sadb_msg_reserved (pfkey_xfrm_policy2msg).
+        """
         if len(data) < HEADER_LENGTH:
             raise PfKeyError("sadb_msg", f"{len(data)} octets", errno.EMSGSIZE)
         version, kind, number, sa_type, words, reserved, sequence, pid = _HEADER.unpack_from(data)
         if version != PF_KEY_V2:
             raise PfKeyError("sadb_msg_version", str(version))
-        if reserved != 0:
+        if reserved != 0 and not from_kernel:
             raise PfKeyError("sadb_msg_reserved", str(reserved))
         if words * WORD != len(data):
             raise PfKeyError("sadb_msg_len", f"{words} words announced, {len(data)} octets came", errno.EMSGSIZE)
