@@ -31,7 +31,7 @@ from vpnd.daemon.operations import Operations
 from vpnd.gate import GateSettings
 from vpnd.ike.context import IkeSettings, Retransmission
 from vpnd.ike.effects import Reason
-from vpnd.io.addresses import local_addresses, watch_addresses
+from vpnd.io.addresses import local_addresses, path_mtu, watch_addresses
 from vpnd.io.ike_sockets import open_ike_sockets
 from vpnd.io.shim import ShimStartError, shim_listens, start_shim
 from vpnd.io.systemd import notify
@@ -103,10 +103,11 @@ class Daemon:
             retransmission=Retransmission(config.retransmit_timeout, config.retransmit_base, config.retransmit_tries),
             half_open_timeout=config.half_open_timeout,
             keepalive=config.keep_alive,
+            fragment_size=config.fragment_size,
             force_encapsulation=config.kernel is KernelChoice.USERSPACE,
         )
         gate = GateSettings(config.cookie_threshold, config.cookie_threshold_ip, config.block_threshold, config.half_open_limit)
-        self._manager = Manager(self._kernel, self._sockets, CredentialStore.of(loaded.configuration), settings, gate, self._counters)
+        self._manager = Manager(self._kernel, self._sockets, CredentialStore.of(loaded.configuration), settings, gate, self._counters, _path_mtu)
         self._demands = Demands(self._manager, SOCKET_MARK)
         self._operations = Operations(self._manager, self._demands)
         self._control = ControlServer(self._operations, config)
@@ -242,6 +243,10 @@ class Daemon:
         if self._shim is not None and self._shim.poll() is None:
             self._shim.terminate()
             await asyncio.get_running_loop().run_in_executor(None, self._shim.wait)
+
+
+def _path_mtu(local: IPAddress, remote: IPAddress) -> int:
+    return path_mtu(local, remote, SOCKET_MARK)
 
 
 def _negotiation_seconds(config: DaemonConfig) -> int:

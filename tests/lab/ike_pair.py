@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 
 from kernel_shim.algorithms import EncryptionId, EspAlgorithm, IntegrityId
-from kernel_shim.model import Capabilities, Direction, Endpoint, SaId, SecurityAssociation, Spi, TrafficSelector
+from kernel_shim.model import Capabilities, Direction, Endpoint, IPAddress, SaId, SecurityAssociation, Spi, TrafficSelector
 from vpnd.auth.credentials import CredentialStore
 from vpnd.config.addresses import parse_traffic_selector
 from vpnd.config.model import AuthMethod, AuthRound, ChildConfig, ConnectionConfig, SharedSecret
@@ -33,6 +33,7 @@ from vpnd.ike.effects import (
     Send,
     SendKeepalive,
 )
+from vpnd.ike.fragments import ReassemblyBudget
 from vpnd.ike.iana import Exchange, ProtocolId, name_of
 from vpnd.ike.identity import Identity
 from vpnd.ike.proposal import parse_proposals
@@ -101,6 +102,8 @@ class Peer:
     refuse_install: Callable[[SecurityAssociation], bool] = lambda sa: False
     local_port: int = 500
     contacts: bool = True
+    reassembly: ReassemblyBudget = field(default_factory=ReassemblyBudget)
+    narrowest: int = 0  # path MTU that is known
     _init: dict[tuple[bytes, Endpoint], IkeSa] = field(default_factory=dict)
     _ids: int = 0
     _spis: int = 0
@@ -109,6 +112,9 @@ class Peer:
         self.random = random.Random(f"{self.name}{self.seed}")
 
     # IkeContext
+
+    def path_mtu(self, local: IPAddress, remote: IPAddress) -> int:
+        return self.narrowest
 
     def entropy(self, octets: int) -> bytes:
         return self.random.randbytes(octets)

@@ -11,8 +11,9 @@ from kernel_shim.model import IPAddress
 from vpnd.config import options
 from vpnd.config.errors import ConfigError
 from vpnd.config.model import DaemonConfig, KernelChoice, LogFormat
-from vpnd.config.reader import Reader, shown
+from vpnd.config.reader import Reader, integer, shown
 from vpnd.config.tree import Section
+from vpnd.ike.fragments import SMALLEST_PACKET
 
 MAX_SOCKET_PATH: Final = 107  # bytes of sun_path without its NUL (unix(7))
 MAX_LISTEN: Final = 1024
@@ -48,6 +49,7 @@ def validate_daemon(section: Section, errors: list[ConfigError], path: str = "vp
         make_before_break=reader.boolean("make_before_break", defaults.make_before_break),
         inactivity_close_ike=reader.boolean("inactivity_close_ike", defaults.inactivity_close_ike),
         shutdown_timeout=reader.convert("shutdown_timeout", defaults.shutdown_timeout, lambda text: _decimal(text, 0, 600)),
+        fragment_size=reader.convert("fragment_size", defaults.fragment_size, _fragment_size),
     )
     if len(daemon.listen) > MAX_LISTEN:
         reader.complain(f"more than {MAX_LISTEN} addresses", "listen")
@@ -92,6 +94,13 @@ def _listen(text: str) -> IPAddress:
     if address.is_unspecified or address.is_multicast:
         raise ValueError(f"'{shown(text)}' is not the address of a host")
     return address
+
+
+def _fragment_size(text: str) -> int:
+    size = integer(text, 0, 65535)
+    if 0 < size < SMALLEST_PACKET[4]:
+        raise ValueError(f"{size} is less than the {SMALLEST_PACKET[4]} octets that every path carries; 0 is the smallest of each address family")
+    return size
 
 
 def _positive(reader: Reader, option: str, default: float) -> float:

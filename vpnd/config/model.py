@@ -43,6 +43,15 @@ class AuthMethod(Enum):
     PUBKEY = "pubkey"
 
 
+class Fragmentation(Enum):
+    """IKE fragmentation (RFC 7383). `force` differs from `yes` only in IKEv1."""
+
+    YES = "yes"
+    ACCEPT = "accept"  # the peer may, we do not
+    FORCE = "force"
+    NO = "no"
+
+
 @dataclass(frozen=True, slots=True)
 class AuthRound:
     """A `local*` or `remote*` section. `id` None: for local the certificate's subject or the address; for remote any identity."""
@@ -118,6 +127,7 @@ class ConnectionConfig:
     reauth_time: float = 0.0
     over_time: float = 1440.0  # the IKE SA is closed this long after `rekey_time`, or `reauth_time` should that come first
     rand_time: float = 1440.0
+    fragmentation: Fragmentation = Fragmentation.YES
     send_cert: str = "ifasked"
     send_certreq: bool = True
 
@@ -187,6 +197,7 @@ class DaemonConfig:
     make_before_break: bool = True  # a reauthentication makes the new IKE SA before it deletes the old one
     inactivity_close_ike: bool = False  # an IKE SA whose last CHILD_SA was not used goes with it
     shutdown_timeout: float = 3.0  # for the peers to answer our deletes
+    fragment_size: int = 1280  # octets of an IP packet that IKE fragments may fill; 0: 576 for IPv4, 1280 for IPv6
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ Every function raises ConfigErrors with all complaints; none changes or keeps it
 from __future__ import annotations
 
 from ipaddress import ip_address
+from typing import Final
 
 from kernel_shim.model import Action
 from vpnd.auth.signature import SignaturePolicy
@@ -15,11 +16,17 @@ from vpnd.config.children import check_name, if_id, read_children, read_proposal
 from vpnd.config.credentials import certificate_der, read_credential_file
 from vpnd.config.errors import ConfigError, ConfigErrors
 from vpnd.config.lifetimes import ike_lifetime
-from vpnd.config.model import AuthMethod, AuthRound, ConnectionConfig, UniquePolicy
+from vpnd.config.model import AuthMethod, AuthRound, ConnectionConfig, Fragmentation, UniquePolicy
 from vpnd.config.reader import Reader, integer, shown
 from vpnd.config.tree import Section
 from vpnd.ike.iana import ProtocolId
 from vpnd.ike.identity import Identity
+
+_FRAGMENTATION: Final = {
+    **{mode.value: mode for mode in Fragmentation},
+    **dict.fromkeys(("true", "enabled", "1"), Fragmentation.YES),
+    **dict.fromkeys(("false", "disabled", "0"), Fragmentation.NO),
+}
 
 
 def validate_connection(message: Section) -> ConnectionConfig:
@@ -63,6 +70,7 @@ def _connection(reader: Reader, name: str) -> ConnectionConfig:
         reauth_time=lifetime.reauth,
         over_time=lifetime.over,
         rand_time=lifetime.rand,
+        fragmentation=reader.choice("fragmentation", Fragmentation.YES, _FRAGMENTATION),
         send_cert=reader.choice("send_cert", "ifasked", {value: value for value in ("ifasked", "always", "never")}),
         send_certreq=reader.boolean("send_certreq", True),
     )

@@ -48,6 +48,7 @@ from vpnd.ike.effects import (
     Send,
     SendKeepalive,
 )
+from vpnd.ike.fragments import ReassemblyBudget
 from vpnd.ike.iana import Exchange
 from vpnd.ike.identity import Identity
 from vpnd.ike.sa import IkeSa, IkeSaState
@@ -121,13 +122,22 @@ class Manager:
     """Implements `vpnd.ike.context.IkeContext` for the cores that it drives."""
 
     def __init__(
-        self, kernel: KernelSide, sockets: Sockets, credentials: CredentialStore, settings: IkeSettings, gate: GateSettings, counters: Counters
+        self,
+        kernel: KernelSide,
+        sockets: Sockets,
+        credentials: CredentialStore,
+        settings: IkeSettings,
+        gate: GateSettings,
+        counters: Counters,
+        path_mtu: Callable[[IPAddress, IPAddress], int] = lambda local, remote: 0,
     ) -> None:
         self.kernel: Final = kernel
         self.counters: Final = counters
         self.credentials: CredentialStore = credentials
         self._settings = settings
         self._sockets = sockets
+        self._path_mtu = path_mtu
+        self._reassembly = ReassemblyBudget()
         self._gate = Gate(gate, os.urandom)
         self.connections: Final = Connections()
         self.resolved: Final[dict[str, IPAddress]] = {}  # host names of remote_addrs
@@ -163,6 +173,13 @@ class Manager:
     @property
     def capabilities(self) -> Capabilities:
         return self.kernel.capabilities()
+
+    @property
+    def reassembly(self) -> ReassemblyBudget:
+        return self._reassembly
+
+    def path_mtu(self, local: IPAddress, remote: IPAddress) -> int:
+        return self._path_mtu(local, remote)
 
     def entropy(self, octets: int) -> bytes:
         return os.urandom(octets)

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Protocol
 
-from kernel_shim.model import AcquireSequence, Capabilities, Endpoint, Flow
+from kernel_shim.model import AcquireSequence, Capabilities, Endpoint, Flow, IPAddress
 from vpnd.auth.credentials import CredentialStore
 from vpnd.config.model import ChildConfig, ConnectionConfig
 from vpnd.ike.effects import NO_ACQUIRE
+from vpnd.ike.fragments import ReassemblyBudget
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,7 @@ class IkeSettings:
     force_encapsulation: bool = False  # the kernel can do ESP only in UDP
     vendor_id: bytes = b""  # ours; empty: none is sent
     initial_contact: bool = True
+    fragment_size: int = 1280  # octets of an IP packet that IKE fragments may fill; 0: 576 for IPv4, 1280 for IPv6
     rekeyed_delay: float = 5.0  # a rekeyed CHILD_SA's SA in still takes packets that are under way (strongSwan's `charon.delete_rekeyed_delay`)
 
 
@@ -71,6 +73,12 @@ class IkeContext(Protocol):
 
     def candidates(self, local: Endpoint, remote: Endpoint) -> Sequence[ConnectionConfig]:
         """Connections whose addresses fit an IKE_SA_INIT request that came from `remote` to `local`, best first."""
+
+    @property
+    def reassembly(self) -> ReassemblyBudget: ...
+
+    def path_mtu(self, local: IPAddress, remote: IPAddress) -> int:
+        """What is known of the longest IP packet, in octets, that passes from `local` to `remote`; 0: nothing is."""
 
     def reqid(self, connection: ConnectionConfig, child: ChildConfig) -> int:
         """The reqid of a CHILD_SA that the peer asked for: that of its installed trap, or a new one."""

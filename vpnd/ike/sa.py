@@ -13,6 +13,7 @@ from vpnd.config.model import ChildConfig, ConnectionConfig
 from vpnd.ike.context import ChildRequest, IkeContext
 from vpnd.ike.effects import NO_ACQUIRE, ChildClosed, ChildDenied, ChildFailed, Effect, Reason, RekeyFailed, RemoveSa, SendKeepalive
 from vpnd.ike.exchanges import create_child_sa, ike_auth, ike_sa_init, informational, rekey_ike
+from vpnd.ike.fragments import Outgoing
 from vpnd.ike.session import Session, Steps, Task
 from vpnd.ike.state import MAX_TASKS, Child, ChildSaState, IkeSaState
 from vpnd.ike.transport import Transport
@@ -45,7 +46,7 @@ class IkeSa(Transport):
 
         sa, effects = ike_sa_init.respond(make, context, datagram, local, remote, now)
         if sa is not None:
-            sa._inbox.answered(datagram, sa.init_response)
+            sa._inbox.answered(datagram, Outgoing((sa.init_response,)))
         return sa, effects
 
     # Inputs
@@ -85,6 +86,7 @@ class IkeSa(Transport):
         for due in (
             self._check_half_open,
             self._check_spis,
+            self._check_fragments,
             self._check_outstanding,
             self._check_lifetime,
             self._check_later,
@@ -107,7 +109,8 @@ class IkeSa(Transport):
             deadlines.append(self._half_open_until)
         if self._may_start():
             deadlines.append(self.now)
-        timers = self._lifetime_end, self._rekey_due, self._probe_at, self._keepalive_at, self.later.next()
+        fragments = self._fragments_of_request.deadline, self._fragments_of_response.deadline
+        timers = *fragments, self._lifetime_end, self._rekey_due, self._probe_at, self._keepalive_at, self.later.next()
         deadlines += [deadline for deadline in timers if deadline is not None]
         return min(deadlines, default=None)
 
@@ -336,6 +339,10 @@ class IkeSa(Transport):
                 self._waits.pop(token)
                 self._resume(wait, None)
 
+    def _check_fragments(self) -> None:
+        self._fragments_of_request.expire(self.now)
+        self._fragments_of_response.expire(self.now)
+
     def _check_outstanding(self) -> None:
         outstanding = self._outstanding
         if outstanding is None or self.now < outstanding.next_at:
@@ -347,7 +354,7 @@ class IkeSa(Transport):
         elif outstanding.doubt is not None:
             self.close(*outstanding.doubt)
         elif outstanding.copy(self.now, self.random()):
-            self._send(outstanding.datagram, self.local, self.remote)
+            self._repeat(outstanding)
         elif self.active is not None and self.active.name == "IKE_DELETE":
             self.close(self._deleting_for, f"{self.describe()}: no answer to the delete")
         else:

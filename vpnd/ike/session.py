@@ -29,6 +29,7 @@ from vpnd.ike.effects import (
     Reason,
     RemoveSa,
 )
+from vpnd.ike.fragments import Inner
 from vpnd.ike.iana import FIRST_STATUS_NOTIFY, CertEncoding, NotifyType, name_of
 from vpnd.ike.identity import Identity
 from vpnd.ike.keymat import IkeKeys, IkeSuite
@@ -162,11 +163,13 @@ class Session:
         # for the exchanges
         self.now = now
         self.crypto: IkeCrypto | None = None
-        self.received = b""  # the datagram that is being dealt with
+        self.received = b""  # the datagram that is being dealt with; of a message in fragments the last one that came
+        self.received_inner = Inner(0, b"")  # what the message that is being dealt with holds encrypted, its fragments put together
         self.init_request = b""
         self.init_response = b""
         self.nonce_i = b""
         self.nonce_r = b""
+        self.fragmentation = False  # both sides know IKE fragmentation, and we are to use it
         self.peer_hashes: tuple[int, ...] = ()  # the peer's SIGNATURE_HASH_ALGORITHMS
         self.peer_asks_certificate = False
         self.peer_authorities: frozenset[bytes] = frozenset()  # SHA-1 of the public keys that its CERTREQ names
@@ -305,7 +308,7 @@ class Session:
         new.candidates = self.candidates
         new.local_id, new.remote_id = self.local_id, self.remote_id
         new.nat_local, new.nat_remote, new.nat_fake, new.nat_supported = self.nat_local, self.nat_remote, self.nat_fake, self.nat_supported
-        new.peer_hashes = self.peer_hashes
+        new.peer_hashes, new.fragmentation = self.peer_hashes, self.fragmentation
         return new
 
     def hand_over(self, heir: Self) -> None:

@@ -10,21 +10,23 @@ from dataclasses import dataclass
 from typing import Final
 
 from kernel_shim.model import Endpoint, IPAddress, SaId, Spi
-from vpnd.config.model import ConnectionConfig
+from vpnd.config.model import ConnectionConfig, Fragmentation
 from vpnd.ike.context import IkeContext
-from vpnd.ike.crypto.sk import open_message, seal_message
+from vpnd.ike.crypto.sk import open_chain
 from vpnd.ike.effects import AllocateSpi, ChildClosed, ChildEstablished, Effect, InstallSa, Reason, RemoveSa, Send
 from vpnd.ike.exchanges import create_child_sa, ike_auth, informational
+from vpnd.ike.fragments import SMALLEST_PACKET, Inner, Outgoing, Reassembly, packet_limit, refit, seal
 from vpnd.ike.iana import Exchange, NotifyType, ProtocolId
 from vpnd.ike.session import Ask, KeepWaiting, Response, Session, Steps, Task, Tell
 from vpnd.ike.state import MAX_TASKS, IkeSaState
 from vpnd.ike.window import Inbox, Outstanding, Serving
 from vpnd.ike.wire.errors import IntegrityFailure, MalformedMessage
 from vpnd.ike.wire.header import Header, MessageId
-from vpnd.ike.wire.message import Message
-from vpnd.ike.wire.payloads import DeletePayload, NotifyPayload, Payload, SkPayload, UnknownPayload
+from vpnd.ike.wire.message import Message, decode_payloads
+from vpnd.ike.wire.payloads import DeletePayload, NotifyPayload, Payload, SkfPayload, UnknownPayload
 
 UNPROTECTED_ERROR_GRACE: Final = 2.0  # s that an unprotected error gives the true answer to arrive
+NARROW_COPY: Final = 2  # from this copy on a request is taken to have been too long for its path, of which nobody told us
 SPI_TIMEOUT: Final = 30.0  # s that a kernel has for an SPI
 
 Responder = Callable[[Session, Message], Steps[Response]]
@@ -63,6 +65,8 @@ class Transport(Session):
         self._next_id = 0
         self._outstanding: Outstanding | None = None
         self._inbox = Inbox()
+        self._fragments_of_request = Reassembly(context.reassembly)
+        self._fragments_of_response = Reassembly(context.reassembly)
         self._serving: Serving | None = None
         self._answering: Steps[Response] | None = None
         self._fallback: _Fallback | None = None
@@ -119,18 +123,25 @@ class Transport(Session):
 
     def _ask(self, request: Ask) -> None:
         if request.plain is not None:
-            datagram, message_id = request.plain, 0
+            message, message_id = Outgoing((request.plain,)), 0
             self._next_id = 1
         else:
             message_id = self._next_id
-            datagram = self._seal(request.exchange, message_id, request.payloads, response=False)
+            message = self._seal(request.exchange, message_id, request.payloads, response=False)
             self._next_id += 1
         schedule = self.context.settings.retransmission
         plain = request.plain is not None
         self._outstanding = Outstanding.sent(
-            message_id, request.exchange, datagram, plain=plain, tries=request.tries, schedule=schedule, now=self.now, random=self.random()
+            message_id, request.exchange, message, plain=plain, tries=request.tries, schedule=schedule, now=self.now, random=self.random()
         )
-        self._send(datagram, self.local, self.remote)
+        self._send(message, self.local, self.remote)
+
+    def _repeat(self, outstanding: Outstanding) -> None:
+        """Send a request again, in smaller fragments should the path have turned out narrower (RFC 7383 section 2.5.2)."""
+        if not outstanding.plain:
+            limit = self._limit(self.local, self.remote, narrow=outstanding.copies >= NARROW_COPY)
+            outstanding.message = refit(outstanding.message, self.keys.send, self.context.entropy, limit)
+        self._send(outstanding.message, self.local, self.remote)
 
     def _wait_for_spi(self, request: AllocateSpi, task: Task | None) -> None:
         self._waits[request.token] = _SpiWait(task, request.local.address, self.now + SPI_TIMEOUT)
@@ -165,7 +176,7 @@ class Transport(Session):
                 self._start_next()
             return
         try:
-            opened = self._open(datagram, message)
+            opened = self._open(datagram, message, self._fragments_of_response)
         except MalformedMessage as error:
             self.close(Reason.INVALID_SYNTAX, f"{self.describe()}: {error}")
             return
@@ -179,24 +190,32 @@ class Transport(Session):
     def _request(self, datagram: bytes, message: Message, local: Endpoint, remote: Endpoint) -> None:
         header = message.header
         # RFC 7296 section 2.1: a retransmitted request gets the same answer
-        if self._inbox.repeats(header.message_id, datagram):
-            self._send(self._inbox.response, local, remote)
+        inbox = self._inbox
+        if inbox.is_repeated(header.message_id, datagram) or self._repeats_in_other_fragments(datagram, message):
+            inbox.repeats += 1
+            if self.crypto is not None:
+                limit = self._limit(local, remote, narrow=inbox.repeats >= NARROW_COPY, piece=_piece(message, datagram))
+                inbox.response = refit(inbox.response, self.crypto.send, self.context.entropy, limit)
+            self._send(inbox.response, local, remote)
             return
         # RFC 7296 section 2.3: a window of one; what is being worked at is not begun again
-        if header.message_id != self._inbox.expected or self._serving is not None:
+        if header.message_id != inbox.expected or self._serving is not None:
             return
         responder = RESPONDERS.get((self.established_at is not None, header.exchange))
         # RFC 7296 section 2.2: an initiator has no requests to answer before IKE_AUTH is done
         if self.established_at is None and (self.initiator or responder is None):
             return
+        fragments = self._fragments_of_request
         serving = Serving(datagram, header.message_id, header.exchange, local, remote)
         try:
-            opened = self._open(datagram, message)
+            opened = self._open(datagram, message, fragments)
         except MalformedMessage as error:
             self._refuse(serving, NotifyPayload(error.notify, error.data), str(error))
             return
         if opened is None:
             return
+        serving.piece = len(fragments.first_datagram)
+        serving.datagram = fragments.first_datagram or datagram
         # RFC 7296 section 2.8.2: the peer uses it already, so it will ask again once our own rekeying has come to its end
         if self.undecided is not None and not any(payload.protocol == ProtocolId.IKE for payload in opened.all(DeletePayload)):
             self.undecided.overtaken = True
@@ -222,14 +241,41 @@ class Transport(Session):
 
     # 3
 
-    def _open(self, datagram: bytes, message: Message) -> Message | None:
-        """None for what is not protected by our keys. Raises MalformedMessage for what the peer itself got wrong."""
-        if self.crypto is None or not isinstance(message.encrypted, SkPayload):
+    def _open(self, datagram: bytes, message: Message, fragments: Reassembly) -> Message | None:
+        """None for what is not protected by our keys, and while fragments are missing. Raises MalformedMessage for what the peer itself got wrong."""
+        sealed = message.encrypted
+        if self.crypto is None or sealed is None:
+            return None
+        if isinstance(sealed, SkfPayload) and not (self.fragmentation and fragments.wants(message.header.message_id, sealed)):
             return None
         try:
-            return open_message(datagram, message, self.crypto.receive)
+            chain = open_chain(datagram, sealed, self.crypto.receive)
         except IntegrityFailure:
             return None
+        if isinstance(sealed, SkfPayload):
+            authenticated = self.established_at is not None
+            inner = fragments.add(message.header.message_id, sealed, chain, datagram, authenticated=authenticated, now=self.now)
+            if inner is None:
+                return None
+        else:
+            fragments.clear()
+            inner = Inner(sealed.first, chain)
+        self.received_inner = inner
+        return Message(message.header, decode_payloads(inner.first, inner.chain))
+
+    def _repeats_in_other_fragments(self, datagram: bytes, message: Message) -> bool:
+        """RFC 7383 section 2.5.2: the first fragment of an answered request that the peer cut anew."""
+        sealed, inbox = message.encrypted, self._inbox
+        if not isinstance(sealed, SkfPayload) or sealed.number != 1 or message.header.message_id != inbox.expected - 1 or not inbox.response:
+            return False
+        if self.crypto is None or not self.fragmentation:
+            return False
+        try:
+            open_chain(datagram, sealed, self.crypto.receive)
+        except (IntegrityFailure, MalformedMessage):
+            return False
+        inbox.request = datagram
+        return True
 
     def _heard(self, local: Endpoint, remote: Endpoint) -> None:
         self._heard_at = self.now
@@ -243,7 +289,7 @@ class Transport(Session):
         if fallback is None or fallback.child_id != child_id:
             return None
         self._fallback = None
-        self._inbox.response = self._seal(fallback.serving.exchange, fallback.serving.message_id, fallback.payloads, response=True)
+        self._inbox.response = self._seal_answer(fallback.serving, fallback.payloads)
         return fallback.serving
 
     # 4, 5
@@ -264,16 +310,16 @@ class Transport(Session):
 
     def _finish(self, serving: Serving, response: Response) -> None:
         self._serving = self._answering = None
-        datagram = self._seal(serving.exchange, serving.message_id, response.payloads, response=True)
-        self._inbox.answered(serving.datagram, datagram)
+        message = self._seal_answer(serving, response.payloads)
+        self._inbox.answered(serving.datagram, message)
         child = response.install
         if child is None:
-            self._send(datagram, serving.local, serving.remote)
+            self._send(message, serving.local, serving.remote)
         else:
             self.enter(child)
             self._fallback = _Fallback(child.sa.id, serving, response.fallback)
             self.emit(InstallSa(child.sa.id, child.sa.inbound))
-            self._send(datagram, serving.local, serving.remote)
+            self._send(message, serving.local, serving.remote)
             if child.sends:
                 self.emit(InstallSa(child.sa.id, child.sa.outbound))
             old = self.children.get(child.replaces)
@@ -282,13 +328,31 @@ class Transport(Session):
             self.close(response.close.reason, response.close.detail)
         self._start_next()
 
-    def _seal(self, exchange: int, message_id: int, payloads: Sequence[Payload], *, response: bool) -> bytes:
+    def _seal(self, exchange: int, message_id: int, payloads: Sequence[Payload], *, response: bool, serving: Serving | None = None) -> Outgoing:
         header = Header(self.wire_spi_i, self.wire_spi_r, exchange, MessageId(message_id), initiator=self.initiator, response=response)
-        return seal_message(header, payloads, self.keys.send, self.context.entropy)
+        limit = self._limit(serving.local, serving.remote, piece=serving.piece) if serving else self._limit(self.local, self.remote)
+        return seal(header, payloads, self.keys.send, self.context.entropy, limit)
 
-    def _send(self, datagram: bytes, local: Endpoint, remote: Endpoint) -> None:
+    def _seal_answer(self, serving: Serving, payloads: Sequence[Payload]) -> Outgoing:
+        return self._seal(serving.exchange, serving.message_id, payloads, response=True, serving=serving)
+
+    def _limit(self, local: Endpoint, remote: Endpoint, *, narrow: bool = False, piece: int = 0) -> int:
+        """The octets of IKE message that a datagram may have; 0: any number.
+
+        `narrow`: as few as every path carries. `piece`: the length of a fragment of the request that is being answered; the path back is taken to be like it.
+        """
+        if not self.fragmentation or self.connection.fragmentation is Fragmentation.ACCEPT:
+            return 0
+        smallest = SMALLEST_PACKET[local.address.version]
+        packet = smallest if narrow else self.context.settings.fragment_size or smallest
+        known = self.context.path_mtu(local.address, remote.address)
+        limit = packet_limit(local, max(min(packet, known), smallest) if known else packet)
+        return max(min(limit, piece), packet_limit(local, smallest)) if piece else limit
+
+    def _send(self, message: Outgoing, local: Endpoint, remote: Endpoint) -> None:
         self._sent_at = self.now
-        self.emit(Send(local, remote, datagram))
+        for datagram in message.datagrams:
+            self.emit(Send(local, remote, datagram))
 
     def _done(self) -> list[Effect]:
         effects, self.effects = self.effects, []
@@ -297,4 +361,10 @@ class Transport(Session):
                 child.at_risk = tuple(later for later in effects[at + 1 :] if isinstance(later, RemoveSa | ChildClosed))
         if self.closed:
             self.active = self._outstanding = self._serving = self._answering = self._fallback = None
+            self._fragments_of_request.clear()
+            self._fragments_of_response.clear()
         return effects
+
+
+def _piece(message: Message, datagram: bytes) -> int:
+    return len(datagram) if isinstance(message.encrypted, SkfPayload) else 0

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from kernel_shim.model import Endpoint
 from vpnd.ike.context import Retransmission
 from vpnd.ike.effects import Reason
+from vpnd.ike.fragments import Outgoing
 
 
 @dataclass(slots=True)
@@ -15,7 +16,7 @@ class Outstanding:
 
     message_id: int
     exchange: int
-    datagram: bytes = field(repr=False)
+    message: Outgoing
     plain: bool
     tries: int
     schedule: Retransmission
@@ -25,10 +26,10 @@ class Outstanding:
 
     @classmethod
     def sent(
-        cls, message_id: int, exchange: int, datagram: bytes, *, plain: bool, tries: int | None, schedule: Retransmission, now: float, random: float
+        cls, message_id: int, exchange: int, message: Outgoing, *, plain: bool, tries: int | None, schedule: Retransmission, now: float, random: float
     ) -> Outstanding:
         tries = schedule.tries if tries is None else min(tries, schedule.tries)
-        return cls(message_id, exchange, datagram, plain, tries, schedule, now + schedule.delay(0, random))
+        return cls(message_id, exchange, message, plain, tries, schedule, now + schedule.delay(0, random))
 
     def copy(self, now: float, random: float) -> bool:
         """At `next_at`: whether to send another copy; if not, the peer is silent."""
@@ -47,27 +48,30 @@ class Outstanding:
 
 @dataclass(slots=True)
 class Inbox:
-    """The peer's requests: the next id, and the last answer with the request that it answers."""
+    """The peer's requests: the next id, and the last answer with the request that it answers (of one in fragments: its first)."""
 
     expected: int = 0
     request: bytes = field(default=b"", repr=False)
-    response: bytes = field(default=b"", repr=False)
+    response: Outgoing = field(default_factory=Outgoing)
+    repeats: int = 0  # of the last request
 
-    def repeats(self, message_id: int, datagram: bytes) -> bool:
-        """RFC 7296 section 2.1: a retransmission has the same octets; its answer then has, too."""
+    def is_repeated(self, message_id: int, datagram: bytes) -> bool:
+        """RFC 7296 section 2.1: a retransmission has the same octets; its answer then has, too. Of fragments only the first counts (RFC 7383 section 2.6.1)."""
         return message_id == self.expected - 1 and bool(self.response) and datagram == self.request
 
-    def answered(self, datagram: bytes, response: bytes) -> None:
+    def answered(self, datagram: bytes, response: Outgoing) -> None:
         self.request, self.response = datagram, response
         self.expected += 1
+        self.repeats = 0
 
 
 @dataclass(slots=True)
 class Serving:
     """A request of the peer's that is being worked at."""
 
-    datagram: bytes = field(repr=False)
+    datagram: bytes = field(repr=False)  # of one in fragments: the first
     message_id: int
     exchange: int
     local: Endpoint
     remote: Endpoint
+    piece: int = 0  # octets of a fragment of it; 0: it came whole

@@ -18,6 +18,8 @@ MAXIMUM_ADDRESSES: Final = 256  # sockets are opened for each one
 RTMGRP_ADDRESSES: Final = 0x10 | 0x100  # RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR
 IFA_F_UNUSABLE: Final = 0x08 | 0x40 | 0x20  # DADFAILED | TENTATIVE | DEPRECATED
 RT_SCOPE_LINK: Final = 253
+IP_MTU: Final = 14  # linux/in.h
+IPV6_MTU: Final = 24  # linux/in6.h
 
 
 @asynccontextmanager
@@ -66,6 +68,19 @@ def source_towards(remote: IPAddress, mark: int) -> IPAddress | None:
             return ip_address(probe.getsockname()[0].partition("%")[0])
     except OSError:
         return None
+
+
+def path_mtu(local: IPAddress, remote: IPAddress, mark: int) -> int:
+    """The longest IP packet, in octets, that the host knows to pass to `remote`: what ICMP taught it, or its interface's MTU; 0 without a route."""
+    family, level, option = (socket.AF_INET, socket.IPPROTO_IP, IP_MTU) if remote.version == 4 else (socket.AF_INET6, socket.IPPROTO_IPV6, IPV6_MTU)
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
+            probe.bind((str(local), 0))
+            probe.connect((str(remote), PORT_IKE))
+            return probe.getsockopt(level, option)
+    except OSError:
+        return 0
 
 
 async def resolve(host: str) -> IPAddress | None:

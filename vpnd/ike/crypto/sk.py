@@ -20,7 +20,7 @@ from vpnd.ike.transform import Transform
 from vpnd.ike.wire.errors import IntegrityFailure, MalformedMessage
 from vpnd.ike.wire.header import GENERIC_LENGTH, HEADER_LENGTH, Header, encode_header, generic_header
 from vpnd.ike.wire.message import Message, decode_payloads, encode_payloads
-from vpnd.ike.wire.payloads import Payload, SkPayload
+from vpnd.ike.wire.payloads import Payload, SkfPayload, SkPayload
 
 AEAD_IV: Final = 8  # octets, RFC 5282 section 3.1
 AES_BLOCK: Final = 16  # octets
@@ -199,7 +199,11 @@ def sk_cipher(encryption: Transform, integrity: Transform | None, encryption_key
 
 def seal_message(header: Header, payloads: Sequence[Payload], cipher: SkCipher, entropy: Entropy) -> bytes:
     """A whole message with all its payloads inside SK. Raises ValueError when they do not fit one."""
-    first, chain = encode_payloads(payloads)
+    return seal_chain(header, *encode_payloads(payloads), cipher, entropy)
+
+
+def seal_chain(header: Header, first: int, chain: bytes, cipher: SkCipher, entropy: Entropy) -> bytes:
+    """A whole message around an encoded payload chain, whose first payload is of type `first`. Raises ValueError when it does not fit one."""
     length = GENERIC_LENGTH + cipher.sealed_length(len(chain))
     associated = encode_header(header, iana.Payload.SK, HEADER_LENGTH + length) + generic_header(first, length)
     return associated + cipher.seal(associated, chain, entropy)
@@ -214,5 +218,9 @@ def open_message(data: bytes, message: Message, cipher: SkCipher) -> Message:
     sealed = message.encrypted
     if not isinstance(sealed, SkPayload):
         raise IntegrityFailure("message is not encrypted")
-    chain = cipher.open(data[: len(data) - len(sealed.body)], sealed.body)
-    return Message(message.header, decode_payloads(sealed.first, chain))
+    return Message(message.header, decode_payloads(sealed.first, open_chain(data, sealed, cipher)))
+
+
+def open_chain(data: bytes, sealed: SkPayload | SkfPayload, cipher: SkCipher) -> bytes:
+    """The payload chain, or the piece of it, inside the last payload of a message. Raises as `SkCipher.open` does."""
+    return cipher.open(data[: len(data) - len(sealed.body)], sealed.body)

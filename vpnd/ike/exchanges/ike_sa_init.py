@@ -9,7 +9,7 @@ from typing import Final, TypeVar
 from kernel_shim.model import Endpoint
 from kernel_shim.secret import Secret
 from vpnd.auth.signature import SUPPORTED_HASHES
-from vpnd.config.model import AuthMethod, ConnectionConfig
+from vpnd.config.model import AuthMethod, ConnectionConfig, Fragmentation
 from vpnd.ike.context import IkeContext
 from vpnd.ike.cookie import COOKIE_MAXIMUM, NONCE_MAXIMUM, NONCE_MINIMUM, stateless_reply
 from vpnd.ike.crypto.dh import KeyExchange, group, implemented_groups
@@ -80,16 +80,20 @@ def initiate(session: Session) -> Steps[bool]:
 def _request(session: Session, proposals: Sequence[Proposal], exchange: KeyExchange, fake: bytes | None, cookie: bytes | None) -> bytes:
     payloads: list[Payload] = [NotifyPayload(NotifyType.COOKIE, cookie)] if cookie is not None else []
     payloads += [SaPayload(tuple(proposals)), KePayload(exchange.group, exchange.public), NoncePayload(session.nonce_i)]
-    payloads += _capabilities(session.context, session.wire_spi_i, NO_SPI, session.local, session.remote, fake)
+    payloads += _capabilities(session, NO_SPI, session.local, session.remote, fake)
     header = Header(session.wire_spi_i, NO_SPI, Exchange.IKE_SA_INIT, MessageId(0), initiator=True, response=False)
     session.init_request = encode_message(Message(header, tuple(payloads)))
     return session.init_request
 
 
-def _capabilities(context: IkeContext, spi_i: bytes, spi_r: bytes, local: Endpoint, remote: Endpoint, fake: bytes | None) -> list[Payload]:
+def _capabilities(session: Session, spi_r: bytes, local: Endpoint, remote: Endpoint, fake: bytes | None) -> list[Payload]:
+    context, spi_i = session.context, session.wire_spi_i
     # RFC 7427 section 4
     hashes = b"".join(number.to_bytes(2, "big") for number in SUPPORTED_HASHES)
     payloads: list[Payload] = [*detection_payloads(spi_i, spi_r, local, remote, fake), NotifyPayload(NotifyType.SIGNATURE_HASH_ALGORITHMS, hashes)]
+    # RFC 7383 section 2.3
+    if session.connection.fragmentation is not Fragmentation.NO:
+        payloads.append(NotifyPayload(NotifyType.IKEV2_FRAGMENTATION_SUPPORTED))
     if context.settings.vendor_id:
         payloads.append(VendorIdPayload(context.settings.vendor_id))
     return payloads
@@ -133,6 +137,8 @@ def _derive(session: Session, suite: IkeSuite, shared: Secret) -> None:
 
 def _features(session: Session, message: Message, local: Endpoint, remote: Endpoint, spi_r: bytes) -> None:
     session.notice_nat(message, session.wire_spi_i, spi_r, local, remote)
+    announced = message.notify(NotifyType.IKEV2_FRAGMENTATION_SUPPORTED) is not None
+    session.fragmentation = announced and session.connection.fragmentation is not Fragmentation.NO
     hashes = message.notify(NotifyType.SIGNATURE_HASH_ALGORITHMS)
     data = hashes.data if hashes else b""
     session.peer_hashes = tuple(int.from_bytes(data[at : at + 2], "big") for at in range(0, len(data) - 1, 2))
@@ -205,7 +211,7 @@ def respond(
     _derive(session, suite, shared)
     fake = context.entropy(HASH_LENGTH) if session.nat_fake else None
     payloads: list[Payload] = [SaPayload((choice.proposal,)), KePayload(chosen_group, public), NoncePayload(session.nonce_r)]
-    payloads += _capabilities(context, session.wire_spi_i, session.wire_spi_r, local, remote, fake)
+    payloads += _capabilities(session, session.wire_spi_r, local, remote, fake)
     payloads += certificate_requests(context, choice.candidates)
     reply = Header(session.wire_spi_i, session.wire_spi_r, Exchange.IKE_SA_INIT, MessageId(0), initiator=False, response=True)
     session.init_response = encode_message(Message(reply, tuple(payloads)))

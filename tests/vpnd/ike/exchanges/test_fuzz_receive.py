@@ -182,7 +182,7 @@ def test_nonsense_for_an_answer(payloads: tuple[Payload, ...], which: int) -> No
         effects = pair.a.sa.create_child(CHILDREN[1], pair.now) if which == 1 else pair.a.sa.probe(pair.now)
         pair.a.run(pair.a.sa, effects, pair.now)
     request = decode_message(pair.take().data)
-    answer = pair.b.sa._seal(request.header.exchange, request.header.message_id, payloads, response=True)
+    answer = pair.b.sa._seal(request.header.exchange, request.header.message_id, payloads, response=True).datagrams[0]
     pair.a.run(pair.a.sa, pair.a.sa.receive(answer, pair.a.sa.local, pair.b.endpoint, pair.now), pair.now)
     pair.flight.clear()
     assert not pair.a.larval

@@ -132,7 +132,7 @@ def test_every_exchange_in_every_state_has_a_defined_end(exchange: int, authenti
     for _ in range(4 if authenticated else 2):
         pair.step()
     pair.flight.clear()
-    request = pair.a.sa._seal(exchange, 2 if authenticated else 1, (), response=False)
+    request = pair.a.sa._seal(exchange, 2 if authenticated else 1, (), response=False).datagrams[0]
     effects = pair.b.sa.receive(request, pair.b.endpoint, pair.a.endpoint, pair.now)
     known = (authenticated, exchange) in RESPONDERS
     # a peer that has authenticated itself always gets an answer; before that, only for IKE_AUTH
