@@ -55,6 +55,20 @@ class DropReason(Enum):
     DUMMY = "dummy"  # RFC 4303 section 2.6
     SELECTOR_MISMATCH = "selector_mismatch"  # the SA's own selectors do not cover it
 
+    # Labelled packets.
+    MPLS_NO_BOTTOM = "mpls_no_bottom"  # the packet ends before the bottom of its stack
+    MPLS_TOO_DEEP = "mpls_too_deep"
+    MPLS_SPECIAL_LABEL = "mpls_special_label"  # a special-purpose label that means nothing where it stands
+    MPLS_LABEL_UNKNOWN = "mpls_label_unknown"
+    MPLS_LABEL_FORBIDDEN = "mpls_label_forbidden"  # the peer that sent it may not use this label
+    MPLS_PEER_UNKNOWN = "mpls_peer_unknown"  # from an SA whose peer may send no label
+    MPLS_NOT_BOTTOM = "mpls_not_bottom"  # IP was to come to light, and there was another label
+    MPLS_PAYLOAD = "mpls_payload"  # neither IPv4 nor IPv6, or not the one that the label says
+    MPLS_TTL_EXPIRED = "mpls_ttl_expired"
+    MPLS_TOO_BIG = "mpls_too_big"
+    MPLS_NO_ROUTE = "mpls_no_route"  # the VRF has none to this destination
+    MPLS_ENCAPSULATION = "mpls_encapsulation"  # a GRE or UDP header that holds no labels
+
     @property
     def text(self) -> str:
         """For a person: `policy discard`."""

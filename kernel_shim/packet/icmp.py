@@ -13,6 +13,7 @@ from kernel_shim.packet.ip import PROTOCOL_ICMP, PROTOCOL_ICMPV6, Buffer, Layout
 _QUOTE_LIMIT_V4: Final = 576 - 20 - 8  # RFC 1812 section 4.3.2.3: the whole error is at most 576 bytes
 _QUOTE_LIMIT_V6: Final = 1280 - 40 - 8  # RFC 4443 section 2.4 (c)
 _ERRORS_V4: Final = frozenset({3, 4, 5, 11, 12})
+_SMALLEST_EXTENDED_QUOTE: Final = 128  # RFC 4884 section 4
 _REDIRECT_V6: Final = 137
 _ERROR_TTL: Final = 64
 
@@ -46,25 +47,41 @@ class RateLimit:
         return True
 
 
-def error_packet(error: IcmpError, packet: Buffer, parsed: Layout, mtu: int = 0) -> bytes | None:
+def error_packet(error: IcmpError, packet: Buffer, parsed: Layout, mtu: int = 0, extension: bytes = b"") -> bytes | None:
     """The error about `packet`, to its source; None when the RFCs forbid one.
 
     It comes from the packet's own destination: a host refuses a packet from a TUN that claims one of the host's own
     addresses, and the destination is what its reverse path points at the TUN for.
-    `mtu` is what TOO_BIG reports, in bytes of the IP packet.
+    `mtu` is what TOO_BIG reports, in bytes of the IP packet. `extension` is an extension structure (RFC 4884), without
+    effect on an ICMPv6 TOO_BIG, which has no room to say where it begins.
     """
     if parsed.fragment_offset or not _may_answer(error, packet, parsed):
         return None
     if parsed.version == 4:
         kind, code = error.value[0]
-        body = bytearray(struct.pack("!BBHHH", kind, code, 0, 0, mtu)) + packet[: min(parsed.length, _QUOTE_LIMIT_V4)]
+        quote, words = _quote(packet, parsed, _QUOTE_LIMIT_V4, extension, 4)
+        body = bytearray(struct.pack("!BBHBBH", kind, code, 0, 0, words, mtu)) + quote
         body[2:4] = checksum(partial_sum(body)).to_bytes(2, "little")
         return build_header(4, bytes(packet[16:20]), bytes(packet[12:16]), PROTOCOL_ICMP, len(body), _ERROR_TTL) + body
     kind, code = error.value[1]
-    body = bytearray(struct.pack("!BBHI", kind, code, 0, mtu)) + packet[: min(parsed.length, _QUOTE_LIMIT_V6)]
+    quote, words = _quote(packet, parsed, _QUOTE_LIMIT_V6, b"" if error is IcmpError.TOO_BIG else extension, 8)
+    body = bytearray(struct.pack("!BBHI", kind, code, 0, words << 24 | mtu)) + quote
     total = partial_sum(body) + pseudo_header_sum(packet[8:40], PROTOCOL_ICMPV6, len(body))
     body[2:4] = checksum(total).to_bytes(2, "little")
     return build_header(6, bytes(packet[24:40]), bytes(packet[8:24]), PROTOCOL_ICMPV6, len(body), _ERROR_TTL) + body
+
+
+def _quote(packet: Buffer, parsed: Layout, limit: int, extension: bytes, unit: int) -> tuple[bytes, int]:
+    """What is quoted of `packet`, with `extension` behind, `limit` bytes at most; where the extension begins in units of `unit` bytes.
+
+    RFC 4884 section 3.
+    """
+    if not extension:
+        return bytes(packet[: min(parsed.length, limit)]), 0
+    room = (limit - len(extension)) // unit * unit
+    quoted = bytes(packet[: min(parsed.length, room)])
+    quoted += bytes(max(_SMALLEST_EXTENDED_QUOTE - len(quoted), -len(quoted) % unit))
+    return quoted + extension, len(quoted) // unit
 
 
 def _may_answer(error: IcmpError, packet: Buffer, parsed: Layout) -> bool:

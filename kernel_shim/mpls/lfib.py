@@ -1,0 +1,261 @@
+"""The label forwarding information base (RFC 3031 section 3.10 to 3.13): ILM, FTN, NHLFE, and which peer may use which label.
+
+Every lookup is one hash probe for a label, and at most one for each prefix length in use for an address.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final
+
+from kernel_shim.model import IPAddress, IPNetwork
+from kernel_shim.mpls.labels import FIRST_LABEL, IMPLICIT_NULL, LAST_LABEL, MAX_DEPTH, Label, LabelSet
+
+# Limits of this implementation
+MAX_LABELS: Final = 1 << 20  # in all label spaces together
+MAX_ROUTES: Final = 4 << 20  # in all VRFs together
+MAX_PATHS: Final = 64  # of one group
+
+PLATFORM: Final = ""  # the label space of the whole node (RFC 3031 section 3.14); any other is a peer's or an interface's own
+
+
+class TtlModel(Enum):
+    """RFC 3443 section 2."""
+
+    UNIFORM = "uniform"
+    PIPE = "pipe"
+    SHORT_PIPE = "short-pipe"
+
+
+@dataclass(frozen=True, slots=True)
+class ToPeer:
+    """On to this peer, through its tunnel; as bare IP when no label is left."""
+
+    peer: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToInterface:
+    """Out of the VRF's own interface: the payload is IP."""
+
+    vrf: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToVrf:
+    """Looked up again by its IP destination in this VRF."""
+
+    vrf: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToStack:
+    """Looked up again by the label beneath; by IP in `vrf` when there is none."""
+
+    vrf: str = PLATFORM
+
+
+NextHop = ToPeer | ToInterface | ToVrf | ToStack
+
+
+@dataclass(frozen=True, slots=True)
+class Nhlfe:
+    """What becomes of a packet: the top label is taken off (if one led here), `push` is put on, outermost first, and it goes to `next_hop`.
+
+    `push` of one label is a swap, none a pop; IMPLICIT_NULL among them stands for no label (penultimate-hop popping).
+    `traffic_class` None takes it from the label or DSCP that was on top. `entropy` adds an entropy label (RFC 6790) beneath.
+    `ttl` says how the LSP that starts or ends here treats the TTL.
+    Raises ValueError when it means nothing.
+    """
+
+    next_hop: NextHop
+    push: tuple[Label, ...] = ()
+    ttl: TtlModel = TtlModel.UNIFORM
+    traffic_class: int | None = None
+    entropy: bool = False
+
+    def __post_init__(self) -> None:
+        if any(not (FIRST_LABEL <= label <= LAST_LABEL or label <= IMPLICIT_NULL) for label in self.push):
+            raise ValueError(f"not labels to push: {self.push}")
+        if self.push and not isinstance(self.next_hop, ToPeer):
+            raise ValueError("labels are pushed for a peer only")
+        if len(self.push) + (2 if self.entropy else 0) > MAX_DEPTH:
+            raise ValueError(f"more than {MAX_DEPTH} labels")
+        if self.traffic_class is not None and not 0 <= self.traffic_class < 8:
+            raise ValueError(f"not a traffic class: {self.traffic_class}")
+        if self.entropy and not self.labels:
+            raise ValueError("an entropy label needs a label above it")
+
+    @property
+    def labels(self) -> tuple[Label, ...]:
+        """The labels that really go on."""
+        return tuple(label for label in self.push if label != IMPLICIT_NULL)
+
+
+Paths = tuple[Nhlfe, ...]  # more than one: equal cost, chosen by flow
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """A neighbour that may send labels: which ones, and in which space they are looked up."""
+
+    name: str
+    accepts: LabelSet
+    space: str = PLATFORM
+
+
+class _Routes:
+    """One VRF, one family: a table for each prefix length, longest first."""
+
+    __slots__ = ("_bits", "_lengths", "_tables")
+
+    def __init__(self, bits: int) -> None:
+        self._bits: Final = bits
+        self._tables: dict[int, dict[int, Paths]] = {}
+        self._lengths: tuple[int, ...] = ()
+
+    def put(self, prefix: IPNetwork, paths: Paths) -> bool:
+        table = self._tables.get(prefix.prefixlen)
+        if table is None:
+            table = self._tables[prefix.prefixlen] = {}
+            self._lengths = tuple(sorted(self._tables, reverse=True))
+        key = int(prefix.network_address) >> (self._bits - prefix.prefixlen)
+        fresh = key not in table
+        table[key] = paths
+        return fresh
+
+    def take(self, prefix: IPNetwork) -> bool:
+        table = self._tables.get(prefix.prefixlen, {})
+        if table.pop(int(prefix.network_address) >> (self._bits - prefix.prefixlen), None) is None:
+            return False
+        if not table:
+            del self._tables[prefix.prefixlen]
+            self._lengths = tuple(sorted(self._tables, reverse=True))
+        return True
+
+    def __contains__(self, prefix: IPNetwork) -> bool:
+        return int(prefix.network_address) >> (self._bits - prefix.prefixlen) in self._tables.get(prefix.prefixlen, ())
+
+    def find(self, address: int) -> Paths | None:
+        bits, tables = self._bits, self._tables
+        for length in self._lengths:
+            paths = tables[length].get(address >> (bits - length))
+            if paths is not None:
+                return paths
+        return None
+
+    def items(self) -> Iterator[tuple[int, int, Paths]]:
+        """Prefix length, its bits from the left, paths."""
+        for length in self._lengths:
+            for key, paths in self._tables[length].items():
+                yield length, key << (self._bits - length), paths
+
+    def __len__(self) -> int:
+        return sum(map(len, self._tables.values()))
+
+
+class Lfib:
+    """All of a node's label state. `generation` grows with every change."""
+
+    def __init__(self) -> None:
+        self.generation = 0
+        self._ilm: dict[tuple[str, int], Paths] = {}
+        self._routes: dict[tuple[str, int], _Routes] = {}
+        self._route_count = 0
+        self._peers: dict[str, Peer] = {}
+
+    # ILM
+
+    def bind(self, label: Label, paths: Paths, space: str = PLATFORM) -> None:
+        """Packets that arrive with `label` on top take one of `paths`; replaces what was bound. Raises ValueError."""
+        if not FIRST_LABEL <= label <= LAST_LABEL:
+            raise ValueError(f"label {label} cannot be bound")
+        if (space, label) not in self._ilm and len(self._ilm) >= MAX_LABELS:
+            raise ValueError(f"more than {MAX_LABELS} labels")
+        self._ilm[space, label] = _checked(paths)
+        self.generation += 1
+
+    def unbind(self, label: Label, space: str = PLATFORM) -> bool:
+        """Whether it was bound."""
+        self.generation += 1
+        return self._ilm.pop((space, label), None) is not None
+
+    def incoming(self, label: Label, space: str = PLATFORM) -> Paths | None:
+        return self._ilm.get((space, label))
+
+    def labels(self) -> Iterator[tuple[str, Label, Paths]]:
+        for (space, label), paths in self._ilm.items():
+            yield space, Label(label), paths
+
+    # FTN
+
+    def route(self, vrf: str, prefix: IPNetwork, paths: Paths) -> None:
+        """Packets of `vrf` to `prefix` take one of `paths`; replaces what was there. Raises ValueError."""
+        _checked(paths)
+        if any(isinstance(path.next_hop, ToStack) or path.next_hop == ToVrf(vrf) for path in paths):
+            raise ValueError(f"route to {prefix} leads back to where it was looked up")
+        routes = self._routes.get((vrf, prefix.version))
+        if self._route_count >= MAX_ROUTES and (routes is None or prefix not in routes):
+            raise ValueError(f"more than {MAX_ROUTES} routes")
+        if routes is None:
+            routes = self._routes[vrf, prefix.version] = _Routes(prefix.max_prefixlen)
+        self._route_count += routes.put(prefix, paths)
+        self.generation += 1
+
+    def unroute(self, vrf: str, prefix: IPNetwork) -> bool:
+        """Whether there was such a route."""
+        routes = self._routes.get((vrf, prefix.version))
+        if routes is None or not routes.take(prefix):
+            return False
+        self._route_count -= 1
+        if not len(routes):
+            del self._routes[vrf, prefix.version]
+        self.generation += 1
+        return True
+
+    def outgoing(self, vrf: str, destination: IPAddress) -> Paths | None:
+        """By longest match."""
+        routes = self._routes.get((vrf, destination.version))
+        return None if routes is None else routes.find(int(destination))
+
+    def routes(self, vrf: str) -> Iterator[tuple[int, int, int, Paths]]:
+        """IP version, prefix length, network address as an integer, paths."""
+        for version in (4, 6):
+            routes = self._routes.get((vrf, version))
+            if routes is not None:
+                for length, address, paths in routes.items():
+                    yield version, length, address, paths
+
+    def vrfs(self) -> frozenset[str]:
+        """Those that have a route."""
+        return frozenset(vrf for vrf, _ in self._routes)
+
+    # Peers
+
+    def admit(self, peer: Peer) -> None:
+        """What this peer may send, from now on."""
+        self._peers[peer.name] = peer
+        self.generation += 1
+
+    def dismiss(self, name: str) -> bool:
+        """Whether it was known; it may send no label then."""
+        self.generation += 1
+        return self._peers.pop(name, None) is not None
+
+    def peer(self, name: str) -> Peer | None:
+        return self._peers.get(name)
+
+    def peers(self) -> Iterator[Peer]:
+        return iter(self._peers.values())
+
+    def __len__(self) -> int:
+        """Labels that are bound, in all spaces."""
+        return len(self._ilm)
+
+
+def _checked(paths: Paths) -> Paths:
+    if not 1 <= len(paths) <= MAX_PATHS:
+        raise ValueError(f"1 to {MAX_PATHS} paths expected, not {len(paths)}")
+    return paths
