@@ -22,6 +22,7 @@ from kernel_shim.algorithms import EncryptionId, EspAlgorithm
 from kernel_shim.channel.api import ChannelClosed
 from kernel_shim.channel.linux import XFRM
 from kernel_shim.channel.netlink import LONG_TIMEOUT, NetlinkSocket
+from kernel_shim.channel.standing import StandingPolicies
 from kernel_shim.channel.sysctl import Sysctls
 from kernel_shim.model import (
     Acquire,
@@ -63,7 +64,7 @@ from kernel_shim.xfrm.sas import (
     sa_message,
     spi_message,
 )
-from kernel_shim.xfrm.standing import StandingPolicies
+from kernel_shim.xfrm.selectors import standing_key
 from kernel_shim.xfrm.structs import MalformedMessage
 from kernel_shim.xfrm.wire import Message
 
@@ -100,7 +101,7 @@ class XfrmChannel:
         self._look_again = False
         self._holds = False
         self._next_index = FIRST_INDEX + INDEX_STEP * secrets.randbelow(1 << 27)
-        self._standing = StandingPolicies()
+        self._standing = StandingPolicies(standing_key)
         self._policy_lock = asyncio.Lock()  # so that no kick puts back what was just deleted
         self._directions: dict[SaId, Direction] = {}
         self._acquires: OrderedDict[AcquireSequence, Acquire] = OrderedDict()

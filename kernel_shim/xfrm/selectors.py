@@ -7,7 +7,7 @@ port is (include/net/xfrm.h, xfrm_flowi_sport and xfrm_flowi_dport), while `kern
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from ipaddress import ip_network
 from typing import Final
 
@@ -17,6 +17,7 @@ from kernel_shim.model import (
     PROTOCOL_ICMP,
     PROTOCOL_ICMPV6,
     AddressRange,
+    Direction,
     Flow,
     KernelError,
     Mark,
@@ -124,6 +125,12 @@ def _port_range(port: int, mask: int) -> PortRange:
         raise MalformedMessage(f"a port mask with holes: {mask:#06x}")
     low = port & mask
     return PortRange(low, low | free)
+
+
+def standing_key(direction: Direction, selector: Selector) -> Hashable:
+    """What the kernel tells two policies apart by."""
+    attributes = selector_attributes(selector)
+    return direction, selector_struct(selector).pack() + b"".join(bytes((kind,)) + value for kind, value in sorted(attributes.items()))
 
 
 def _icmp(selector: Selector) -> tuple[int, int, int, int]:

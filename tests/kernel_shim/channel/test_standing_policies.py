@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kernel_shim.channel.standing import StandingPolicies
 from kernel_shim.model import ANY_PORT, Action, AddressRange, Direction, Flow, Mode, Policy, PortRange, ReqId, Selector, Template
-from kernel_shim.xfrm.standing import StandingPolicies
+from kernel_shim.xfrm.selectors import standing_key
 
 pytestmark = pytest.mark.property
 
@@ -40,7 +41,7 @@ steps = st.one_of(
 
 @given(st.lists(steps, max_size=40), st.sampled_from([IPv4Address("10.2.1.9"), IPv4Address("10.2.7.9"), IPv4Address("10.3.0.1"), IPv4Address("10.9.0.1")]))
 def test_against_a_plain_table(given_steps: list[tuple[str, tuple[Direction, Selector], tuple[int, ...]]], destination: IPv4Address) -> None:
-    standing = StandingPolicies()
+    standing = StandingPolicies(standing_key)
     plain: dict[tuple[Direction, Selector], Policy] = {}
     for what, (direction, selector), reqids in given_steps:
         key = (direction, SAME.get(selector, selector))
