@@ -227,7 +227,7 @@ class Daemon:
             self._manager.run(entry, entry.sa.delete(now, Reason.SHUTDOWN))
         try:
             async with asyncio.timeout(SHUTDOWN_DEADLINE):
-                await self._manager.all_closed()
+                await self._manager.registry.all_closed()
         except TimeoutError:
             log.warning("peers did not answer our deletes", left=len(self._manager))
         await self.abandon()

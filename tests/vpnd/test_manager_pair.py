@@ -83,7 +83,7 @@ class Node:
         side.lost = self.demands.sas_lost
         self.configuration = loaded.configuration
         self.lines: list[str] = []
-        self.manager.subscribe(lambda event: self.lines.append(event.text) if isinstance(event, LogLine) else None)
+        self.manager.news.subscribe(lambda event: self.lines.append(event.text) if isinstance(event, LogLine) else None)
         network.nodes[address] = self
 
     async def _connect(self) -> KernelChannel:
@@ -226,7 +226,7 @@ async def test_a_soft_expiry_makes_the_successor_before_the_old_one_goes() -> No
     await until(lambda: mirrored(a, b))
     old = next(sa for sa in a.kernel.sas.values() if sa.direction is Direction.OUT)
     least = []
-    a.manager.subscribe(lambda _event: least.append(min(len(a.spis(Direction.IN)), len(b.spis(Direction.OUT)))))
+    a.manager.news.subscribe(lambda _event: least.append(min(len(a.spis(Direction.IN)), len(b.spis(Direction.OUT)))))
     a.channels[-1].event(Expire(old.id, old.reqid, hard=False))
     await until(lambda: mirrored(a, b) and old.spi not in a.spis(Direction.OUT))
     assert min(least) >= 1
@@ -238,7 +238,7 @@ async def test_a_kernel_that_lost_its_sas_gets_new_ones_never_the_old_keys() -> 
     await until(lambda: mirrored(a, b))
     old = set(a.kernel.sas.values())
     fewest = []
-    b.manager.subscribe(lambda _event: fewest.append(len(b.kernel.policies)))
+    b.manager.news.subscribe(lambda _event: fewest.append(len(b.kernel.policies)))
     a.kernel = FakeKernel(next_spi=0x9000)
     a.channels[-1].die()
     await until(lambda: len(a.channels) == 2 and mirrored(a, b))
@@ -293,7 +293,7 @@ async def test_half_open_limits_ask_for_cookies_and_then_refuse() -> None:
         await until(lambda a=a: a.network.sent)
         nodes.append(a)
         b.manager.datagram(Endpoint(B, 500), Endpoint(ip_address(f"127.0.1.{number}"), 500), a.network.sent[0])
-    assert b.manager.half_open == 1, "from the first on a cookie is asked for, and nobody returned one"
+    assert b.manager.registry.half_open_total == 1, "from the first on a cookie is asked for, and nobody returned one"
     assert b.manager.counters.snapshot()["ike_cookies_sent"] == 7
 
 
@@ -314,7 +314,7 @@ async def test_initial_contact_replaces_what_a_restarted_peer_had() -> None:
     reborn.kernel.next_spi = 0x8000
     await reborn.start()
     fewest = []
-    b.manager.subscribe(lambda _event: fewest.append(len(b.kernel.policies)))
+    b.manager.news.subscribe(lambda _event: fewest.append(len(b.kernel.policies)))
     await reborn.up()
     await until(lambda: mirrored(reborn, b))
     assert len(b.manager) == 1
@@ -539,9 +539,9 @@ async def test_a_child_is_rekeyed_by_the_operator(sides: str) -> None:
     await a.up()
     await until(lambda: mirrored(a, b))
     old, events = a.spis(Direction.OUT), []
-    a.manager.subscribe(events.append)
+    a.manager.news.subscribe(events.append)
     fewest = []
-    b.manager.subscribe(lambda _event: fewest.append((len(b.kernel.policies), len(b.spis(Direction.OUT)))))
+    b.manager.news.subscribe(lambda _event: fewest.append((len(b.kernel.policies), len(b.spis(Direction.OUT)))))
     for name in sides:
         assert {"a": a, "b": b}[name].operations.rekey(child="net") == 1
     await until(lambda: mirrored(a, b) and not old & a.spis(Direction.OUT) and len(children(a)) == len(children(b)) == 1)
@@ -560,7 +560,7 @@ async def test_the_ike_sa_is_rekeyed_by_the_operator(sides: str) -> None:
     await a.up()
     await until(lambda: mirrored(a, b))
     before, events = (a.spis(Direction.OUT), children(a), children(b)), []
-    a.manager.subscribe(events.append)
+    a.manager.news.subscribe(events.append)
     for name in sides:
         assert {"a": a, "b": b}[name].operations.rekey(ike="site") == 1
     await until(lambda: len(a.manager) == len(b.manager) == 1 and any("rekeyed from" in line for line in a.lines))

@@ -34,7 +34,8 @@ from vpnd.control.backend import ControlError
 from vpnd.daemon.background import Background
 from vpnd.daemon.crossings import SETTLE, superfluous_child, superfluous_ike
 from vpnd.daemon.endpoints import Endpoints, backoff
-from vpnd.daemon.manager import ChildKey, Entry, Manager
+from vpnd.daemon.entry import ChildKey, Entry
+from vpnd.daemon.manager import Manager
 from vpnd.daemon.traps import Traps
 from vpnd.ike.effects import NO_ACQUIRE, ChildFailed, ChildSa, IkeClosed, Reason
 from vpnd.ike.sa import ChildSaState
@@ -382,7 +383,7 @@ class Demands:
 
     def _acquire(self, event: Acquire) -> None:
         self._manager.counters.add("acquires")
-        known = self._manager.child_of_reqid(event.reqid)
+        known = self._manager.reqids.child(event.reqid)
         connection = self._manager.connections.get(known[0]) if known else None
         if known is None or connection is None or self._stopping:
             self._background.start(self._refuse([event.sequence]))

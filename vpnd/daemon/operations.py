@@ -28,7 +28,8 @@ from vpnd.control.backend import (
     PolicyStatus,
 )
 from vpnd.daemon.demands import Demands
-from vpnd.daemon.manager import Entry, Manager
+from vpnd.daemon.entry import Entry
+from vpnd.daemon.manager import Manager
 from vpnd.daemon.traps import NoAddressYet, selectors
 from vpnd.ike.effects import ChildFailed, ChildSa, IkeClosed, Reason, RekeyFailed
 from vpnd.ike.sa import Child, ChildSaState, IkeSaState
@@ -55,15 +56,18 @@ class Operations:
     # News, shown and passed on
 
     def ike_established(self, entry: Entry) -> None:
-        self._manager.publish(IkeUpDown(True, self._ike_status(entry, NO_USAGE)))
+        self._manager.news.publish(IkeUpDown(True, self._ike_status(entry, NO_USAGE)))
 
     def ike_rekeyed(self, old: Entry, new: Entry) -> None:
-        self._manager.publish(IkeRekeyed(self._ike_status(old, NO_USAGE, children=()), self._ike_status(new, NO_USAGE, children=())))
+        self._manager.news.publish(IkeRekeyed(self._ike_status(old, NO_USAGE, children=()), self._ike_status(new, NO_USAGE, children=())))
         self._demands.ike_rekeyed(old, new)
+
+    def reauthentication_due(self, entry: Entry) -> None:
+        pass
 
     def child_rekeyed(self, entry: Entry, old: ChildSa, child: ChildSa) -> None:
         before, after = self._child_event_status(entry, old), self._child_event_status(entry, child)
-        self._manager.publish(ChildRekeyed(self._ike_status(entry, NO_USAGE, children=()), before, after))
+        self._manager.news.publish(ChildRekeyed(self._ike_status(entry, NO_USAGE, children=()), before, after))
         self._demands.child_rekeyed(entry, old, child)
 
     def rekey_failed(self, entry: Entry, effect: RekeyFailed) -> None:
@@ -83,11 +87,11 @@ class Operations:
 
     def ike_closed(self, entry: Entry, effect: IkeClosed) -> None:
         if entry.sa.established_at is not None and effect.reason is not Reason.REKEYED:
-            self._manager.publish(IkeUpDown(False, self._ike_status(entry, NO_USAGE)))
+            self._manager.news.publish(IkeUpDown(False, self._ike_status(entry, NO_USAGE)))
         self._demands.ike_closed(entry, effect)
 
     def _publish_child(self, up: bool, entry: Entry, child: ChildSa) -> None:
-        self._manager.publish(ChildUpDown(up, self._ike_status(entry, NO_USAGE, children=[self._child_event_status(entry, child)])))
+        self._manager.news.publish(ChildUpDown(up, self._ike_status(entry, NO_USAGE, children=[self._child_event_status(entry, child)])))
 
     def _child_event_status(self, entry: Entry, child: ChildSa) -> ChildStatus:
         known = entry.sa.children.get(child.id)
@@ -108,7 +112,7 @@ class Operations:
         )
 
     def subscribe(self, listener: Callable[[DaemonEvent], None]) -> Callable[[], None]:
-        return self._manager.subscribe(listener)
+        return self._manager.news.subscribe(listener)
 
     # Status
 
@@ -117,7 +121,7 @@ class Operations:
             uptime=self._monotonic() - self._started_monotonic,
             since=self._started,
             ike_total=len(self._manager),
-            ike_half_open=self._manager.half_open,
+            ike_half_open=self._manager.registry.half_open_total,
             policies=len(self._demands.traps.installed),
             counters=self._manager.counters.snapshot(),
         )
@@ -273,7 +277,7 @@ class Operations:
         for child in connection.children.values():
             if not child.reqid:
                 continue
-            owner = self._manager.child_of_reqid(child.reqid)
+            owner = self._manager.reqids.child(child.reqid)
             if owner is not None and (owner[0], owner[1].name) != (connection.name, child.name):
                 standing = connection if owner[0] == connection.name else self._manager.connections.get(owner[0])
                 if standing is not None and owner[1].name in standing.children:
@@ -362,7 +366,7 @@ class Operations:
             if isinstance(event, LogLine) and not lines.full():
                 lines.put_nowait(event)
 
-        unsubscribe = self._manager.subscribe(take)
+        unsubscribe = self._manager.news.subscribe(take)
         deadline = self._monotonic() + timeout if timeout else None
         waiting: asyncio.Future[LogLine | None] | None = None
         try:
@@ -446,7 +450,7 @@ class Operations:
     async def _until(self, conditions: Sequence[Callable[[], bool]]) -> None:
         """Looks again after everything that the manager says."""
         changed = asyncio.Event()
-        unsubscribe = self._manager.subscribe(lambda _event: changed.set())
+        unsubscribe = self._manager.news.subscribe(lambda _event: changed.set())
         try:
             while not all(condition() for condition in conditions):
                 changed.clear()

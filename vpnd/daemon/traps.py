@@ -11,7 +11,8 @@ from vpnd.config.model import ChildConfig, ConnectionConfig, TsTemplate
 from vpnd.control.backend import ControlError
 from vpnd.daemon.background import Background
 from vpnd.daemon.endpoints import Endpoints, backoff
-from vpnd.daemon.manager import ChildKey, Manager
+from vpnd.daemon.entry import ChildKey
+from vpnd.daemon.manager import Manager
 from vpnd.ike.narrowing import resolve
 from vpnd.peers import host_names
 from vpnd.policies import PolicySpec, policies_for
@@ -62,7 +63,7 @@ class Traps:
             raise ControlError(f"child '{child.name}' cannot be trapped: connection '{connection.name}' has no remote address to ask")
         if not child.reqid:
             first = next(policies_for(PolicySpec.of_child(child, child.mode, ReqId(0), local, remote), local_ts, remote_ts), None)
-            self._manager.adopt_reqid(connection, child, self._manager.kernel.reqid_for(first.selector if first else None))
+            self._manager.reqids.adopt(connection, child, self._manager.kernel.reqid_for(first.selector if first else None))
         reqid = ReqId(self._manager.reqid(connection, child))
         spec = PolicySpec.of_child(child, child.mode, reqid, local, remote)
         policies = list(policies_for(spec, local_ts, remote_ts))

@@ -137,6 +137,11 @@ class IkeHandedOver:
 
 
 @dataclass(frozen=True, slots=True)
+class ReauthenticationDue:
+    """It has stood long enough: the peers are to prove anew who they are, on an IKE SA of its own (RFC 7296 section 2.8.3)."""
+
+
+@dataclass(frozen=True, slots=True)
 class ChildEstablished:
     """`replaces`: it rekeys that CHILD_SA, which is closed (REKEYED) later."""
 
@@ -204,6 +209,7 @@ Effect = (
     | IkeClosed
     | IkeOpened
     | IkeHandedOver
+    | ReauthenticationDue
     | ChildEstablished
     | ChildClosed
     | ChildFailed

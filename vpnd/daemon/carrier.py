@@ -1,0 +1,299 @@
+"""What the effects of IKE SAs do to sockets and kernel.
+
+They are carried out step after step; a step that needs the kernel goes on in a task of its own until its effects are done,
+so nothing waits per SA while nothing happens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol
+
+import structlog
+
+from kernel_shim.channel.api import ChannelClosed
+from kernel_shim.model import Direction, Endpoint, KernelError, ReqId, SecurityAssociation, SpiRequest
+from vpnd.daemon.background import Background
+from vpnd.daemon.entry import Entry, Listener
+from vpnd.daemon.kernel_side import KernelSide
+from vpnd.daemon.news import News
+from vpnd.daemon.registry import Registry
+from vpnd.daemon.reqids import ReqIds
+from vpnd.ike.effects import (
+    AllocateSpi,
+    AuthenticationRejected,
+    ChildClosed,
+    ChildDenied,
+    ChildEstablished,
+    ChildFailed,
+    Effect,
+    IkeClosed,
+    IkeEstablished,
+    IkeHandedOver,
+    IkeOpened,
+    InitialContact,
+    InstallSa,
+    Reason,
+    ReauthenticationDue,
+    RekeyFailed,
+    RemoveSa,
+    Send,
+    SendKeepalive,
+)
+from vpnd.ike.sa import IkeSa
+from vpnd.policies import PolicySpec, policies_for
+from vpnd.telemetry.counters import Counters
+
+KERNEL_ERRORS: Final = (KernelError, TimeoutError, ChannelClosed)
+
+log = structlog.get_logger("ike")
+
+
+class Sockets(Protocol):
+    """Sends IKE messages; `vpnd.io.udp.IkeSockets` behind the application."""
+
+    def send(self, local: Endpoint, remote: Endpoint, data: bytes) -> None: ...
+    def send_keepalive(self, local: Endpoint, remote: Endpoint) -> None: ...
+
+
+class Carrier:
+    """`advanced` is called with each IKE SA that may have another deadline now."""
+
+    def __init__(self, kernel: KernelSide, sockets: Sockets, registry: Registry, reqids: ReqIds, news: News, counters: Counters) -> None:
+        self._kernel = kernel
+        self._sockets = sockets
+        self._registry = registry
+        self._reqids = reqids
+        self._news = news
+        self._counters = counters
+        self._installing: Counter[int] = Counter()  # half installed CHILD_SAs by reqid
+        self._background = Background()
+        self.listener: Listener | None = None
+        self.advanced: Callable[[Entry], None] = lambda entry: None
+
+    def installing(self, reqid: int) -> bool:
+        """Whether a CHILD_SA of that reqid is half installed: its SA out is about to come."""
+        return self._installing[reqid] > 0
+
+    # Steps
+
+    def run(self, entry: Entry, effects: Sequence[Effect]) -> None:
+        """Carry out one step, after the steps of this IKE SA that are still under way."""
+        if effects:
+            entry.steps.append(deque(effects))
+        for effect in effects:
+            if isinstance(effect, IkeOpened):
+                self._open(effect.sa)
+            elif isinstance(effect, IkeHandedOver):
+                self._hand_over(entry, self._required(effect.sa))
+        if entry.task is None and not entry.advancing and entry.awaits is None:
+            entry.advancing = True
+            try:
+                self._advance(entry)
+            finally:
+                entry.advancing = False
+        self.advanced(entry)
+
+    def _advance(self, entry: Entry) -> None:
+        while entry.steps:
+            step = entry.steps[0]
+            while step:
+                if isinstance(step[0], AllocateSpi | InstallSa | RemoveSa):
+                    entry.task = asyncio.get_running_loop().create_task(self._continue(entry))
+                    return
+                self._carry_out(entry, step.popleft())
+            entry.steps.popleft()
+        if entry.heir is not None and entry.heir.awaits is entry:
+            entry.heir.awaits = None
+            self.run(entry.heir, ())
+
+    def _open(self, sa: IkeSa) -> None:
+        """An IKE SA that a rekeying made."""
+        entry = self._registry.enter(sa)
+        self._registry.established(entry)
+        self.run(entry, ())
+
+    def _required(self, sa: IkeSa) -> Entry:
+        entry = self._registry.by_spi(sa.spi_local)
+        assert entry is not None, "an IKE SA hands over to one that was not opened"
+        return entry
+
+    def _hand_over(self, old: Entry, new: Entry) -> None:
+        old.heir, new.awaits = new, old
+        for child_id in new.sa.children:
+            if child_id in old.owners:
+                old.owners.discard(child_id)
+                new.owners.add(child_id)
+            if child_id in old.installing:
+                new.installing[child_id] = old.installing.pop(child_id)
+        self._counters.add("ike_rekeyed")
+        name = new.sa.connection.name
+        self._news.say(f"IKE_SA {name}[{new.sa.unique_id}] rekeyed from {name}[{old.sa.unique_id}]", new)
+        if self.listener:
+            self.listener.ike_rekeyed(old, new)
+
+    async def _continue(self, entry: Entry) -> None:
+        step = entry.steps[0]
+        try:
+            answer = await self._kernel_effect(entry, step)
+        except Exception:  # a fault of ours must cost this IKE SA its life, not its silence
+            log.exception("effect failed", connection=entry.sa.connection.name, ike=entry.sa.unique_id)
+            step.clear()
+            answer = entry.sa.abort(asyncio.get_running_loop().time(), Reason.KERNEL_REFUSED)
+        if answer:
+            # what follows from the answer belongs before later steps, after the rest of this one
+            entry.steps.insert(1, deque(answer))
+        entry.task = None
+        self.run(entry, ())
+        if entry.heir is not None:
+            self.run(entry.heir, ())  # what the kernel said may have given it something to do
+
+    async def _kernel_effect(self, entry: Entry, step: deque[Effect]) -> Sequence[Effect]:
+        """Take the first effect of the step and carry it out; what the core says to the outcome is returned."""
+        answer: Sequence[Effect] = ()
+        match step.popleft():
+            case AllocateSpi(token, _child, local, remote, mode, reqid, acquire):
+                spi = None
+                try:
+                    spi = await self._kernel.get_spi(SpiRequest(remote.address, local.address, mode, ReqId(reqid), acquire=acquire))
+                except KERNEL_ERRORS as error:
+                    self._news.say(f"kernel gave no SPI: {error}", entry, group="KNL", warning=True)
+                answer = entry.sa.spi_allocated(token, spi, asyncio.get_running_loop().time())
+            case InstallSa(child_id, sa):
+                try:
+                    await self._install(entry, child_id, sa)
+                except KERNEL_ERRORS as error:
+                    self._news.say(f"kernel refused the {sa.direction.name.lower()}bound SA {sa.spi:08x}: {error}", entry, group="KNL", warning=True)
+                    step.clear()
+                    self._release(entry.current, child_id)
+                    answer = entry.sa.install_failed(child_id, sa.direction, asyncio.get_running_loop().time())
+            case RemoveSa(sa_id):
+                self._registry.disown(sa_id)
+                await self._kernel.remove(sa_id)
+            case effect:
+                raise AssertionError(f"{effect} does not need the kernel")
+        return answer
+
+    # SAs of the kernel
+
+    async def _install(self, entry: Entry, child_id: int, sa: SecurityAssociation) -> None:
+        """Policies in all directions stand before the first SA: what is sent before the SA out stands waits for it in the kernel, and is not sent in clear."""
+        inbound = sa.direction is Direction.IN
+        if inbound:
+            local_ts, remote_ts = sa.destination_selectors, sa.source_selectors
+            known = self._reqids.child(sa.reqid)
+            spec = PolicySpec.of_child(known[1] if known else None, sa.mode, sa.reqid, sa.destination, sa.source)
+            entry.current.owners.add(child_id)
+            entry.current.installing[child_id] = sa.reqid
+            self._installing[sa.reqid] += 1
+            await self._kernel.claim(("child", child_id), list(policies_for(spec, local_ts, remote_ts)))
+        await self._kernel.install(sa)
+        self._registry.own(sa.id, entry, child_id)
+        if not inbound:
+            self._installed(entry.current, child_id)
+
+    def _installed(self, entry: Entry, child_id: int) -> None:
+        reqid = entry.installing.pop(child_id, None)
+        if reqid is not None:
+            self._installing[reqid] -= 1
+            if not self._installing[reqid]:
+                del self._installing[reqid]
+
+    # Everything else
+
+    def _carry_out(self, entry: Entry, effect: Effect) -> None:
+        match effect:
+            case Send(local, remote, data):
+                self._sockets.send(local, remote, data)
+            case SendKeepalive(local, remote):
+                self._sockets.send_keepalive(local, remote)
+            case IkeEstablished():
+                self._authenticated(entry)
+            case ReauthenticationDue():
+                if self.listener:
+                    self.listener.reauthentication_due(entry)
+            case IkeClosed():
+                self._closed(entry, effect)
+            case IkeOpened() | IkeHandedOver():
+                pass  # at once, in `run`
+            case ChildEstablished(child, replaces):
+                entry = entry.current
+                self._installed(entry, child.id)  # of one that the peer rekeys, the SA out comes only when the old one goes
+                self._counters.add("child_established" if replaces is None else "child_rekeyed")
+                self._news.say(
+                    f"CHILD_SA {child.name}{{{child.id}}} established with SPIs {child.inbound.spi:08x}_i {child.outbound.spi:08x}_o and TS "
+                    f"{' '.join(map(str, child.local_ts))} === {' '.join(map(str, child.remote_ts))}"
+                    + (f", rekeying {replaces.name}{{{replaces.id}}}" if replaces else ""),
+                    entry,
+                )
+                if self.listener:
+                    if replaces is None:
+                        self.listener.child_established(entry, child)
+                    else:
+                        self.listener.child_rekeyed(entry, replaces, child)
+            case RekeyFailed(child_id, reason, detail):
+                entry = entry.current
+                self._counters.add("rekey_failed")
+                what = f"CHILD_SA {{{child_id}}}" if child_id else f"IKE_SA {entry.sa.connection.name}[{entry.sa.unique_id}]"
+                self._news.say(f"rekeying of {what} failed: {reason.value}{f' ({detail})' if detail else ''}; it is tried again", entry, warning=True)
+                if self.listener:
+                    self.listener.rekey_failed(entry, effect)
+            case ChildClosed(child, reason):
+                entry = entry.current
+                self._counters.add("child_closed")
+                self._news.say(f"CHILD_SA {child.name}{{{child.id}}} closed: {reason.value}", entry)
+                if self.listener:
+                    self.listener.child_closed(entry, child, reason)
+                self._release(entry, child.id)
+            case ChildFailed():
+                self._counters.add("child_failed")
+                detail = f" ({effect.detail})" if effect.detail else ""
+                self._news.say(f"CHILD_SA {effect.name} failed: {effect.reason.value}{detail}", entry, warning=True)
+                if self.listener:
+                    self.listener.child_failed(entry, effect)
+            case ChildDenied(reason, detail):
+                self._counters.add("child_denied")
+                self._news.say(f"peer's request for a CHILD_SA denied: {reason.value}{f' ({detail})' if detail else ''}", entry, warning=True)
+            case AuthenticationRejected(connection, peer, why):
+                self._counters.add("authentication_rejected")
+                self._news.say(
+                    f"authentication of peer '{peer or '%any'}' at {entry.sa.remote} for connection '{connection or '?'}' failed: {why}", entry, warning=True
+                )
+            case InitialContact(local_id, remote_id):
+                for other in self._registry.of_peer((local_id, remote_id)):
+                    if other is not entry:
+                        other.superseded = True
+                        self.run(other, other.sa.abort(asyncio.get_running_loop().time(), Reason.REPLACED))
+            case _:
+                raise AssertionError(f"{effect} needs the kernel")
+
+    def _authenticated(self, entry: Entry) -> None:
+        self._registry.established(entry)
+        self._counters.add("ike_established")
+        sa = entry.sa
+        self._news.say(
+            f"IKE_SA {sa.connection.name}[{sa.unique_id}] established between {sa.local.address}[{sa.local_id}]...{sa.remote.address}[{sa.remote_id}]", entry
+        )
+        if self.listener:
+            self.listener.ike_established(entry)
+
+    def _closed(self, entry: Entry, effect: IkeClosed) -> None:
+        sa = entry.sa
+        self._registry.closed(entry)
+        self.advanced(entry)
+        self._counters.add("ike_closed")
+        detail = f" ({effect.detail})" if effect.detail else ""
+        self._news.say(f"IKE_SA {sa.connection.name}[{sa.unique_id}] closed: {effect.reason.value}{detail}", entry)
+        if self.listener:
+            self.listener.ike_closed(entry, effect)
+        for child_id in list(entry.owners):
+            self._release(entry, child_id)
+
+    def _release(self, entry: Entry, child_id: int) -> None:
+        self._installed(entry, child_id)
+        entry.owners.discard(child_id)
+        owner = ("child", child_id)
+        if self._kernel.has_claims(owner):
+            self._background.start(self._kernel.release(owner))
