@@ -374,8 +374,6 @@ class SpiRequest:
     minimum: int = 0x100
     maximum: int = 0xFFFFFFFF
     acquire: AcquireSequence = AcquireSequence(0)
-    if_id: int = 0
-    mark: Mark = NO_MARK
 
 
 @dataclass(frozen=True, slots=True)

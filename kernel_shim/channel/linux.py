@@ -29,6 +29,9 @@ XFRM: Final = Capabilities(
     maximum_replay_window=MAX_REPLAY_WINDOW,
     port_ranges=False,  # ports are under a mask
     address_ranges=False,
+    if_ids=True,
+    marks=True,
+    offload=True,
     sa_selectors=False,  # an SA can have one pair; of more the policies decide alone
     unresolved_modes=frozenset({Unresolved.QUEUE}),  # its hold queue, where it can be switched on; else DROP
 )

@@ -32,6 +32,7 @@ LONG_TIMEOUT: Final = 30.0  # s, where the kernel may have to load cipher module
 ATTEMPTS: Final = 3
 MAX_UNDER_WAY: Final = 32  # requests; their answers fit the receive buffer many times over
 MAX_DUMP_ENTRIES: Final = 1_000_000
+SLICE: Final = 256  # entries of a dump that are translated at a time, so that it does not starve the rest of the loop
 READ_SIZE: Final = 1 << 16  # the kernel fills at most 32 KB at a time (netlink_dump)
 READS_A_WAKEUP: Final = 16  # datagrams, so that neither a dump nor a storm of ACQUIREs starves the rest of the loop
 REPLY_BUFFER: Final = 1 << 20  # octets; doubled by the kernel
@@ -170,23 +171,29 @@ class NetlinkSocket:
 
     def _readable(self) -> None:
         for _ in range(READS_A_WAKEUP):
-            if self._socket is None:
+            if not self.read():
                 return
-            try:
-                length, _, flags, sender = self._socket.recvmsg_into((self._buffer,))
-            except (BlockingIOError, InterruptedError):
-                return
-            except OSError as error:
-                if error.errno == errno.ENOBUFS:
-                    self._overrun()
-                    continue
-                raise
-            if sender[0] != 0:
-                continue  # only the kernel is believed
-            if flags & socket.MSG_TRUNC:
+
+    def read(self) -> bool:
+        """Take one datagram that is there already; False when there is none."""
+        if self._socket is None:
+            return False
+        try:
+            length, _, flags, sender = self._socket.recvmsg_into((self._buffer,))
+        except (BlockingIOError, InterruptedError):
+            return False
+        except OSError as error:
+            if error.errno == errno.ENOBUFS:
                 self._overrun()
-                continue
+                return True
+            raise
+        if sender[0] != 0:
+            return True  # only the kernel is believed
+        if flags & socket.MSG_TRUNC:
+            self._overrun()
+        else:
             self._take(bytes(self._buffer[:length]))
+        return True
 
     def _take(self, datagram: bytes) -> None:
         try:

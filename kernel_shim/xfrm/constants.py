@@ -24,6 +24,7 @@ class NetlinkFlag(IntFlag):
     MULTI = 0x002
     ACK = 0x004
     DUMP_INTR = 0x010
+    REPLACE = 0x100
     ACK_TLVS = 0x200  # of an NLMSG_ERROR
     EXCL = 0x200
     DUMP = 0x300
@@ -134,6 +135,39 @@ class StateFlag(IntFlag):
     ESN = 128
 
 
+class EventFlag(IntFlag):
+    """`XFRM_AE_*`: what an AE message asks for or tells, and why the kernel sent it."""
+
+    REPLAY_THRESHOLD = 1
+    REPLAY = 2
+    LIFETIME = 4
+    TIMER_THRESHOLD = 8
+    BY_REQUEST = 16
+    BY_TIMER = 32
+    BY_UPDATE = 64
+
+
+class OffloadFlag(IntFlag):
+    """`XFRM_OFFLOAD_*`."""
+
+    IPV6 = 1
+    INBOUND = 2
+    PACKET = 4
+
+
+class DatabaseAttribute(IntEnum):
+    """`XFRMA_SPD_*` of an SPD information message, whose attributes have numbers of their own."""
+
+    SPD_COUNTS = 1
+    SPD_HASH = 2
+    SPD_THRESHOLD_4 = 3
+    SPD_THRESHOLD_6 = 4
+
+
+SAD_COUNT: Final = 1  # XFRMA_SAD_CNT
+SAD_HASH: Final = 2  # XFRMA_SAD_HINFO
+
+
 class SaDirection(IntEnum):
     IN = 1
     OUT = 2
@@ -182,6 +216,7 @@ INTEGRITY_NAMES: Final = {
 
 # --- of this implementation
 
+MAX_MOVES: Final = 6  # of one MIGRATE message; XFRM_MAX_DEPTH
 OURS: Final = 0x80000000  # the top bit of reqids and policy indexes; the kernel, strongSwan and libreswan count from small numbers up
 MAX_REPLAY_WINDOW: Final = 4096  # XFRMA_REPLAY_ESN_MAX
 MAX_TEMPLATES: Final = 6  # XFRM_MAX_DEPTH

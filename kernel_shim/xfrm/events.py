@@ -1,23 +1,45 @@
-"""What the kernel reports of its own accord: ACQUIRE, EXPIRE and MAPPING."""
+"""What the kernel reports of its own accord: ACQUIRE, EXPIRE, MAPPING, MIGRATE, REPORT and AE."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kernel_shim.model import PROTOCOL_ESP, Acquire, AcquireSequence, Endpoint, Expire, KernelEvent, NewMapping, PolicyIndex, ReqId, SaId, Spi
+from kernel_shim.model import PROTOCOL_ESP, Acquire, AcquireSequence, Endpoint, Expire, Flow, KernelEvent, NewMapping, PolicyIndex, ReqId, SaId, Spi
 from kernel_shim.xfrm.constants import AF_INET, Attribute, MessageType
+from kernel_shim.xfrm.migrate import Migration, migration_from
+from kernel_shim.xfrm.ownership import is_ours, reqid_from
 from kernel_shim.xfrm.policies import templates_from
-from kernel_shim.xfrm.sas import is_ours, reqid_from
+from kernel_shim.xfrm.replay import SaEvent, event_from
 from kernel_shim.xfrm.selectors import flow_from, selector_from
-from kernel_shim.xfrm.structs import OCTET, SA_SIZE, AcquireStruct, MalformedMessage, MappingStruct, SaStruct, TemplateStruct, unpack, unpack_address
+from kernel_shim.xfrm.structs import (
+    OCTET,
+    REPORT_HEAD,
+    SA_SIZE,
+    AcquireStruct,
+    MalformedMessage,
+    MappingStruct,
+    SaStruct,
+    SelectorStruct,
+    TemplateStruct,
+    unpack,
+    unpack_address,
+)
 from kernel_shim.xfrm.wire import Message
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A packet that a policy would have had protected came without protection; only Mobile IPv6's route optimisation is told so."""
+
+    protocol: int
+    flow: Flow
 
 
 @dataclass(frozen=True, slots=True)
 class Notice:
     """`ours`: whether it is about a policy or SA of ours."""
 
-    event: KernelEvent
+    event: KernelEvent | Migration | Report | SaEvent
     ours: bool
 
 
@@ -29,6 +51,15 @@ def notice_from(message: Message) -> Notice | None:
         return _expire(message)
     if message.type == MessageType.MAPPING:
         return _mapping(message)
+    if message.type == MessageType.MIGRATE:
+        migration = migration_from(message)
+        return Notice(migration, any(is_ours(move.reqid) for move in migration.moves))
+    if message.type == MessageType.REPORT:
+        (protocol,) = unpack(OCTET, message.body, "user_report")
+        return Notice(Report(protocol, flow_from(SelectorStruct.unpack(message.body, REPORT_HEAD.size))), ours=False)
+    if message.type == MessageType.NEWAE:
+        event = event_from(message)
+        return Notice(event, is_ours(event.reqid))
     return None
 
 

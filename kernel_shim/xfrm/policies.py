@@ -31,7 +31,8 @@ from kernel_shim.xfrm.constants import (
     PolicyAction,
     PolicyDirection,
 )
-from kernel_shim.xfrm.sas import is_ours, kernel_reqid, mode_from, mode_number, reqid_from
+from kernel_shim.xfrm.modes import mode_from, mode_number
+from kernel_shim.xfrm.ownership import is_ours, kernel_reqid, reqid_from
 from kernel_shim.xfrm.selectors import selector_attributes, selector_from, selector_struct
 from kernel_shim.xfrm.structs import (
     NO_SELECTOR,

@@ -58,12 +58,15 @@ def selector_struct(selector: Selector) -> SelectorStruct:
 
 def selector_attributes(selector: Selector) -> dict[int, bytes]:
     """What of a selector stands beside its structure."""
-    attributes: dict[int, bytes] = {}
-    if selector.mark != NO_MARK:
-        attributes[Attribute.MARK] = MARK.pack(selector.mark.value, selector.mark.mask)
-    if selector.if_id:
-        attributes[Attribute.IF_ID] = NUMBER.pack(selector.if_id)
-    return attributes
+    return mark_attributes(selector.mark) | if_id_attributes(selector.if_id)
+
+
+def mark_attributes(mark: Mark) -> dict[int, bytes]:
+    return {Attribute.MARK: MARK.pack(mark.value, mark.mask)} if mark != NO_MARK else {}
+
+
+def if_id_attributes(if_id: int) -> dict[int, bytes]:
+    return {Attribute.IF_ID: NUMBER.pack(if_id)} if if_id else {}
 
 
 def selector_from(struct: SelectorStruct, attributes: Mapping[int, bytes]) -> Selector:

@@ -294,7 +294,56 @@ class MappingStruct(NamedTuple):
 MAPPING_REST: Final = struct.Struct("=I16s16s2s2s")
 MAPPING_SIZE: Final = USERSA_ID.size + MAPPING_REST.size
 
+
+class EventStruct(NamedTuple):
+    """struct xfrm_aevent_id."""
+
+    id: SaIdStruct
+    saddr: bytes
+    flags: int
+    reqid: int
+
+    def pack(self) -> bytes:
+        return self.id.pack() + AEVENT_REST.pack(*self[1:])
+
+    @classmethod
+    def unpack(cls, data: bytes) -> EventStruct:
+        return cls(SaIdStruct.unpack(data), *_unpack(AEVENT_REST, data, USERSA_ID.size, "aevent_id"))
+
+
 AEVENT_REST: Final = struct.Struct("=16sII")  # what follows usersa_id in xfrm_aevent_id
+AEVENT_SIZE: Final = USERSA_ID.size + AEVENT_REST.size
+
+
+class MoveStruct(NamedTuple):
+    """struct xfrm_user_migrate."""
+
+    old_daddr: bytes
+    old_saddr: bytes
+    new_daddr: bytes
+    new_saddr: bytes
+    proto: int
+    mode: int
+    reqid: int
+    old_family: int
+    new_family: int
+
+    def pack(self) -> bytes:
+        return MOVE.pack(*self)
+
+    @classmethod
+    def unpack(cls, data: bytes, offset: int = 0) -> MoveStruct:
+        return cls(*_unpack(MOVE, data, offset, "user_migrate"))
+
+
+MOVE: Final = struct.Struct("=16s16s16s16sBB2xIHH")
+REPORT_HEAD: Final = struct.Struct("=B3x")  # of struct xfrm_user_report, before its selector
+REPORT_SIZE: Final = REPORT_HEAD.size + SELECTOR.size
+LIFETIME_CURRENT: Final = struct.Struct("=4Q")  # struct xfrm_lifetime_cur: octets, packets, add time, use time
+OFFLOAD: Final = struct.Struct("=iB3x")  # struct xfrm_user_offload: device, flags
+SPD_COUNTS: Final = struct.Struct("=6I")  # struct xfrmu_spdinfo: in, out, forward; the same of sockets
+HASH_SIZES: Final = struct.Struct("=II")  # struct xfrmu_spdhinfo and xfrmu_sadhinfo: buckets, most buckets
+HASH_THRESHOLD: Final = struct.Struct("=BB")  # struct xfrmu_spdhthresh: local and remote prefix bits
 ALGORITHM: Final = struct.Struct("=64sI")  # struct xfrm_algo, before the key
 ALGORITHM_SIZED: Final = struct.Struct("=64sII")  # struct xfrm_algo_aead and xfrm_algo_auth, before the key
 ENCAPSULATION: Final = struct.Struct("=H2s2s2x16s")  # struct xfrm_encap_tmpl

@@ -61,7 +61,8 @@ _SA: Final = _message_class("usersa_info", structs.SA_SIZE)
 _SA_ID: Final = _message_class("usersa_id", structs.USERSA_ID.size)
 _POLICY: Final = _message_class("userpolicy_info", structs.POLICY_SIZE)
 _POLICY_ID: Final = _message_class("userpolicy_id", structs.POLICY_ID_SIZE)
-_AEVENT: Final = _message_class("aevent_id", structs.USERSA_ID.size + structs.AEVENT_REST.size)
+_AEVENT: Final = _message_class("aevent_id", structs.AEVENT_SIZE)
+_FLAGS: Final = _message_class("flags", structs.NUMBER.size)
 _EMPTY: Final = _message_class("empty", 0)
 
 CLASSES: Final[Mapping[int, type[_Xfrm]]] = {
@@ -81,6 +82,12 @@ CLASSES: Final[Mapping[int, type[_Xfrm]]] = {
     MessageType.FLUSHPOLICY: _EMPTY,
     MessageType.NEWAE: _AEVENT,
     MessageType.GETAE: _AEVENT,
+    MessageType.REPORT: _message_class("user_report", structs.REPORT_SIZE),
+    MessageType.MIGRATE: _POLICY_ID,
+    MessageType.NEWSADINFO: _FLAGS,
+    MessageType.GETSADINFO: _FLAGS,
+    MessageType.NEWSPDINFO: _FLAGS,
+    MessageType.GETSPDINFO: _FLAGS,
     MessageType.MAPPING: _message_class("user_mapping", structs.MAPPING_SIZE),
 }
 """Messages of other types are passed over: nothing here asks for them."""

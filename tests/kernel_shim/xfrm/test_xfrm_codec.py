@@ -46,9 +46,11 @@ from kernel_shim.secret import Secret
 from kernel_shim.xfrm import structs, wire
 from kernel_shim.xfrm.constants import OURS, Attribute, MessageType, NetlinkType, StateFlag
 from kernel_shim.xfrm.events import notice_from
+from kernel_shim.xfrm.information import sad_information_from, spd_information_from
 from kernel_shim.xfrm.policies import policy_from, policy_id_message, policy_message, socket_bypass
-from kernel_shim.xfrm.sas import claim_message, sa_from, sa_message, spi_message
-from kernel_shim.xfrm.selectors import selector_from, selector_struct
+from kernel_shim.xfrm.sa_replies import sa_from
+from kernel_shim.xfrm.sas import Larval, claim_message, sa_message, spi_message
+from kernel_shim.xfrm.selectors import if_id_from, mark_from, selector_from, selector_struct
 from kernel_shim.xfrm.structs import MalformedMessage, SaStruct
 from kernel_shim.xfrm.wire import Message, decode, encode
 
@@ -129,6 +131,8 @@ def associations(draw: st.DrawFn) -> SecurityAssociation:
         esn=draw(st.booleans()),
         soft=draw(lifetimes),
         hard=draw(lifetimes),
+        if_id=draw(st.sampled_from((0, 1, 2**32 - 1))),
+        mark=draw(st.sampled_from((Mark(), Mark(7, 0xFF)))),
         source_selectors=() if pair is None else (TrafficSelector(pair.source, pair.protocol, pair.source_ports),),
         destination_selectors=() if pair is None else (TrafficSelector(pair.destination, pair.protocol, pair.destination_ports),),
     )
@@ -333,6 +337,12 @@ def interpret(message: Message) -> None:
         sa_from(message.body, message.attributes)
     elif message.type == MessageType.NEWPOLICY:
         policy_from(message)
+    elif message.type == MessageType.DELSA and Attribute.SA in message.attributes:
+        sa_from(message.attributes[Attribute.SA], message.attributes)
+    elif message.type == MessageType.NEWSPDINFO:
+        spd_information_from(message)
+    elif message.type == MessageType.NEWSADINFO:
+        sad_information_from(message)
     elif message.type in (NetlinkType.ERROR, NetlinkType.DONE):
         wire.error_of(message)
         wire.error_text(message)
@@ -371,7 +381,8 @@ def test_right_messages_with_some_octets_changed(sa: SecurityAssociation, policy
 @given(st.sampled_from(sorted(wire.CLASSES)), st.dictionaries(st.sampled_from(Attribute), st.binary(max_size=160), max_size=6), st.data())
 def test_any_attributes(kind: int, attributes: dict[int, bytes], data: st.DataObject) -> None:
     """With a structure of the right size, so that the attributes are reached."""
-    for body in (sa_message(gcm(), update=False).body, data.draw(BYTES)):
+    size = wire.CLASSES[kind](bytes(wire.HEADER.size)).fields
+    for body in (sa_message(gcm(), update=False).body, data.draw(BYTES), bytes(int(size[0][1][:-1]) if size else 0)):
         with contextlib.suppress(MalformedMessage):
             interpret(Message(kind, body, attributes))
 
@@ -387,8 +398,9 @@ def test_requests_that_reserve_spis() -> None:
     info = SaStruct.unpack(message.body)
     assert (info.spi, info.seq, info.reqid) == (0, 0, OURS)
     assert structs.SPI_RANGE.unpack_from(message.body, structs.SA_SIZE) == (0x100, 0x1FF)
-    claim = carried(claim_message(AcquireSequence(9), HERE, PEER, Mode.TUNNEL, ReqId(7), Spi(0x1234)))
+    claim = carried(claim_message(Larval(AcquireSequence(9), HERE, PEER, Mode.TUNNEL, ReqId(7), Mark(1, 3), 42), Spi(0x1234)))
     assert SaStruct.unpack(claim.body).seq == 9
+    assert (mark_from(claim.attributes), if_id_from(claim.attributes)) == (Mark(1, 3), 42)
     assert structs.SPI_RANGE.unpack_from(claim.body, structs.SA_SIZE) == (0x1234, 0x1234)
 
 
