@@ -16,6 +16,7 @@ from kernel_shim.model import (
     Direction,
     IPAddress,
     KernelEvent,
+    Migration,
     Policy,
     PolicyIndex,
     SaId,
@@ -65,7 +66,15 @@ class Kernel(Protocol):
 
     def delete_policy(self, direction: Direction, selector: Selector) -> Policy: ...
     def delete_policy_index(self, direction: Direction, index: PolicyIndex) -> Policy: ...
-    def get_policy(self, direction: Direction, index: PolicyIndex) -> Policy: ...
+    def get_policy(self, direction: Direction, index: PolicyIndex) -> Policy:
+        """ENOENT when there is none, as for the two deletions."""
+
+    def migrate(self, migration: Migration, now: float) -> Policy:
+        """The policy as it is afterwards. Its SAs keep sequence numbers, replay windows and lifetimes.
+
+        ENOENT without such a policy, ENODATA when no template of it matches, EEXIST when an SA with the new name stands.
+        """
+
     def policies(self) -> Sequence[Policy]: ...
     def flush_policies(self) -> int: ...
 

@@ -286,8 +286,53 @@ class Template:
 
 
 @dataclass(frozen=True, slots=True)
+class Identity:
+    """Who one end of an SA is (RFC 2367 section 2.3.5). Of no meaning to a kernel, which gives it back."""
+
+    type: int
+    name: bytes = b""
+    id: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Sensitivity:
+    """A sensitivity label (RFC 2367 section 2.3.6); bitmaps are whole words of 8 octets. Given back, and nothing else."""
+
+    domain: int
+    level: int = 0
+    compartments: bytes = b""
+    integrity_level: int = 0
+    integrity_compartments: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class SecurityContext:
+    """What a Linux security module calls an SA or a policy (struct sadb_x_sec_ctx). Given back, and nothing else."""
+
+    algorithm: int
+    domain: int
+    context: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """What a key manager hangs on an SA for others to read."""
+
+    source: Identity | None = None
+    destination: Identity | None = None
+    sensitivity: Sensitivity | None = None
+    context: SecurityContext | None = None
+
+
+NO_LABELS: Final = Labels()
+
+
+@dataclass(frozen=True, slots=True)
 class Policy:
-    """An entry of the SPD. A lower `priority` wins, as in Linux; of two equal ones the older. `index` is the kernel's, 0 before it gave one."""
+    """An entry of the SPD. A lower `priority` wins, as in Linux; of two equal ones the older. `index` is the kernel's, 0 before it gave one.
+
+    After `soft_seconds` the kernel says so, after `hard_seconds` the policy is gone; both count from when it was put there, 0 is never.
+    """
 
     selector: Selector
     direction: Direction
@@ -296,6 +341,30 @@ class Policy:
     templates: tuple[Template, ...] = ()
     unresolved: Unresolved = Unresolved.QUEUE
     index: PolicyIndex = PolicyIndex(0)
+    soft_seconds: int = 0
+    hard_seconds: int = 0
+    context: SecurityContext | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A tunnel whose outer addresses change. `reqid` 0 is any."""
+
+    mode: Mode
+    reqid: ReqId
+    old_source: IPAddress
+    old_destination: IPAddress
+    new_source: IPAddress
+    new_destination: IPAddress
+
+
+@dataclass(frozen=True, slots=True)
+class Migration:
+    """A policy, its templates and the SAs behind them go to other outer addresses (SADB_X_MIGRATE)."""
+
+    direction: Direction
+    selector: Selector
+    moves: tuple[Move, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -356,6 +425,7 @@ class SecurityAssociation:
     if_id: int = 0  # the xfrm interface that its packets belong to; 0 is none
     mark: Mark = NO_MARK  # only packets with this mark find it
     set_mark: Mark = NO_MARK  # what its packets are marked with once they went through it
+    labels: Labels = NO_LABELS
     offload: str = ""  # the device that encrypts (packets of another device are then encrypted by the kernel); empty is none
 
     @property
@@ -429,7 +499,15 @@ class NewMapping:
     new: Endpoint
 
 
-KernelEvent = Acquire | Expire | NewMapping
+@dataclass(frozen=True, slots=True)
+class PolicyExpire:
+    """A policy reached a lifetime. After a hard one it is gone."""
+
+    policy: Policy
+    hard: bool
+
+
+KernelEvent = Acquire | Expire | NewMapping | PolicyExpire
 
 
 @dataclass(frozen=True, slots=True)

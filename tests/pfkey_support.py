@@ -23,6 +23,7 @@ from kernel_shim.model import (
     IPAddress,
     KernelError,
     KernelEvent,
+    Migration,
     Mode,
     Policy,
     PolicyIndex,
@@ -38,6 +39,7 @@ from kernel_shim.model import (
     Unresolved,
 )
 from kernel_shim.pfkey.server import ClientId, ServerSession
+from kernel_shim.policy.migration import moved
 from kernel_shim.secret import NO_SECRET, Secret
 
 GCM = EspAlgorithm(EncryptionId.AES_GCM_16, 128)
@@ -183,6 +185,15 @@ class NaiveKernel:
             if (policy.direction, policy.index) == (direction, index):
                 return policy
         raise KernelError(errno.ENOENT, "no such policy")
+
+    def migrate(self, migration: Migration, now: float) -> Policy:
+        policy = self._find(migration.direction, migration.selector)
+        if policy is None:
+            raise KernelError(errno.ENOENT, "no such policy")
+        templates = moved(policy.templates, migration.moves)
+        if templates is None:
+            raise KernelError(errno.ENODATA, "no such template")
+        return self.update_policy(replace(policy, templates=templates), now)
 
     def policies(self) -> Sequence[Policy]:
         return list(self.spd)

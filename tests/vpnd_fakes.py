@@ -127,7 +127,7 @@ class FakeChannel:
 
     async def delete_policy(self, direction: Direction, selector: Selector) -> None:
         if self._ask("delete_policy").policies.pop((direction, selector), None) is None:
-            raise KernelError(errno.ESRCH, "no such policy")
+            raise KernelError(errno.ENOENT, "no such policy")
 
     async def policies(self) -> Sequence[Policy]:
         return list(self._ask("policies").policies.values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from kernel_shim.channel.userspace import USERSPACE
@@ -25,7 +25,9 @@ from kernel_shim.model import (
     Endpoint,
     KernelError,
     KernelEvent,
+    Migration,
     Policy,
+    PolicyExpire,
     PolicyIndex,
     ReqId,
     SaId,
@@ -39,8 +41,10 @@ from kernel_shim.packet import virtio
 from kernel_shim.policy.acquire import AcquireTable
 from kernel_shim.policy.bundle import BundleCache, Generations
 from kernel_shim.policy.flowkey import FieldUsage, FlowKeys, fields_of_traffic_selectors
+from kernel_shim.policy.lifetimes import PolicyLifetimes
+from kernel_shim.policy.migration import moved
 from kernel_shim.policy.pending import PendingQueues
-from kernel_shim.policy.spd import SecurityPolicyDatabase
+from kernel_shim.policy.spd import SecurityPolicyDatabase, direction_of
 from kernel_shim.reasons import DropReason
 from kernel_shim.sa.database import Sad, covers
 from kernel_shim.sa.entry import SaEntry
@@ -85,6 +89,7 @@ class Engine:
         self._paths: Final = PathMtus(config.path_mtu)
         self._spd: Final = SecurityPolicyDatabase(self._generations)
         self._sad: Final = Sad(entropy, self._emit, self._generations.bump_sad, self._sa_gone, config.slot)
+        self._policy_lifetimes: Final = PolicyLifetimes()
         self._policies_of: dict[ReqId, set[PolicyIndex]] = {}
         self._pending: Final[PendingQueues[Held]] = PendingQueues()
         self._acquires: Final = AcquireTable()
@@ -162,13 +167,17 @@ class Engine:
         """When `tick` is due; None when nothing waits."""
         if self._pending.has_ready:
             return self._now
-        deadlines = (self._sad.next_deadline(), self._acquires.next_deadline(), self._pending.next_deadline(), self._paths.next_deadline())
+        deadlines = (
+            *(self._sad.next_deadline(), self._acquires.next_deadline(), self._pending.next_deadline()),
+            *(self._paths.next_deadline(), self._policy_lifetimes.next_deadline()),
+        )
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
     def tick(self, now: float) -> None:
         """Do what is due: lifetimes, acquires to repeat, packets that waited too long, slices of a drain."""
         self._now = now
         self._sad.tick(now)
+        self._expire_policies(now)
         if self._paths.expire(now):
             self._generations.bump_route()
         self._poll_acquires(now)
@@ -213,10 +222,26 @@ class Engine:
     def add_policy(self, policy: Policy, now: float) -> Policy:
         _check_policy(policy)
         self._now = now
-        return self._policy_came(self._spd.add(policy), now)
+        added = self._spd.add(policy)
+        self._policy_lifetimes.watch(added, now)
+        return self._policy_came(added, now)
 
     def update_policy(self, policy: Policy, now: float) -> Policy:
         _check_policy(policy)
+        updated = self._replace(policy, now)
+        self._policy_lifetimes.watch(updated, now)
+        return updated
+
+    def migrate(self, migration: Migration, now: float) -> Policy:
+        self._now = now
+        policy = self._spd.find(migration.direction, migration.selector)
+        templates = moved(policy.templates, migration.moves)
+        if templates is None:
+            raise KernelError(errno.ENODATA, f"no template of policy {migration.direction.name} {migration.selector} is between these addresses")
+        self._sad.move(migration.moves)
+        return self._replace(replace(policy, templates=templates), now)
+
+    def _replace(self, policy: Policy, now: float) -> Policy:
         self._now = now
         try:
             old = self._spd.find(policy.direction, policy.selector)
@@ -244,6 +269,7 @@ class Engine:
     def flush_policies(self) -> int:
         count = self._spd.flush()
         self._policies_of.clear()
+        self._policy_lifetimes.clear()
         self._acquires.clear()
         self._outbound.lost(self._pending.discard_all(DropReason.PENDING_POLICY_GONE), self._now)
         self._refresh_masks()
@@ -364,7 +390,14 @@ class Engine:
         self._drain(now)
         return policy
 
+    def _expire_policies(self, now: float) -> None:
+        for index, hard in self._policy_lifetimes.due(now):
+            direction = direction_of(index)
+            policy = self.delete_policy_index(direction, index) if hard else self._spd.get(direction, index)
+            self._emit(PolicyExpire(policy, hard))
+
     def _policy_gone(self, policy: Policy) -> Policy:
+        self._policy_lifetimes.forget(policy.index)
         self._forget_reqids(policy)
         if policy.direction is Direction.OUT:
             self._acquires.forget_policy(policy.index)

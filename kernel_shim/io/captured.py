@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Final
 
 from kernel_shim.io.capture import Capture
@@ -14,7 +15,9 @@ from kernel_shim.model import (
     IPAddress,
     KernelError,
     KernelEvent,
+    Migration,
     Policy,
+    PolicyExpire,
     PolicyIndex,
     SaId,
     SaStatus,
@@ -22,6 +25,7 @@ from kernel_shim.model import (
     Selector,
     SpiRequest,
 )
+from kernel_shim.policy.migration import moved
 
 
 class CapturedKernel:
@@ -33,6 +37,7 @@ class CapturedKernel:
         self._more: Final = more
         self._policies: dict[tuple[Direction, PolicyIndex], Policy] = {}
         self.listened_since: float | None = None
+        engine.subscribe(self._policy_expired)
 
     def capabilities(self) -> Capabilities:
         return self._engine.capabilities()
@@ -88,6 +93,17 @@ class CapturedKernel:
         if known is not None:
             self._capture.remove((known,))
         return policy
+
+    def migrate(self, migration: Migration, now: float) -> Policy:
+        before = next((it for it in self._policies.values() if (it.direction, it.selector) == (migration.direction, migration.selector)), None)
+        templates = moved(before.templates, migration.moves) if before is not None else None
+        if before is None or templates is None:
+            return self._engine.migrate(migration, now)  # which says what is wrong
+        return self._put(replace(before, templates=templates), now, lambda _, now: self._engine.migrate(migration, now))
+
+    def _policy_expired(self, event: KernelEvent) -> None:
+        if isinstance(event, PolicyExpire) and event.hard:
+            self._gone(event.policy)
 
     def get_policy(self, direction: Direction, index: PolicyIndex) -> Policy:
         return self._engine.get_policy(direction, index)

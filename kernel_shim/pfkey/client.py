@@ -18,7 +18,8 @@ from typing import Final, NewType
 
 from kernel_shim.model import KernelError, KernelEvent
 from kernel_shim.pfkey.codec import Codec, header_of
-from kernel_shim.pfkey.constants import LINUX, Dialect, MessageType
+from kernel_shim.pfkey.constants import MessageType
+from kernel_shim.pfkey.dialects import LINUX, Dialect
 from kernel_shim.pfkey.event_messages import event_from
 from kernel_shim.pfkey.messages import Message, PfKeyError
 from kernel_shim.pfkey.private import DumpPosition, ErrorText

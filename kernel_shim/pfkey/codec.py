@@ -14,13 +14,12 @@ from typing import Final
 from kernel_shim.pfkey.constants import (
     EXTENSION_HEADER_LENGTH,
     HEADER_LENGTH,
-    LINUX,
     MAX_EXTENSIONS,
     PF_KEY_V2,
     WORD,
-    Dialect,
     ExtensionType,
 )
+from kernel_shim.pfkey.dialects import LINUX, Dialect
 from kernel_shim.pfkey.layouts import LAYOUTS, Layout
 from kernel_shim.pfkey.messages import Extension, Message, PfKeyError, UnknownExtension
 from kernel_shim.pfkey.private_layouts import PRIVATE_LAYOUTS
@@ -56,7 +55,7 @@ class Codec:
         if words * WORD != len(data):
             raise PfKeyError("sadb_msg_len", f"{words} words announced, {len(data)} octets came", errno.EMSGSIZE)
         extensions = self._decode_extensions(Reader(data[HEADER_LENGTH:], "sadb_ext", self.dialect))
-        return Message(kind, sa_type, number, sequence, pid, extensions)
+        return Message(self.dialect.messages.of(kind), self.dialect.sa_types.of(sa_type), number, sequence, pid, extensions)
 
     def _decode_extensions(self, reader: Reader) -> tuple[Extension, ...]:
         extensions: list[Extension] = []
@@ -86,7 +85,8 @@ class Codec:
     def encode(self, message: Message) -> bytes:
         """The octets of `message`. PfKeyError when a value does not fit, or the dialect has no such extension."""
         writer = Writer(self.dialect)
-        writer.put(_HEADER, PF_KEY_V2, message.type, message.errno, message.sa_type, 0, 0, message.sequence, message.pid)
+        kind, sa_type = self.dialect.messages.to(message.type, "sadb_msg_type"), self.dialect.sa_types.to(message.sa_type, "sadb_msg_satype")
+        writer.put(_HEADER, PF_KEY_V2, kind, message.errno, sa_type, 0, 0, message.sequence, message.pid)
         for extension in message.extensions:
             self._encode_extension(writer, extension)
         writer.patch(_LENGTH_AT, _LENGTH, len(writer) // WORD)

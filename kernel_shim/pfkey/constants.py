@@ -1,13 +1,11 @@
 """The numbers of PF_KEY v2: RFC 2367, the `SADB_X_` ones of Linux (include/uapi/linux/pfkeyv2.h, linux/ipsec.h), and our own.
 
-Message types and base extensions (below 17) are the same everywhere. Extensions from 17 on differ between Linux and the
-BSDs, as do the numbers of address families: a `Dialect` is one kernel's table. `ExtensionType` has Linux' numbers.
+The enumerations have Linux' numbers; where other kernels differ is in `dialects`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from enum import IntEnum, IntFlag
 from typing import Final
 
@@ -58,7 +56,7 @@ class MessageType(IntEnum):
 
 
 class ExtensionType(IntEnum):
-    """RFC 2367 section 2.3 and Linux; from X_HELLO on ours (docs/pfkey-extensions.md)."""
+    """RFC 2367 section 2.3 and Linux; from X_NAT_T_OAR on those that only a BSD has (`dialects`); from X_HELLO on ours (docs/pfkey-extensions.md)."""
 
     RESERVED = 0
     SA = 1
@@ -87,6 +85,12 @@ class ExtensionType(IntEnum):
     X_SEC_CTX = 24
     X_KMADDRESS = 25
     X_FILTER = 26
+    X_NAT_T_OAR = 0x7000
+    X_NAT_T_FRAG = 0x7001
+    X_SA_REPLAY = 0x7002
+    X_NEW_ADDRESS_SRC = 0x7003
+    X_NEW_ADDRESS_DST = 0x7004
+    X_UDPENCAP = 0x7005
     X_HELLO = 0x8000
     X_CAPABILITIES = 0x8001
     X_SA = 0x8002
@@ -191,30 +195,17 @@ AF_UNSPEC: Final = 0
 AF_INET: Final = 2
 
 
-@dataclass(frozen=True, slots=True)
-class Dialect:
-    """One kernel's numbers. `extensions` are those that differ from `ExtensionType`; None: it has no such extension."""
-
-    name: str
-    af_inet6: int
-    sockaddr_length_octet: bool = False  # sockaddrs begin with their length (4.4BSD)
-    extensions: Mapping[ExtensionType, int | None] = field(default_factory=dict)
-
-    def number(self, extension: ExtensionType) -> int | None:
-        return self.extensions.get(extension, int(extension))
-
-
-LINUX: Final = Dialect("linux", af_inet6=10)
-
 # Our own.
 
 PRIVATE_VERSION: Final = 1  # of our extensions, spoken in X_HELLO
 MAX_MESSAGE: Final = 0xFFFF * WORD  # octets: what sadb_msg_len can say
 MAX_TEMPLATES: Final = 6  # a policy's; Linux' XFRM_MAX_DEPTH
+MAX_REQUESTS: Final = 2 * MAX_TEMPLATES  # of an X_POLICY: MIGRATE has each twice, old and new
 MAX_SELECTORS: Final = 255  # a side's of an SA: as many as a TS payload can carry (RFC 7296 section 3.13)
 MAX_ALGORITHMS: Final = 256
 MAX_COMBINATIONS: Final = 256  # of a proposal
 MAX_STATISTICS: Final = 4096
 MAX_STATISTIC_NAME: Final = 255  # octets
 MAX_ERROR_TEXT: Final = 512  # octets
+MAX_LABEL: Final = 4096  # octets of an identity, sensitivity label or security context: an SA keeps them
 MAX_EXTENSIONS: Final = 64  # of a message

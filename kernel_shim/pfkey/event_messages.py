@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Final
 
 from kernel_shim.algorithms import EncryptionId, EspAlgorithm, IntegrityId
@@ -20,6 +21,7 @@ from kernel_shim.model import (
     KernelEvent,
     Mode,
     NewMapping,
+    PolicyExpire,
     PolicyIndex,
     ReqId,
     SaId,
@@ -48,6 +50,7 @@ from kernel_shim.pfkey.messages import (
     Sa2,
     Supported,
 )
+from kernel_shim.pfkey.policy_messages import policy_extensions, policy_from
 from kernel_shim.pfkey.private import FlowExtension, SelectorExtension
 from kernel_shim.pfkey.sa_messages import BASE_REPLAY_WINDOW, addresses, addresses_from, host_address, mode_from, sa_id_extensions, sa_id_from, unspecified
 
@@ -170,11 +173,28 @@ def new_mapping_from(message: Message) -> NewMapping:
     )
 
 
+def policy_expire_message(expire: PolicyExpire, *, private: bool) -> Message:
+    """base, address(SD), policy, lifetime(C and H or S), as KAME has it (sys/netkey/key.c, key_spdexpire); Linux sends none over PF_KEY."""
+    kind, seconds = (ExtensionType.LIFETIME_HARD, expire.policy.hard_seconds) if expire.hard else (ExtensionType.LIFETIME_SOFT, expire.policy.soft_seconds)
+    policy = replace(expire.policy, soft_seconds=0, hard_seconds=0)
+    extensions = (*policy_extensions(policy, private=private), LifetimeExtension(ExtensionType.LIFETIME_CURRENT), LifetimeExtension(kind, addtime=seconds))
+    return Message(MessageType.X_SPDEXPIRE, extensions=extensions)
+
+
+def policy_expire_from(message: Message) -> PolicyExpire:
+    hard = message.find(LifetimeExtension, ExtensionType.LIFETIME_HARD) is not None
+    if not hard:
+        message.require(LifetimeExtension, ExtensionType.LIFETIME_SOFT)
+    return PolicyExpire(policy_from(message), hard)
+
+
 def event_message(event: KernelEvent, proposal: Proposal, *, private: bool) -> Message:
     if isinstance(event, Acquire):
         return acquire_message(event, proposal, private=private)
     if isinstance(event, Expire):
         return expire_message(event)
+    if isinstance(event, PolicyExpire):
+        return policy_expire_message(event, private=private)
     return new_mapping_message(event, private=private)
 
 
@@ -188,6 +208,8 @@ def event_from(message: Message) -> KernelEvent | None:
         return expire_from(message)
     if message.type == MessageType.X_NAT_T_NEW_MAPPING:
         return new_mapping_from(message)
+    if message.type == MessageType.X_SPDEXPIRE:
+        return policy_expire_from(message)
     return None
 
 

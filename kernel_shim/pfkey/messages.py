@@ -11,7 +11,7 @@ import errno
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
-from kernel_shim.model import IPAddress, KernelError
+from kernel_shim.model import Identity, IPAddress, KernelError, SecurityContext, Sensitivity
 from kernel_shim.pfkey.constants import ExtensionType, MessageType
 from kernel_shim.secret import Secret
 
@@ -65,7 +65,7 @@ class LifetimeExtension(Extension):
 
 @dataclass(frozen=True, slots=True)
 class Address(Extension):
-    """RFC 2367 section 2.3.3; also X_NAT_T_OA and our X_SA_DESTINATION. `protocol` is 0 or 255 for any."""
+    """RFC 2367 section 2.3.3; also X_NAT_T_OA, X_NAT_T_OAR and X_NEW_ADDRESS_ of the BSDs, and our X_SA_DESTINATION. `protocol` is 0 or 255 for any."""
 
     type: ExtensionType
     address: IPAddress
@@ -175,6 +175,67 @@ class PolicyExtension(Extension):
 
 
 @dataclass(frozen=True, slots=True)
+class IdentityExtension(Extension):
+    """RFC 2367 section 2.3.5: IDENTITY_SRC and _DST."""
+
+    type: ExtensionType
+    identity: Identity
+
+
+@dataclass(frozen=True, slots=True)
+class SensitivityExtension(Extension):
+    """RFC 2367 section 2.3.6."""
+
+    type: ClassVar[ExtensionType] = ExtensionType.SENSITIVITY
+    sensitivity: Sensitivity
+
+
+@dataclass(frozen=True, slots=True)
+class SecurityContextExtension(Extension):
+    """SADB_X_EXT_SEC_CTX."""
+
+    type: ClassVar[ExtensionType] = ExtensionType.X_SEC_CTX
+    context: SecurityContext
+
+
+@dataclass(frozen=True, slots=True)
+class KmAddress(Extension):
+    """SADB_X_EXT_KMADDRESS, in MIGRATE: the addresses that the key managers of both ends will use."""
+
+    type: ClassVar[ExtensionType] = ExtensionType.X_KMADDRESS
+    local: IPAddress
+    remote: IPAddress
+
+
+@dataclass(frozen=True, slots=True)
+class Filter(Extension):
+    """SADB_X_EXT_FILTER, in DUMP: outer addresses by prefix. Without a family both prefixes are taken over the address' octets, as Linux does."""
+
+    type: ClassVar[ExtensionType] = ExtensionType.X_FILTER
+    family: int
+    source: bytes
+    destination: bytes
+    source_prefix: int = 0
+    destination_prefix: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SaReplay(Extension):
+    """SADB_X_EXT_SA_REPLAY (FreeBSD): a window of more than sadb_sa_replay can say, in packets."""
+
+    type: ClassVar[ExtensionType] = ExtensionType.X_SA_REPLAY
+    packets: int
+
+
+@dataclass(frozen=True, slots=True)
+class NatTFragment(Extension):
+    """SADB_X_EXT_NAT_T_FRAG (FreeBSD, NetBSD): ESP in UDP is fragmented before it is encrypted, to this many octets."""
+
+    type: ClassVar[ExtensionType] = ExtensionType.X_NAT_T_FRAG
+    octets: int
+
+
+@dataclass(frozen=True, slots=True)
 class NatTType(Extension):
     """SADB_X_EXT_NAT_T_TYPE: 2 is UDP_ENCAP_ESPINUDP."""
 
@@ -184,7 +245,7 @@ class NatTType(Extension):
 
 @dataclass(frozen=True, slots=True)
 class NatTPort(Extension):
-    """SADB_X_EXT_NAT_T_SPORT and _DPORT."""
+    """SADB_X_EXT_NAT_T_SPORT and _DPORT, and X_UDPENCAP of OpenBSD."""
 
     type: ExtensionType
     port: int

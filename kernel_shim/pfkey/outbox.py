@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from kernel_shim.inspection import CachedBundle, PendingQueue, Snapshot
-from kernel_shim.model import Acquire, AcquireSequence, Expire, KernelEvent, NewMapping, Policy, SaId, SaStatus
+from kernel_shim.model import Acquire, AcquireSequence, Expire, KernelEvent, NewMapping, Policy, PolicyExpire, PolicyIndex, SaId, SaStatus
 
 MAX_QUEUED_REPLIES: Final = 64  # more than a client of ours keeps under way (client.MAX_UNDER_WAY)
 MAX_QUEUED_NOTICES: Final = 1024  # what other clients changed: a courtesy, for monitors
 MAX_PENDING_ACQUIRES: Final = 4096  # beyond it the kernel is asked to repeat them
-MAX_PENDING_EXPIRES: Final = 65536  # one entry an SA; beyond it the client is told to look
+MAX_PENDING_EXPIRES: Final = 65536  # one entry an SA, and as many of policies; beyond it the client is told to look
 MAX_PENDING_MAPPINGS: Final = 65536
 
 
@@ -59,6 +59,7 @@ class Outbox:
     _acquires: OrderedDict[AcquireSequence, Acquire] = field(default_factory=OrderedDict)
     _expires: OrderedDict[SaId, Expire] = field(default_factory=OrderedDict)
     _mappings: OrderedDict[SaId, NewMapping] = field(default_factory=OrderedDict)
+    _policy_expires: OrderedDict[PolicyIndex, PolicyExpire] = field(default_factory=OrderedDict)
 
     @property
     def full(self) -> bool:
@@ -69,7 +70,7 @@ class Outbox:
         return not self._acquires
 
     def __bool__(self) -> bool:
-        return bool(self.replies or self.notices or self.dump or self.overrun or self._acquires or self._expires or self._mappings)
+        return bool(self.replies or self.notices or self.dump or self.overrun or self._acquires or self._expires or self._mappings or self._policy_expires)
 
     def add_event(self, event: KernelEvent) -> None:
         if isinstance(event, Acquire):
@@ -83,6 +84,10 @@ class Outbox:
             if waiting is None or not waiting.hard:  # a hard one is the last word
                 self._expires[event.sa] = event
             self._bound(self._expires, MAX_PENDING_EXPIRES)
+        elif isinstance(event, PolicyExpire):
+            # One of a policy that had the index before is older news than this.
+            self._policy_expires[event.policy.index] = event
+            self._bound(self._policy_expires, MAX_PENDING_EXPIRES)
         else:
             waiting_mapping = self._mappings.get(event.sa)
             # What the client knows is still the address before the first one that waits.
@@ -95,7 +100,7 @@ class Outbox:
 
     def next_event(self) -> KernelEvent | None:
         """Takes the oldest event: ACQUIREs first, for packets wait on them."""
-        for waiting in (self._acquires, self._mappings, self._expires):
+        for waiting in (self._acquires, self._mappings, self._expires, self._policy_expires):
             if waiting:
                 return waiting.popitem(last=False)[1]
         return None
@@ -106,7 +111,7 @@ class Outbox:
         else:
             self._forgot()
 
-    def _bound(self, waiting: OrderedDict[SaId, Expire] | OrderedDict[SaId, NewMapping], bound: int) -> None:
+    def _bound(self, waiting: OrderedDict[Any, Any], bound: int) -> None:
         if len(waiting) > bound:
             waiting.popitem(last=False)
             self._forgot()

@@ -24,7 +24,9 @@ from kernel_shim.model import (
     IPAddress,
     KernelError,
     Level,
+    Migration,
     Mode,
+    Move,
     Policy,
     PolicyIndex,
     PortRange,
@@ -33,8 +35,17 @@ from kernel_shim.model import (
     Template,
     Unresolved,
 )
-from kernel_shim.pfkey.constants import IPSEC_POLICY_IPSEC, IPSEC_PROTO_ANY, ExtensionType
-from kernel_shim.pfkey.messages import Address, Extension, IpsecRequest, LifetimeExtension, Message, PfKeyError, PolicyExtension
+from kernel_shim.pfkey.constants import IPSEC_POLICY_IPSEC, IPSEC_PROTO_ANY, MAX_TEMPLATES, ExtensionType
+from kernel_shim.pfkey.messages import (
+    Address,
+    Extension,
+    IpsecRequest,
+    LifetimeExtension,
+    Message,
+    PfKeyError,
+    PolicyExtension,
+    SecurityContextExtension,
+)
 from kernel_shim.pfkey.private import SelectorExtension, UnresolvedExtension
 from kernel_shim.pfkey.sa_messages import unspecified
 
@@ -46,6 +57,11 @@ def policy_extensions(policy: Policy, *, private: bool) -> Iterator[Extension]:
     requests = tuple(_request(template, policy.selector.version) for template in policy.templates)
     yield from selector_extensions(policy.selector, private=private)
     yield PolicyExtension(policy.action, policy.direction, policy.index, policy.priority, requests)
+    for kind, seconds in ((ExtensionType.LIFETIME_HARD, policy.hard_seconds), (ExtensionType.LIFETIME_SOFT, policy.soft_seconds)):
+        if seconds:
+            yield LifetimeExtension(kind, addtime=seconds)
+    if policy.context is not None:
+        yield SecurityContextExtension(policy.context)
     if private:
         yield UnresolvedExtension(policy.unresolved)
 
@@ -59,10 +75,9 @@ def policy_from(message: Message) -> Policy:
     selector = selector_from(message)
     if action is Action.PROTECT and not extension.requests:
         raise PfKeyError("X_POLICY", "protects with no template")  # Linux would let such packets pass in clear
-    for kind in (ExtensionType.LIFETIME_HARD, ExtensionType.LIFETIME_SOFT):
-        lifetime = message.find(LifetimeExtension, kind)
-        if lifetime is not None and lifetime != LifetimeExtension(kind):
-            raise PfKeyError(kind.name, "policies have no lifetime", errno.EOPNOTSUPP)
+    if len(extension.requests) > MAX_TEMPLATES:
+        raise PfKeyError("X_POLICY", f"more than {MAX_TEMPLATES} templates", errno.E2BIG)
+    context = message.find(SecurityContextExtension)
     unresolved = message.find(UnresolvedExtension)
     return Policy(
         selector,
@@ -72,7 +87,60 @@ def policy_from(message: Message) -> Policy:
         tuple(_template(request) for request in extension.requests) if action is Action.PROTECT else (),
         unresolved.mode if unresolved is not None else Unresolved.QUEUE,
         PolicyIndex(extension.id),
+        _seconds(message, ExtensionType.LIFETIME_SOFT),
+        _seconds(message, ExtensionType.LIFETIME_HARD),
+        context.context if context is not None else None,
     )
+
+
+def _seconds(message: Message, kind: ExtensionType) -> int:
+    """A bound from the policy's first use is met by counting from its addition; Linux takes bounds in octets and packets and does not keep them."""
+    lifetime = message.find(LifetimeExtension, kind)
+    if lifetime is None:
+        return 0
+    if lifetime.octets or lifetime.allocations:
+        raise PfKeyError(kind.name, "a policy has lifetimes in seconds only", errno.EOPNOTSUPP)
+    return min(filter(None, (lifetime.addtime, lifetime.usetime)), default=0)
+
+
+def migration_extensions(migration: Migration) -> Iterator[Extension]:
+    """MIGRATE: each template comes twice, as it is and as it will be."""
+    yield from selector_extensions(migration.selector, private=False)
+    requests = []
+    for move in migration.moves:
+        requests.append(IpsecRequest(PROTOCOL_ESP, move.mode, Level.REQUIRE, move.reqid, move.old_source, move.old_destination))
+        requests.append(IpsecRequest(PROTOCOL_ESP, move.mode, Level.REQUIRE, move.reqid, move.new_source, move.new_destination))
+    yield PolicyExtension(Action.PROTECT, migration.direction, requests=tuple(requests))
+
+
+def migration_from(message: Message) -> Migration:
+    """As Linux' pfkey_migrate; KMADDRESS is for the key managers that are told."""
+    extension = message.require(PolicyExtension)
+    requests = extension.requests
+    if not requests or len(requests) % 2:
+        raise PfKeyError("X_POLICY", f"{len(requests)} requests, which are no pairs")
+    try:
+        direction = Direction(extension.direction)
+    except ValueError:
+        raise PfKeyError("X_POLICY.dir", str(extension.direction)) from None
+    moves = tuple(_move(old, new) for old, new in zip(requests[::2], requests[1::2], strict=True))
+    if len({(move.mode, move.reqid, move.old_source, move.old_destination) for move in moves}) != len(moves):
+        raise PfKeyError("X_POLICY", "two requests of the same addresses")
+    return Migration(direction, selector_from(message), moves)
+
+
+def _move(old: IpsecRequest, new: IpsecRequest) -> Move:
+    if (old.protocol, old.mode) != (new.protocol, new.mode):
+        raise PfKeyError("X_POLICY.ipsecrequest", "protocol or mode would change")
+    if old.protocol != PROTOCOL_ESP:
+        raise PfKeyError("X_POLICY.ipsecrequest_proto", str(old.protocol), errno.EPROTONOSUPPORT)
+    if old.mode not in tuple(Mode):
+        raise PfKeyError("X_POLICY.ipsecrequest_mode", str(old.mode))
+    if old.source is None or old.destination is None or new.source is None or new.destination is None:
+        raise PfKeyError("X_POLICY.ipsecrequest", "without endpoints")
+    if new.source.is_unspecified or new.destination.is_unspecified:
+        raise PfKeyError("X_POLICY.ipsecrequest", "to no address")
+    return Move(Mode(old.mode), ReqId(old.reqid), old.source, old.destination, new.source, new.destination)
 
 
 def direction_from(extension: PolicyExtension) -> Direction:

@@ -13,8 +13,8 @@ from typing import Final
 from kernel_shim.kernel import IkeSocketProvider, Kernel
 from kernel_shim.model import Direction, IPAddress, KernelError, Policy, PolicyIndex, SaStatus
 from kernel_shim.pfkey.constants import MAX_STATISTIC_NAME, MAX_STATISTICS, ExtensionType, MessageType, SaType
-from kernel_shim.pfkey.messages import Address, Extension, Key, Message, PfKeyError, PolicyExtension
-from kernel_shim.pfkey.policy_messages import direction_from, policy_extensions, policy_from, selector_from
+from kernel_shim.pfkey.messages import Address, Extension, Key, KmAddress, Message, PfKeyError, PolicyExtension, UnknownExtension
+from kernel_shim.pfkey.policy_messages import direction_from, migration_from, policy_extensions, policy_from, selector_from
 from kernel_shim.pfkey.private import SaExtension, Statistics
 from kernel_shim.pfkey.sa_messages import sa_from, sa_id_from, spi_request_from, status_extensions
 
@@ -62,10 +62,12 @@ class Requests:
             MessageType.FLUSH: self._flush,
             MessageType.X_SPDADD: self._add_policy,
             MessageType.X_SPDUPDATE: self._update_policy,
+            MessageType.X_SPDSETIDX: self._add_policy,  # the same in Linux
             MessageType.X_SPDDELETE: self._delete_policy,
             MessageType.X_SPDDELETE2: self._delete_policy_index,
             MessageType.X_SPDGET: self._get_policy,
             MessageType.X_SPDFLUSH: self._flush_policies,
+            MessageType.X_MIGRATE: self._migrate,
             MessageType.X_BIND: self._bind,
             MessageType.X_UNBIND: self._unbind,
             MessageType.X_STATISTICS: self._statistics,
@@ -148,6 +150,12 @@ class Requests:
     def _flush_policies(self, _message: Message, _now: float) -> Answer:
         self._kernel.flush_policies()
         return Answer.same((), notify=True)
+
+    def _migrate(self, message: Message, now: float) -> Answer:
+        """The answer is the request: what else there is to know, the key managers know already."""
+        self._kernel.migrate(migration_from(message), now)
+        told = tuple(it for it in message.extensions if isinstance(it, Address | PolicyExtension | KmAddress))
+        return Answer(told, tuple(it for it in message.extensions if not isinstance(it, UnknownExtension)), notify=True)
 
     # Our own
 

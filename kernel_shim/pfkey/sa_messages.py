@@ -15,10 +15,12 @@ from typing import Final
 
 from kernel_shim.algorithms import AEAD_SALT, EncryptionId, EspAlgorithm
 from kernel_shim.model import (
+    NO_LABELS,
     AcquireSequence,
     Direction,
     IPAddress,
     KernelError,
+    Labels,
     Lifetime,
     Mode,
     ReqId,
@@ -31,6 +33,7 @@ from kernel_shim.model import (
     UdpEncapsulation,
 )
 from kernel_shim.pfkey.constants import (
+    AF_INET,
     AUTH_OF_INTEGRITY,
     ENCRYPT_OF_ENCRYPTION,
     ENCRYPTION_OF_ENCRYPT,
@@ -40,9 +43,12 @@ from kernel_shim.pfkey.constants import (
     UDP_ENCAP_ESPINUDP,
     ExtensionType,
 )
+from kernel_shim.pfkey.dialects import LINUX
 from kernel_shim.pfkey.messages import (
     Address,
     Extension,
+    Filter,
+    IdentityExtension,
     Key,
     LifetimeExtension,
     Message,
@@ -51,6 +57,8 @@ from kernel_shim.pfkey.messages import (
     PfKeyError,
     Sa,
     Sa2,
+    SecurityContextExtension,
+    SensitivityExtension,
     SpiRange,
 )
 from kernel_shim.pfkey.private import AcquireReference, SaExtension, SaSelectors, SaStatusExtension
@@ -163,6 +171,8 @@ def sa_extensions(sa: SecurityAssociation, *, private: bool, keys: bool, state: 
         yield NatTType(UDP_ENCAP_ESPINUDP)
         yield NatTPort(ExtensionType.X_NAT_T_SPORT, sa.encapsulation.source_port)
         yield NatTPort(ExtensionType.X_NAT_T_DPORT, sa.encapsulation.destination_port)
+    if sa.labels is not NO_LABELS:
+        yield from _label_extensions(sa.labels)
     if private:
         yield SaExtension(sa.direction, algorithm, sa.esn, sa.replay_window, sa.soft.packets, sa.hard.packets)
         yield from acquire_reference(sa.acquire)
@@ -204,6 +214,31 @@ def sa_from(message: Message, direction: Direction, *, keys: bool) -> SecurityAs
         source_selectors=sources.selectors if sources is not None else (),
         destination_selectors=destinations.selectors if destinations is not None else (),
         acquire=acquire_from(message, private=private is not None),
+        labels=_labels(message),
+    )
+
+
+def _label_extensions(labels: Labels) -> Iterator[Extension]:
+    if labels.source is not None:
+        yield IdentityExtension(ExtensionType.IDENTITY_SRC, labels.source)
+    if labels.destination is not None:
+        yield IdentityExtension(ExtensionType.IDENTITY_DST, labels.destination)
+    if labels.sensitivity is not None:
+        yield SensitivityExtension(labels.sensitivity)
+    if labels.context is not None:
+        yield SecurityContextExtension(labels.context)
+
+
+def _labels(message: Message) -> Labels:
+    source, destination = (message.find(IdentityExtension, kind) for kind in (ExtensionType.IDENTITY_SRC, ExtensionType.IDENTITY_DST))
+    sensitivity, context = message.find(SensitivityExtension), message.find(SecurityContextExtension)
+    if source is None and destination is None and sensitivity is None and context is None:
+        return NO_LABELS
+    return Labels(
+        source.identity if source is not None else None,
+        destination.identity if destination is not None else None,
+        sensitivity.sensitivity if sensitivity is not None else None,
+        context.context if context is not None else None,
     )
 
 
@@ -261,6 +296,18 @@ def _lifetime(message: Message, kind: ExtensionType, packets: int | None) -> Lif
 
 
 # GET, DUMP and the replies
+
+
+def passes(wanted: Filter, sa: SecurityAssociation) -> bool:
+    """As Linux' __xfrm_state_filter_match."""
+    if wanted.family in (AF_INET, LINUX.af_inet6) and (wanted.family == AF_INET) != (sa.source.version == 4):
+        return False
+    return _begins(sa.source, wanted.source, wanted.source_prefix) and _begins(sa.destination, wanted.destination, wanted.destination_prefix)
+
+
+def _begins(address: IPAddress, octets: bytes, bits: int) -> bool:
+    shift = 128 - bits
+    return int.from_bytes(address.packed.ljust(16, b"\0"), "big") >> shift == int.from_bytes(octets, "big") >> shift
 
 
 def status_extensions(status: SaStatus, *, private: bool) -> Iterator[Extension]:

@@ -39,12 +39,12 @@ from kernel_shim.model import AcquireSequence, IPAddress, KernelError, KernelEve
 from kernel_shim.pfkey.codec import Codec, header_of
 from kernel_shim.pfkey.constants import MAX_ERROR_TEXT, PRIVATE_VERSION, ExtensionType, MessageType, SaType
 from kernel_shim.pfkey.event_messages import event_message, proposal_of, supported_extensions
-from kernel_shim.pfkey.messages import Address, Extension, Message, PfKeyError
+from kernel_shim.pfkey.messages import Address, Extension, Filter, Message, PfKeyError
 from kernel_shim.pfkey.outbox import Dump, Entries, Outbox, Output
 from kernel_shim.pfkey.policy_messages import policy_extensions
 from kernel_shim.pfkey.private import BundleExtension, CapabilitiesExtension, DumpPosition, ErrorText, Hello, PendingExtension
 from kernel_shim.pfkey.requests import Answer, Requests
-from kernel_shim.pfkey.sa_messages import status_extensions
+from kernel_shim.pfkey.sa_messages import passes, status_extensions
 from kernel_shim.pfkey.watch import EVENT_OCTETS, Copy, Watch, encode_copy, reply_copy, without_keys
 
 __all__ = ["ACQUIRE_REPEAT", "MAX_CLIENTS", "MAX_REMEMBERED_REPLIES", "ClientId", "Output", "ServerSession"]
@@ -241,7 +241,7 @@ class ServerSession:
                 raise KernelError(errno.EOPNOTSUPP, f"message type {message.type}")
             entries = self._inspected.pending_queues() if message.type == MessageType.X_PENDINGDUMP else self._inspected.cached_bundles()
         else:
-            entries = tuple(self._kernel.sas()) if message.sa_type in (SaType.UNSPEC, SaType.ESP) else ()
+            entries = tuple(_filtered(self._kernel.sas(), message)) if _dumps_esp(message.sa_type) else ()
         if not entries:
             raise KernelError(errno.ENOENT, "nothing to dump")
         client.outbox.dump = Dump(message.type, message.sequence, message.pid, entries)
@@ -405,6 +405,17 @@ class ServerSession:
             "pfkey.promiscuous": len(self._watchers),
             "pfkey.copies-lost": self._watch_lost + sum(watcher.watch.lost for watcher in self._watchers if watcher.watch is not None),
         }
+
+
+def _dumps_esp(sa_type: int) -> bool:
+    if sa_type not in (SaType.UNSPEC, SaType.AH, SaType.ESP, SaType.X_IPCOMP):
+        raise PfKeyError("sadb_msg_satype", str(sa_type))
+    return sa_type in (SaType.UNSPEC, SaType.ESP)
+
+
+def _filtered(statuses: Iterable[SaStatus], message: Message) -> Iterable[SaStatus]:
+    wanted = message.find(Filter)
+    return statuses if wanted is None else (status for status in statuses if passes(wanted, status.sa))
 
 
 def _entry_extensions(entry: SaStatus | Policy | PendingQueue | CachedBundle, *, private: bool) -> Iterable[Extension]:

@@ -12,7 +12,8 @@ from struct import Struct
 from typing import Any, Final
 
 from kernel_shim.model import AddressRange, IPAddress, PortRange
-from kernel_shim.pfkey.constants import AF_INET, WORD, Dialect
+from kernel_shim.pfkey.constants import AF_INET, WORD
+from kernel_shim.pfkey.dialects import Dialect
 from kernel_shim.pfkey.messages import PfKeyError
 
 _FAMILY: Final = Struct("=H")

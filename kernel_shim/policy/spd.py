@@ -93,11 +93,11 @@ class SecurityPolicyDatabase:
         return new
 
     def delete(self, direction: Direction, selector: Selector) -> Policy:
-        """The policy of exactly this selector, which is gone now. KernelError(ESRCH) when there is none."""
+        """The policy of exactly this selector, which is gone now. KernelError(ENOENT) when there is none."""
         return self._remove(self._entry(direction, selector))
 
     def delete_index(self, direction: Direction, index: PolicyIndex) -> Policy:
-        """The policy of this index, which is gone now. KernelError(ESRCH) when there is none."""
+        """The policy of this index, which is gone now. KernelError(ENOENT) when there is none."""
         return self._remove(self._entry_of_index(direction, index))
 
     def flush(self) -> int:
@@ -116,11 +116,11 @@ class SecurityPolicyDatabase:
     # Looking
 
     def get(self, direction: Direction, index: PolicyIndex) -> Policy:
-        """KernelError(ESRCH) when there is none."""
+        """KernelError(ENOENT) when there is none, as in Linux."""
         return self._entry_of_index(direction, index).policy
 
     def find(self, direction: Direction, selector: Selector) -> Policy:
-        """The policy of exactly this selector. KernelError(ESRCH) when there is none."""
+        """The policy of exactly this selector. KernelError(ENOENT) when there is none."""
         return self._entry(direction, selector).policy
 
     def snapshot(self) -> list[Policy]:
@@ -227,11 +227,11 @@ class SecurityPolicyDatabase:
     def _entry(self, direction: Direction, selector: Selector) -> Entry:
         entry = self._by_selector[direction].get(identity_of(selector))
         if entry is None:
-            raise KernelError(errno.ESRCH, f"no policy {direction.name} {selector}")
+            raise KernelError(errno.ENOENT, f"no policy {direction.name} {selector}")
         return entry
 
     def _entry_of_index(self, direction: Direction, index: PolicyIndex) -> Entry:
         entry = self._by_index.get(index)
         if entry is None or entry.policy.direction != direction:
-            raise KernelError(errno.ESRCH, f"no policy {direction.name} of index {index}")
+            raise KernelError(errno.ENOENT, f"no policy {direction.name} of index {index}")
         return entry

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from heapq import heapify, heappop, heappush
 from typing import Final
 
@@ -18,6 +19,7 @@ from kernel_shim.model import (
     IPAddress,
     KernelError,
     KernelEvent,
+    Move,
     ReqId,
     SaId,
     SaState,
@@ -130,13 +132,39 @@ class Sad:
         if sa.reqid != entry.sa.reqid:
             raise KernelError(errno.EINVAL, f"SA {sa.spi:#x} is of reqid {entry.sa.reqid}")
         self._validate(sa)
+        self._configure(entry, sa)
+        return entry
+
+    def move(self, moves: Sequence[Move]) -> int:
+        """Give the SAs between the old addresses of each move the new ones; how many. All else of them stays.
+
+        EEXIST, and nothing has moved, when another SA has the new name of one.
+        """
+        moved: dict[SaId, tuple[SaEntry, SecurityAssociation]] = {}
+        for entry in self._entries.values():
+            sa = entry.sa
+            for it in moves:
+                if (
+                    (it.mode, it.old_source, it.old_destination) == (sa.mode, sa.source, sa.destination)
+                    and it.reqid in (0, sa.reqid)
+                    and entry.state is not SaState.LARVAL
+                ):
+                    new = replace(sa, source=it.new_source, destination=it.new_destination)
+                    if new.id != sa.id and (new.id in self._entries or new.id in moved):
+                        raise KernelError(errno.EEXIST, f"SA {new.spi:#x} to {new.destination} exists")
+                    moved[new.id] = entry, new
+                    break
+        for entry, new in moved.values():
+            self._configure(entry, new)
+        return len(moved)
+
+    def _configure(self, entry: SaEntry, sa: SecurityAssociation) -> None:
         if sa.id != entry.sa.id:
             del self._entries[entry.sa.id]
             self._entries[sa.id] = entry
         entry.configure(sa)
         self._watch(entry)
         self._changed()
-        return entry
 
     def delete(self, sa: SaId) -> SaEntry:
         entry = self.get(sa)

@@ -24,6 +24,7 @@ from kernel_shim.model import (
     Endpoint,
     Expire,
     Flow,
+    Identity,
     KernelError,
     Level,
     Lifetime,
@@ -36,7 +37,9 @@ from kernel_shim.model import (
     SaState,
     SaStatus,
     SecurityAssociation,
+    SecurityContext,
     Selector,
+    Sensitivity,
     Spi,
     Template,
     TrafficSelector,
@@ -46,10 +49,11 @@ from kernel_shim.model import (
 from kernel_shim.pfkey import messages as m
 from kernel_shim.pfkey import private as p
 from kernel_shim.pfkey.codec import Codec, header_of
-from kernel_shim.pfkey.constants import MAX_EXTENSIONS, MAX_TEMPLATES, Dialect, MessageType, SaType
+from kernel_shim.pfkey.constants import MAX_EXTENSIONS, MAX_REQUESTS, MessageType, SaType
 from kernel_shim.pfkey.constants import ExtensionType as X
+from kernel_shim.pfkey.dialects import Dialect
 from kernel_shim.pfkey.event_messages import event_from, event_message, proposal_of
-from kernel_shim.pfkey.policy_messages import policy_extensions, policy_from, require_policy_expressible
+from kernel_shim.pfkey.policy_messages import migration_from, policy_extensions, policy_from, require_policy_expressible
 from kernel_shim.pfkey.sa_messages import require_expressible, sa_extensions, sa_from, status_extensions, status_from
 from kernel_shim.secret import Secret
 
@@ -59,6 +63,7 @@ BSD_LIKE = Dialect("bsd-like", af_inet6=28, sockaddr_length_octet=True, extensio
 u8, u16, u32, u64 = (st.integers(0, (1 << bits) - 1) for bits in (8, 16, 32, 64))
 ipv4, ipv6 = st.integers(0, (1 << 32) - 1).map(IPv4Address), st.integers(0, (1 << 128) - 1).map(IPv6Address)
 addresses = ipv4 | ipv6
+words = st.integers(0, 3).flatmap(lambda count: st.binary(min_size=8 * count, max_size=8 * count))
 pairs = st.tuples(ipv4, ipv4) | st.tuples(ipv6, ipv6)
 ranges = pairs.map(lambda pair: AddressRange(*sorted(pair, key=int)))
 two_ranges = st.tuples(ipv4, ipv4, ipv4, ipv4) | st.tuples(ipv6, ipv6, ipv6, ipv6)
@@ -118,7 +123,7 @@ STRATEGIES = {
         u8,
         u32,
         u32,
-        st.lists(st.builds(_request, u16, u8, u8, u32, st.none() | pairs), max_size=MAX_TEMPLATES).map(tuple),
+        st.lists(st.builds(_request, u16, u8, u8, u32, st.none() | pairs), max_size=MAX_REQUESTS).map(tuple),
     ),
     X.X_NAT_T_TYPE: st.builds(m.NatTType, u8),
     X.X_HELLO: st.builds(p.Hello, u16),
@@ -139,7 +144,15 @@ STRATEGIES = {
         *(st.none() | u8, st.none() | u16, st.none() | u16, st.sampled_from(Action), u32, st.none() | st.tuples(addresses, u32).map(lambda it: SaId(*it)), u32),
     ),
     X.X_LOST: st.builds(p.Lost, u32),
+    X.SENSITIVITY: st.builds(m.SensitivityExtension, st.builds(Sensitivity, u32, u8, words, u8, words)),
+    X.X_SEC_CTX: st.builds(m.SecurityContextExtension, st.builds(SecurityContext, u8, u8, st.binary(max_size=40))),
+    X.X_KMADDRESS: pairs.map(lambda pair: m.KmAddress(*pair)),
+    X.X_FILTER: st.builds(m.Filter, u16, *[st.binary(min_size=16, max_size=16)] * 2, st.integers(0, 128), st.integers(0, 128)),
 }
+for kind in (X.IDENTITY_SRC, X.IDENTITY_DST):
+    STRATEGIES[kind] = st.builds(
+        m.IdentityExtension, st.just(kind), st.builds(Identity, u16, st.binary(max_size=40).filter(lambda it: not it.endswith(b"\0")), u64)
+    )
 for kind in (X.LIFETIME_CURRENT, X.LIFETIME_HARD, X.LIFETIME_SOFT):
     STRATEGIES[kind] = st.builds(m.LifetimeExtension, st.just(kind), u32, u64, u64, u64)
 for kind in (X.ADDRESS_SRC, X.ADDRESS_DST, X.ADDRESS_PROXY, X.X_NAT_T_OA, X.X_SA_DESTINATION):
@@ -153,7 +166,7 @@ for kind in (X.X_NAT_T_SPORT, X.X_NAT_T_DPORT):
 for kind in (X.X_SA_SOURCES, X.X_SA_DESTINATIONS):
     STRATEGIES[kind] = st.builds(p.SaSelectors, st.just(kind), st.lists(traffic_selectors, max_size=4).map(tuple))
 
-unknown = st.builds(m.UnknownExtension, st.sampled_from([X.SENSITIVITY, X.X_FILTER, 999, 0x8FFF]).map(int), st.sampled_from([4, 12, 20]).map(bytes))
+unknown = st.builds(m.UnknownExtension, st.sampled_from([X.X_KMPRIVATE, 99, 999, 0x8FFF]).map(int), st.sampled_from([4, 12, 20]).map(bytes))
 
 
 @st.composite
@@ -231,6 +244,8 @@ def test_a_changed_message_raises_only_our_error(message, changes, readable):
         lambda: event_from(replace(decoded, pid=0, errno=0, type=MessageType.ACQUIRE)),
         lambda: event_from(replace(decoded, pid=0, errno=0, type=MessageType.EXPIRE)),
         lambda: event_from(replace(decoded, pid=0, errno=0, type=MessageType.X_NAT_T_NEW_MAPPING)),
+        lambda: event_from(replace(decoded, pid=0, errno=0, type=MessageType.X_SPDEXPIRE)),
+        lambda: migration_from(decoded),
     ):
         with suppress(m.PfKeyError):
             read()
@@ -329,7 +344,11 @@ REFUSED = {
     "template of no length": (framed(host("HHHBBII", 4, 18, 2, 2, 0, 0, 0) + bytes(16)), errno.EINVAL),
     "template beyond the policy": (framed(host("HHHBBII", 4, 18, 2, 2, 0, 0, 0) + host("HHBBHII", 24, 50, 1, 0, 0, 0, 0)), errno.EINVAL),
     "template with half an address": (framed(host("HHHBBII", 5, 18, 2, 2, 0, 0, 0) + host("HHBBHIIQ", 24, 50, 2, 0, 0, 0, 0, 2)), errno.EINVAL),
-    "too many templates": (framed(host("HHHBBII", 16, 18, 2, 2, 0, 0, 0) + host("HHBBHII", 16, 50, 1, 0, 0, 0, 0) * 7), errno.EINVAL),
+    "too many templates": (framed(host("HHHBBII", 28, 18, 2, 2, 0, 0, 0) + host("HHBBHII", 16, 50, 1, 0, 0, 0, 0) * 13), errno.EINVAL),
+    "filter of too many bits": (framed(host("HH", 5, 26) + bytes(32) + host("HBB", 2, 129, 0)), errno.EINVAL),
+    "security context beyond its extension": (framed(host("HHBBH", 2, 24, 1, 1, 9) + bytes(8)), errno.EINVAL),
+    "sensitivity beyond its extension": (framed(host("HHIBBBBI", 2, 12, 1, 1, 1, 0, 0, 0)), errno.EINVAL),
+    "identity beyond our bound": (framed(host("HHHHQ", 2 + 513, 10, 2, 0, 0) + b"x" * 8 * 513), errno.EINVAL),
     "unknown cipher": (framed(host("HHBBHHHHHIIQQ", 5, 0x8002, 1, 0, 0, 99, 256, 0, 16, 64, 0, 0, 0)), errno.ENOSYS),
     "wrong ICV": (framed(host("HHBBHHHHHIIQQ", 5, 0x8002, 1, 0, 0, 20, 256, 0, 12, 64, 0, 0, 0)), errno.EINVAL),
     "direction": (framed(host("HHBBHHHHHIIQQ", 5, 0x8002, 3, 0, 0, 20, 256, 0, 16, 64, 0, 0, 0)), errno.EINVAL),
@@ -531,9 +550,9 @@ def test_a_policy_that_protects_with_nothing_is_refused():
         policy_from(through_the_wire(policy_extensions(policy, private=True)))
 
 
-def test_a_policy_with_a_lifetime_is_refused():
+def test_a_policy_with_a_lifetime_in_octets_is_refused():
     policy = Policy(Selector(AddressRange(A, A), AddressRange(B, B)), Direction.OUT, 1)
-    lifetime = m.LifetimeExtension(X.LIFETIME_HARD, addtime=60)
+    lifetime = m.LifetimeExtension(X.LIFETIME_HARD, octets=60)
     with pytest.raises(m.PfKeyError) as error:
         policy_from(through_the_wire((*policy_extensions(policy, private=True), lifetime)))
     assert error.value.errno == errno.EOPNOTSUPP

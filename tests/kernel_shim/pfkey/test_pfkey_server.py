@@ -205,7 +205,17 @@ def test_add_is_outbound_unless_its_destination_is_ours(kernel, sockets):
         (header(1, host("HHIII", 2, 16, 9, 8, 0) + ADDRESSES), errno.EINVAL),  # SPI range
         (header(6, ADDRESSES), errno.EOPNOTSUPP),  # ACQUIRE with a body
         (header(11), errno.EINVAL),
-        (header(24), errno.EOPNOTSUPP),
+        (header(24), errno.EINVAL),  # MIGRATE of nothing
+        (header(8), errno.EOPNOTSUPP),  # what only a kernel sends
+        (header(17), errno.EOPNOTSUPP),
+        (header(21), errno.EOPNOTSUPP),
+        (header(23), errno.EOPNOTSUPP),
+        (header(12), errno.EOPNOTSUPP),
+        (header(10, sa_type=44), errno.EINVAL),
+        (header(16, host("HHHBBII", 2, 18, 0, 2, 0, 17, 0)), errno.ENOENT),
+        (header(22, host("HHHBBII", 2, 18, 0, 2, 0, 17, 0)), errno.ENOENT),
+        (header(15, ADDRESSES + host("HHHBBII", 2, 18, 0, 2, 0, 0, 0)), errno.ENOENT),
+        (header(4, host("HH", 2, 1) + bytes(12) + ADDRESSES), errno.ESRCH),
         (header(0), errno.EINVAL),
         (header(99), errno.EINVAL),
         (header(202), errno.EINVAL),  # ours, without asking for them

@@ -142,7 +142,7 @@ def test_errors_change_nothing() -> None:
     ):
         with pytest.raises(KernelError) as refused:
             attempt()
-        assert refused.value.errno == errno.ESRCH
+        assert refused.value.errno == errno.ENOENT
     assert generations.stamp == stamp
     assert spd.snapshot() == [added]
 

@@ -153,7 +153,7 @@ class AgainstList(RuleBasedStateMachine):
             for attempt in (lambda: self.spd.delete(policy.direction, policy.selector), lambda: self.spd.get(policy.direction, PolicyIndex(5))):
                 with pytest.raises(KernelError) as refusal:
                     attempt()
-                assert refusal.value.errno == errno.ESRCH
+                assert refusal.value.errno == errno.ENOENT
             self.changed(expected=False)
 
     @rule(sure=st.integers(0, 9))
