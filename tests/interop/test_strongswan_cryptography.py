@@ -15,7 +15,7 @@ from lab.namespaces import Lab, Namespace
 from lab.strongswan import StrongSwan
 
 from kernel_shim.model import AddressRange, TrafficSelector
-from vpnd.ike.crypto.dh import group
+from vpnd.ike.crypto.groups import group
 from vpnd.ike.crypto.sk import SkCipher, open_message, seal_message
 from vpnd.ike.iana import AuthenticationMethod, Exchange, NotifyType, ProtocolId
 from vpnd.ike.identity import Identity

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from vpnd.ike.iana import Encryption, Esn, Group, Integrity, PrfId, ProtocolId, TransformType
+from vpnd.ike.iana import ADDITIONAL_KEY_EXCHANGE_TYPES, Encryption, Esn, Group, Integrity, PrfId, ProtocolId, TransformType
 from vpnd.ike.transform import Proposal, Transform, is_aead
 
 MAX_PROPOSALS: Final = 32  # of one configuration option; each is sent to every peer
@@ -51,6 +51,23 @@ _AES_MODES: Final = {
 }
 _KEY_BITS: Final = {"aes": 128, "aes128": 128, "aes192": 192, "aes256": 256}
 
+_METHODS: Final = {
+    "modp2048": Group.MODP_2048,
+    "modp3072": Group.MODP_3072,
+    "modp4096": Group.MODP_4096,
+    "modp6144": Group.MODP_6144,
+    "modp8192": Group.MODP_8192,
+    "ecp256": Group.ECP_256,
+    "ecp384": Group.ECP_384,
+    "ecp521": Group.ECP_521,
+    "curve25519": Group.CURVE_25519,
+    "x25519": Group.CURVE_25519,
+    "curve448": Group.CURVE_448,
+    "x448": Group.CURVE_448,
+    "mlkem768": Group.ML_KEM_768,
+    "mlkem1024": Group.ML_KEM_1024,
+}
+
 _COMMON: Final[dict[str, Transform]] = {
     **{size + mode: _encryption(number, bits) for size, bits in _KEY_BITS.items() for mode, number in _AES_MODES.items()},
     "chacha20poly1305": _encryption(Encryption.CHACHA20_POLY1305),
@@ -62,16 +79,13 @@ _COMMON: Final[dict[str, Transform]] = {
     "sha2_384": _integrity(Integrity.HMAC_SHA2_384_192),
     "sha512": _integrity(Integrity.HMAC_SHA2_512_256),
     "sha2_512": _integrity(Integrity.HMAC_SHA2_512_256),
-    "modp2048": _group(Group.MODP_2048),
-    "modp3072": _group(Group.MODP_3072),
-    "modp4096": _group(Group.MODP_4096),
-    "ecp256": _group(Group.ECP_256),
-    "ecp384": _group(Group.ECP_384),
-    "ecp521": _group(Group.ECP_521),
-    "curve25519": _group(Group.CURVE_25519),
-    "x25519": _group(Group.CURVE_25519),
-    "curve448": _group(Group.CURVE_448),
-    "x448": _group(Group.CURVE_448),
+    **{size + "ctr": _encryption(Encryption.AES_CTR, bits) for size, bits in _KEY_BITS.items()},
+    **{word: _group(number) for word, number in _METHODS.items()},
+    **{
+        f"ke{number}_{word}": Transform(kind, method)
+        for number, kind in enumerate(ADDITIONAL_KEY_EXCHANGE_TYPES, 1)
+        for word, method in (*_METHODS.items(), ("none", Group.NONE))
+    },
 }
 _IKE: Final[dict[str, Transform]] = {
     **_COMMON,
@@ -82,7 +96,6 @@ _IKE: Final[dict[str, Transform]] = {
 }
 _ESP: Final[dict[str, Transform]] = {
     **_COMMON,
-    **{size + "ctr": _encryption(Encryption.AES_CTR, bits) for size, bits in _KEY_BITS.items()},
     "null": _encryption(Encryption.NULL),
     "modpnone": _group(Group.NONE),
     "esn": ESN,
@@ -98,7 +111,9 @@ _PRF_OF_INTEGRITY: Final = {
 }
 
 _DEFAULT_TEXT: Final = {
+    # a peer that knows no additional key exchanges refuses a proposal that asks for one as a whole (RFC 7296 section 3.3.6), so the others have none
     ProtocolId.IKE: (
+        "aes256gcm16-aes128gcm16-chacha20poly1305-prfsha256-prfsha384-prfsha512-x25519-ecp256-ecp384-modp2048-ke1_mlkem768-ke1_mlkem1024",
         "aes256gcm16-aes128gcm16-chacha20poly1305-prfsha256-prfsha384-prfsha512-x25519-ecp256-ecp384-modp2048",
         "aes256-aes128-sha256-sha384-sha512-prfsha256-prfsha384-prfsha512-x25519-ecp256-ecp384-modp2048",
     ),
@@ -107,7 +122,8 @@ _DEFAULT_TEXT: Final = {
 
 
 def default_proposals(protocol: ProtocolId) -> tuple[Proposal, ...]:
-    """What the word `default` means: combined-mode ciphers first, then AES-CBC with HMAC; strong algorithms only.
+    """What the word `default` means: combined-mode ciphers first, with ML-KEM beside the key exchange and then without, then AES-CBC with HMAC; strong
+    algorithms only.
 
     Numbered from 1. ESP ones name no key exchange method: CHILD_SAs are made without PFS unless the operator names one.
     """
@@ -145,6 +161,7 @@ def _parse_one(protocol: ProtocolId, text: str) -> Proposal:
 
 def _complete(protocol: ProtocolId, transforms: list[Transform], text: str) -> Proposal:
     encryption, prf, integrity, groups, esn = ([t for t in transforms if t.type == number] for number in range(1, 6))
+    additional = sorted((t for t in transforms if t.type in ADDITIONAL_KEY_EXCHANGE_TYPES), key=lambda transform: transform.type)
     if not encryption:
         raise ValueError(f"no encryption algorithm in proposal {text!r}")
     aead = {is_aead(transform) for transform in encryption}
@@ -158,8 +175,10 @@ def _complete(protocol: ProtocolId, transforms: list[Transform], text: str) -> P
             raise ValueError(f"no key exchange method in proposal {text!r}")
     else:
         esn = esn or [NO_ESN]
+        if additional and not groups:
+            raise ValueError(f"additional key exchanges without a first one in proposal {text!r}")
     if aead == {True}:
         integrity = []
     elif not integrity:
         raise ValueError(f"no integrity algorithm in proposal {text!r}")
-    return Proposal(protocol, (*encryption, *integrity, *prf, *groups, *esn))
+    return Proposal(protocol, (*encryption, *integrity, *prf, *groups, *esn, *additional))

@@ -162,7 +162,7 @@ def expected_identity(connection: ConnectionConfig) -> Identity | None:
 
 def _octets(session: Session, identity: Identity, *, initiator: bool) -> bytes:
     """RFC 7296 section 2.15: what the initiator's or the responder's AUTH payload signs."""
-    crypto = session.keys
+    crypto, intermediate = session.keys, session.intermediate.octets
     if initiator:
-        return signed_octets(crypto.suite.prf, crypto.keys.pi, session.init_request, session.nonce_r, identity)
-    return signed_octets(crypto.suite.prf, crypto.keys.pr, session.init_response, session.nonce_i, identity)
+        return signed_octets(crypto.suite.prf, crypto.keys.pi, session.init_request, session.nonce_r, identity, intermediate)
+    return signed_octets(crypto.suite.prf, crypto.keys.pr, session.init_response, session.nonce_i, identity, intermediate)

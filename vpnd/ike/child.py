@@ -55,12 +55,12 @@ class ChildRefused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Keying:
-    """What the keys of a CHILD_SA come from. `initiator`: the exchange that makes it is ours."""
+    """What the keys of a CHILD_SA come from. `initiator`: the exchange that makes it is ours. `shared`: of its key exchanges, in their order."""
 
     nonce_i: bytes
     nonce_r: bytes
     initiator: bool
-    shared: Secret | None = None
+    shared: tuple[Secret, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

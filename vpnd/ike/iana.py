@@ -366,7 +366,8 @@ class EapCode(IntEnum):
 
 FIRST_STATUS_NOTIFY: Final = 16384  # RFC 7296 section 3.10.1: lower types are errors
 
-KEY_EXCHANGE_TYPES: Final = frozenset({TransformType.KE, *(TransformType(number) for number in range(6, 13))})
+ADDITIONAL_KEY_EXCHANGE_TYPES: Final = tuple(TransformType(number) for number in range(TransformType.AKE1, TransformType.AKE7 + 1))
+KEY_EXCHANGE_TYPES: Final = frozenset({TransformType.KE, *ADDITIONAL_KEY_EXCHANGE_TYPES})
 
 _TRANSFORM_REGISTRIES: Final[dict[int, type[IntEnum]]] = {
     TransformType.ENCR: Encryption,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Self
 
 from kernel_shim.algorithms import EspAlgorithm
 from kernel_shim.secret import Secret
-from vpnd.ike.crypto.dh import implemented_groups
+from vpnd.ike.crypto.groups import implemented_groups
 from vpnd.ike.crypto.prf import Prf, prf
 from vpnd.ike.crypto.sk import SkCipher, encryption_key_length, integrity_key_length, sk_cipher
 from vpnd.ike.identity import Identity
@@ -38,7 +38,7 @@ class IkeSuite:
             integrity_key_length(suite.integrity)
         except KeyError as error:
             raise ValueError(f"not implemented for IKE: {error.args[0]} in {chosen}") from None
-        if suite.group not in implemented_groups():
+        if not {suite.group, *chosen.additional} <= implemented_groups():
             raise ValueError(f"key exchange method is not implemented: {chosen}")
         return suite
 
@@ -77,9 +77,12 @@ def skeyseed(prf: Prf, nonce_i: bytes, nonce_r: bytes, shared: Secret) -> Secret
     return Secret(prf(nonce_i + nonce_r, shared.reveal()))
 
 
-def rekey_skeyseed(old_prf: Prf, old_d: Secret, shared: Secret, nonce_i: bytes, nonce_r: bytes) -> Secret:
-    """RFC 7296 section 2.18: SKEYSEED = prf(SK_d (old), g^ir (new) | Ni | Nr), with the old SA's PRF."""
-    return Secret(old_prf(old_d.reveal(), shared.reveal() + nonce_i + nonce_r))
+def rekey_skeyseed(old_prf: Prf, old_d: Secret, shared: Sequence[Secret], nonce_i: bytes, nonce_r: bytes) -> Secret:
+    """RFC 7296 section 2.18 and RFC 9370 section 2.2.4: SKEYSEED = prf(SK_d (old), SK(0) | Ni | Nr | SK(1) | ... SK(n)), with the old SA's PRF.
+
+    With one shared secret it is also that of an additional key exchange in IKE_INTERMEDIATE (RFC 9370 section 2.2.2).
+    """
+    return Secret(old_prf(old_d.reveal(), _mixed(shared, nonce_i, nonce_r)))
 
 
 def ike_keys(suite: IkeSuite, seed: Secret, nonce_i: bytes, nonce_r: bytes, spi_i: IkeSpi, spi_r: IkeSpi) -> IkeKeys:
@@ -88,15 +91,19 @@ def ike_keys(suite: IkeSuite, seed: Secret, nonce_i: bytes, nonce_r: bytes, spi_
     return IkeKeys(*_cut(suite.prf, seed, nonce_i + nonce_r + spi_i + spi_r, (p, a, a, e, e, p, p)))
 
 
-def child_keys(prf: Prf, d: Secret, algorithm: EspAlgorithm, nonce_i: bytes, nonce_r: bytes, shared: Secret | None = None) -> ChildKeys:
-    """RFC 7296 section 2.17: KEYMAT = prf+(SK_d, [g^ir (new) |] Ni | Nr).
+def child_keys(prf: Prf, d: Secret, algorithm: EspAlgorithm, nonce_i: bytes, nonce_r: bytes, shared: Sequence[Secret] = ()) -> ChildKeys:
+    """RFC 7296 section 2.17 and RFC 9370 section 2.2.4: KEYMAT = prf+(SK_d, [SK(0) |] Ni | Nr [| SK(1) | ... SK(n)]).
 
-    `shared` is that of a KE payload in the CREATE_CHILD_SA exchange. Keys of the initiator's packets come first, and of each
-    direction encryption before integrity.
+    `shared` is that of the KE payload in the CREATE_CHILD_SA exchange, and of those in the IKE_FOLLOWUP_KE exchanges after it. Keys of the initiator's packets
+    come first, and of each direction encryption before integrity.
     """
     e, a = algorithm.encryption_key_length, algorithm.integrity_key_length
-    seed = (shared.reveal() if shared else b"") + nonce_i + nonce_r
-    return ChildKeys(*_cut(prf, d, seed, (e, a, e, a)))
+    return ChildKeys(*_cut(prf, d, _mixed(shared, nonce_i, nonce_r), (e, a, e, a)))
+
+
+def _mixed(shared: Sequence[Secret], nonce_i: bytes, nonce_r: bytes) -> bytes:
+    first, rest = shared[:1], shared[1:]
+    return b"".join((*(secret.reveal() for secret in first), nonce_i, nonce_r, *(secret.reveal() for secret in rest)))
 
 
 def _cut(prf: Prf, key: Secret, seed: bytes, lengths: Sequence[int]) -> list[Secret]:
@@ -109,13 +116,22 @@ def _cut(prf: Prf, key: Secret, seed: bytes, lengths: Sequence[int]) -> list[Sec
     return keys
 
 
-def signed_octets(prf: Prf, p: Secret, message: bytes, nonce: bytes, identity: Identity) -> bytes:
-    """RFC 7296 section 2.15: message | nonce | prf(SK_p, rest of ID payload).
+def signed_octets(prf: Prf, p: Secret, message: bytes, nonce: bytes, identity: Identity, intermediate: bytes = b"") -> bytes:
+    """RFC 7296 section 2.15: message | nonce | prf(SK_p, rest of ID payload), and RFC 9242 section 3.3.2: | IntAuth.
 
     `message` is the signer's first message, the IKE_SA_INIT that was answered, with all its octets and without non-ESP marker;
     `nonce` is the *other* side's; `p` and `identity` are the signer's SK_p and ID.
     """
-    return message + nonce + prf(p.reveal(), identity.body())
+    return message + nonce + prf(p.reveal(), identity.body()) + intermediate
+
+
+def with_ppk(prf: Prf, keys: IkeKeys, ppk: Secret) -> IkeKeys:
+    """RFC 8784 section 3: SK_d, SK_pi and SK_pr, each mixed with the post-quantum pre-shared key: prf+(PPK, SK_x)."""
+
+    def mixed(key: Secret) -> Secret:
+        return Secret(prf.plus(ppk.reveal(), key.reveal(), len(key)))
+
+    return replace(keys, d=mixed(keys.d), pi=mixed(keys.pi), pr=mixed(keys.pr))
 
 
 def shared_key_auth(prf: Prf, secret: bytes, octets: bytes) -> bytes:

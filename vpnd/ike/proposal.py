@@ -9,7 +9,7 @@ from typing import Final
 
 from kernel_shim.model import Capabilities
 from vpnd.ike.algorithms import default_proposals, parse_proposals
-from vpnd.ike.iana import Esn, TransformType
+from vpnd.ike.iana import ADDITIONAL_KEY_EXCHANGE_TYPES, KEY_EXCHANGE_TYPES, Esn, TransformType
 from vpnd.ike.transform import NONE, Proposal, Transform, esp_algorithm, is_aead, number_proposals, proposal_text
 
 __all__ = [
@@ -53,7 +53,12 @@ def _match(own: Proposal, theirs: Proposal, prefer_own: bool, group: int | None)
     types = sorted({transform.type for transform in (*own.transforms, *theirs.transforms)} - {TransformType.ENCR, TransformType.INTEG})
     rest: list[Transform] = []
     for transform_type in types:
-        picked = _pick(own.of_type(transform_type), theirs.of_type(transform_type), prefer_own, group if transform_type == TransformType.KE else None)
+        # RFC 9370 section 2.2.2: no key exchange method is used twice
+        used = {transform.id for transform in rest if transform.type in KEY_EXCHANGE_TYPES} if transform_type in ADDITIONAL_KEY_EXCHANGE_TYPES else set()
+        mine = tuple(transform for transform in own.of_type(transform_type) if transform.id not in used or transform.id == NONE)
+        if not mine and own.of_type(transform_type):
+            return None
+        picked = _pick(mine, theirs.of_type(transform_type), prefer_own, group if transform_type == TransformType.KE else None)
         if picked is None:
             return None
         rest.extend(picked)

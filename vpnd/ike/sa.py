@@ -12,7 +12,7 @@ from kernel_shim.model import AcquireSequence, Direction, Endpoint, Flow, SaId, 
 from vpnd.config.model import ChildConfig, ConnectionConfig
 from vpnd.ike.context import ChildRequest, IkeContext
 from vpnd.ike.effects import NO_ACQUIRE, ChildClosed, ChildDenied, ChildFailed, Effect, Reason, RekeyFailed, RemoveSa, SendKeepalive
-from vpnd.ike.exchanges import create_child_sa, ike_auth, ike_sa_init, informational, rekey_ike
+from vpnd.ike.exchanges import create_child_sa, ike_auth, ike_intermediate, ike_sa_init, informational, rekey_ike
 from vpnd.ike.fragments import Outgoing
 from vpnd.ike.session import Session, Steps, Task
 from vpnd.ike.state import MAX_TASKS, Child, ChildSaState, IkeSaState
@@ -393,5 +393,5 @@ class IkeSa(Transport):
 
 
 def _connect(session: Session, task: Task) -> Steps[None]:
-    if (yield from ike_sa_init.initiate(session)):
+    if (yield from ike_sa_init.initiate(session)) and (yield from ike_intermediate.initiate(session)):
         yield from ike_auth.initiate(session, task)

@@ -29,9 +29,9 @@ from vpnd.ike.effects import (
     Reason,
     RemoveSa,
 )
-from vpnd.ike.fragments import Inner
 from vpnd.ike.iana import FIRST_STATUS_NOTIFY, CertEncoding, NotifyType, name_of
 from vpnd.ike.identity import Identity
+from vpnd.ike.intermediate import Intermediate
 from vpnd.ike.keymat import IkeKeys, IkeSuite
 from vpnd.ike.nat import detect
 from vpnd.ike.proposal import Proposal
@@ -120,6 +120,7 @@ class Response:
     install: Child | None = None
     fallback: tuple[Payload, ...] = ()
     close: IkeClosed | None = None
+    keys: IkeCrypto | None = field(default=None, repr=False)  # of all messages after it
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,12 +165,12 @@ class Session:
         self.now = now
         self.crypto: IkeCrypto | None = None
         self.received = b""  # the datagram that is being dealt with; of a message in fragments the last one that came
-        self.received_inner = Inner(0, b"")  # what the message that is being dealt with holds encrypted, its fragments put together
         self.init_request = b""
         self.init_response = b""
         self.nonce_i = b""
         self.nonce_r = b""
         self.fragmentation = False  # both sides know IKE fragmentation, and we are to use it
+        self.intermediate = Intermediate()
         self.peer_hashes: tuple[int, ...] = ()  # the peer's SIGNATURE_HASH_ALGORITHMS
         self.peer_asks_certificate = False
         self.peer_authorities: frozenset[bytes] = frozenset()  # SHA-1 of the public keys that its CERTREQ names

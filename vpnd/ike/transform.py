@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Final, Self
 
 from kernel_shim.algorithms import AEAD_ICV, EncryptionId, EspAlgorithm, IntegrityId
-from vpnd.ike.iana import Encryption, Esn, ProtocolId, TransformType, transform_name
+from vpnd.ike.iana import ADDITIONAL_KEY_EXCHANGE_TYPES, Encryption, Esn, ProtocolId, TransformType, transform_name
 
 NONE: Final = 0  # the id that says "no such transform" in types 3 to 12
 _TEXT_ORDER: Final[dict[int, int]] = {TransformType.INTEG: TransformType.PRF, TransformType.PRF: TransformType.INTEG}  # as strongSwan prints
@@ -33,6 +33,8 @@ class Transform:
         name = transform_name(self.type, self.id)
         if self.type == TransformType.PRF:
             return f"PRF_{name}"
+        if self.type in ADDITIONAL_KEY_EXCHANGE_TYPES:
+            return f"KE{self.type - TransformType.AKE1 + 1}_{name}"
         if self.type == TransformType.ESN:
             return _ESN_NAMES.get(self.id, f"ESN_{name}")
         return name
@@ -85,6 +87,17 @@ class Proposal:
         return tuple(transform.id for transform in self.of_type(TransformType.KE) if transform.id != NONE)
 
     @property
+    def additional(self) -> tuple[int, ...]:
+        """Of a chosen proposal: the additional key exchange methods (RFC 9370), in the order in which they are done."""
+        found = (self.first(kind) for kind in ADDITIONAL_KEY_EXCHANGE_TYPES)
+        return tuple(transform.id for transform in found if transform is not None and transform.id != NONE)
+
+    @property
+    def asks_additional(self) -> bool:
+        """Whether it offers or demands an additional key exchange."""
+        return any(transform.type in ADDITIONAL_KEY_EXCHANGE_TYPES and transform.id != NONE for transform in self.transforms)
+
+    @property
     def esn(self) -> bool:
         """Of a chosen ESP proposal: whether it has extended sequence numbers."""
         transform = self.first(TransformType.ESN)
@@ -99,6 +112,12 @@ class Proposal:
     def without_key_exchange(self) -> Self:
         """For the CHILD_SA of IKE_AUTH, which has no KE payload (RFC 7296 section 1.2)."""
         return replace(self, transforms=tuple(transform for transform in self.transforms if transform.type in _CHILD_OF_AUTH))
+
+    def without_additional(self) -> Self | None:
+        """The same without additional key exchanges; None when it demands one."""
+        kinds = {transform.type for transform in self.transforms if transform.type in ADDITIONAL_KEY_EXCHANGE_TYPES}
+        optional = {transform.type for transform in self.transforms if transform.id == NONE}
+        return replace(self, transforms=tuple(t for t in self.transforms if t.type not in kinds)) if kinds <= optional else None
 
     def with_group_first(self, group: int) -> Self:
         """The same proposal, with `group` the most preferred one; unchanged when it is not among its groups."""

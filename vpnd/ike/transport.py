@@ -14,15 +14,15 @@ from vpnd.config.model import ConnectionConfig, Fragmentation
 from vpnd.ike.context import IkeContext
 from vpnd.ike.crypto.sk import open_chain
 from vpnd.ike.effects import AllocateSpi, ChildClosed, ChildEstablished, Effect, InstallSa, Reason, RemoveSa, Send
-from vpnd.ike.exchanges import create_child_sa, ike_auth, informational
+from vpnd.ike.exchanges import create_child_sa, ike_auth, ike_intermediate, informational
 from vpnd.ike.fragments import SMALLEST_PACKET, Inner, Outgoing, Reassembly, packet_limit, refit, seal
 from vpnd.ike.iana import Exchange, NotifyType, ProtocolId
-from vpnd.ike.session import Ask, KeepWaiting, Response, Session, Steps, Task, Tell
+from vpnd.ike.session import Ask, IkeCrypto, KeepWaiting, Response, Session, Steps, Task, Tell
 from vpnd.ike.state import MAX_TASKS, IkeSaState
 from vpnd.ike.window import Inbox, Outstanding, Serving
 from vpnd.ike.wire.errors import IntegrityFailure, MalformedMessage
 from vpnd.ike.wire.header import Header, MessageId
-from vpnd.ike.wire.message import Message, decode_payloads
+from vpnd.ike.wire.message import Message, decode_payloads, plain_form, plain_message
 from vpnd.ike.wire.payloads import DeletePayload, NotifyPayload, Payload, SkfPayload, UnknownPayload
 
 UNPROTECTED_ERROR_GRACE: Final = 2.0  # s that an unprotected error gives the true answer to arrive
@@ -33,6 +33,7 @@ Responder = Callable[[Session, Message], Steps[Response]]
 
 # RFC 7296 sections 1.2 to 1.4: which requests a peer may make, by whether it is authenticated
 RESPONDERS: Final[dict[tuple[bool, int], Responder]] = {
+    (False, Exchange.IKE_INTERMEDIATE): ike_intermediate.respond,
     (False, Exchange.IKE_AUTH): ike_auth.respond,
     (True, Exchange.CREATE_CHILD_SA): create_child_sa.respond,
     (True, Exchange.INFORMATIONAL): informational.respond,
@@ -65,6 +66,7 @@ class Transport(Session):
         self._next_id = 0
         self._outstanding: Outstanding | None = None
         self._inbox = Inbox()
+        self._answered_with: IkeCrypto | None = None  # the keys of the request that the inbox holds and of its answer; an answer may change ours
         self._fragments_of_request = Reassembly(context.reassembly)
         self._fragments_of_response = Reassembly(context.reassembly)
         self._serving: Serving | None = None
@@ -193,9 +195,9 @@ class Transport(Session):
         inbox = self._inbox
         if inbox.is_repeated(header.message_id, datagram) or self._repeats_in_other_fragments(datagram, message):
             inbox.repeats += 1
-            if self.crypto is not None:
+            if self._answered_with is not None:
                 limit = self._limit(local, remote, narrow=inbox.repeats >= NARROW_COPY, piece=_piece(message, datagram))
-                inbox.response = refit(inbox.response, self.crypto.send, self.context.entropy, limit)
+                inbox.response = refit(inbox.response, self._answered_with.send, self.context.entropy, limit)
             self._send(inbox.response, local, remote)
             return
         # RFC 7296 section 2.3: a window of one; what is being worked at is not begun again
@@ -260,18 +262,20 @@ class Transport(Session):
         else:
             fragments.clear()
             inner = Inner(sealed.first, chain)
-        self.received_inner = inner
-        return Message(message.header, decode_payloads(inner.first, inner.chain))
+        # RFC 9242 section 3.3.2
+        intermediate = message.header.exchange == Exchange.IKE_INTERMEDIATE
+        plain = plain_form(fragments.first_datagram or datagram, inner.first, inner.chain) if intermediate else b""
+        return Message(message.header, decode_payloads(inner.first, inner.chain), plain)
 
     def _repeats_in_other_fragments(self, datagram: bytes, message: Message) -> bool:
         """RFC 7383 section 2.5.2: the first fragment of an answered request that the peer cut anew."""
         sealed, inbox = message.encrypted, self._inbox
         if not isinstance(sealed, SkfPayload) or sealed.number != 1 or message.header.message_id != inbox.expected - 1 or not inbox.response:
             return False
-        if self.crypto is None or not self.fragmentation:
+        if self._answered_with is None or not self.fragmentation:
             return False
         try:
-            open_chain(datagram, sealed, self.crypto.receive)
+            open_chain(datagram, sealed, self._answered_with.receive)
         except (IntegrityFailure, MalformedMessage):
             return False
         inbox.request = datagram
@@ -312,6 +316,7 @@ class Transport(Session):
         self._serving = self._answering = None
         message = self._seal_answer(serving, response.payloads)
         self._inbox.answered(serving.datagram, message)
+        self._answered_with, self.crypto = self.crypto, response.keys or self.crypto
         child = response.install
         if child is None:
             self._send(message, serving.local, serving.remote)
@@ -331,6 +336,8 @@ class Transport(Session):
     def _seal(self, exchange: int, message_id: int, payloads: Sequence[Payload], *, response: bool, serving: Serving | None = None) -> Outgoing:
         header = Header(self.wire_spi_i, self.wire_spi_r, exchange, MessageId(message_id), initiator=self.initiator, response=response)
         limit = self._limit(serving.local, serving.remote, piece=serving.piece) if serving else self._limit(self.local, self.remote)
+        if exchange == Exchange.IKE_INTERMEDIATE:
+            self.intermediate.cover(self.keys.suite.prf, self.keys.keys, plain_message(header, payloads), response=response)
         return seal(header, payloads, self.keys.send, self.context.entropy, limit)
 
     def _seal_answer(self, serving: Serving, payloads: Sequence[Payload]) -> Outgoing:

@@ -10,7 +10,7 @@ import pytest
 
 from kernel_shim.algorithms import EncryptionId, EspAlgorithm, IntegrityId
 from kernel_shim.secret import NO_SECRET, Secret
-from vpnd.ike.crypto.dh import group
+from vpnd.ike.crypto.groups import group
 from vpnd.ike.crypto.prf import prf
 from vpnd.ike.crypto.sk import open_message, seal_message
 from vpnd.ike.iana import AuthenticationMethod, Exchange, PrfId, ProtocolId
@@ -67,7 +67,7 @@ def test_the_keys_of_an_ike_sa_are_those_of_nist():
     assert b"".join(key.reveal() for key in in_order(keys)).hex() == DKM
 
 
-@pytest.mark.parametrize(("shared", "expected"), [(None, DKM_CHILD), (GIR_NEW, DKM_CHILD_DH)])
+@pytest.mark.parametrize(("shared", "expected"), [((), DKM_CHILD), ((GIR_NEW,), DKM_CHILD_DH)])
 def test_the_keys_of_a_child_sa_are_those_of_nist(shared, expected):
     d = Secret(bytes.fromhex(DKM)[:20])
     algorithm = EspAlgorithm(EncryptionId.AES_CBC, 256, IntegrityId.HMAC_SHA2_256_128)
@@ -77,7 +77,7 @@ def test_the_keys_of_a_child_sa_are_those_of_nist(shared, expected):
 
 
 def test_the_seed_of_a_rekeyed_ike_sa_is_that_of_nist():
-    assert rekey_skeyseed(SHA1, Secret(bytes.fromhex(DKM)[:20]), GIR_NEW, NI, NR).reveal().hex() == SKEYSEED_REKEY
+    assert rekey_skeyseed(SHA1, Secret(bytes.fromhex(DKM)[:20]), (GIR_NEW,), NI, NR).reveal().hex() == SKEYSEED_REKEY
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kernel_shim.algorithms import EncryptionId, EspAlgorithm, IntegrityId
 from kernel_shim.model import Capabilities
 from vpnd.ike.algorithms import MAX_PROPOSALS
-from vpnd.ike.crypto.dh import implemented_groups
+from vpnd.ike.crypto.groups import implemented_groups
 from vpnd.ike.iana import Encryption, Esn, Group, Integrity, PrfId, ProtocolId, TransformType
 from vpnd.ike.keymat import IkeSuite
 from vpnd.ike.proposal import (
@@ -45,6 +45,8 @@ def one(protocol: ProtocolId, text: str) -> Proposal:
         (IKE, "aes128gcm-sha384-ecp384", "AES_GCM_16-128/PRF_HMAC_SHA2_384/ECP_384"),
         (IKE, "AES256GCM128-PRFSHA512-CURVE448", "AES_GCM_16-256/PRF_HMAC_SHA2_512/CURVE_448"),
         (IKE, "aes256-sha512-prfsha256-x25519-ecp384", "AES_CBC-256/HMAC_SHA2_512_256/PRF_HMAC_SHA2_256/CURVE_25519/ECP_384"),
+        (IKE, "aes256gcm16-sha384-x25519-ke2_none-ke1_mlkem768", "AES_GCM_16-256/PRF_HMAC_SHA2_384/CURVE_25519/KE1_ML_KEM_768/KE2_NONE"),
+        (IKE, "aes192ctr-sha256-modp8192", "AES_CTR-192/HMAC_SHA2_256_128/PRF_HMAC_SHA2_256/MODP_8192"),
         (ESP, "aes128gcm16", "AES_GCM_16-128/NO_EXT_SEQ"),
         (ESP, "chacha20poly1305-esn-noesn", "CHACHA20_POLY1305/EXT_SEQ/NO_EXT_SEQ"),
         (ESP, "aes256-sha256-x25519-esn", "AES_CBC-256/HMAC_SHA2_256_128/CURVE_25519/EXT_SEQ"),
@@ -63,7 +65,10 @@ def test_words_become_transforms(protocol, text, printed):
         (IKE, "3des-sha1-modp2048", "'3des'"),
         (IKE, "aes128-md5-modp2048", "'md5'"),
         (IKE, "aes128-sha256-modp1024", "'modp1024'"),
-        (IKE, "aes128gcm16-prfsha256-mlkem768", "'mlkem768'"),
+        (IKE, "aes128gcm16-prfsha256-x25519-ke1_mlkem512", "'ke1_mlkem512'"),
+        (IKE, "aes128gcm16-prfsha256-x25519-ke8_mlkem768", "'ke8_mlkem768'"),
+        (IKE, "aes128gcm16-prfsha256-ke1_mlkem768", "no key exchange"),
+        (ESP, "aes128gcm16-ke1_mlkem768", "without a first one"),
         (IKE, "aes128gcm16-prfsha256-x25519-esn", "'esn'"),
         (IKE, "null-sha256-x25519", "'null'"),
         (ESP, "aes128gcm16-prfsha256", "'prfsha256'"),
@@ -87,9 +92,9 @@ def test_bad_text_is_refused_by_name(protocol, text, complaint):
 
 def test_a_list_is_numbered():
     proposals = parse_proposals(IKE, "aes128gcm16-prfsha256-x25519 , default")
-    assert [proposal.number for proposal in proposals] == [1, 2, 3]
+    assert [proposal.number for proposal in proposals] == [1, 2, 3, 4]
     assert proposals[1].transforms == default_proposals(IKE)[0].transforms
-    assert [(p.number, p.spi) for p in number_proposals(proposals[1:], b"spi!")] == [(1, b"spi!"), (2, b"spi!")]
+    assert [(p.number, p.spi) for p in number_proposals(proposals[1:], b"spi!")] == [(1, b"spi!"), (2, b"spi!"), (3, b"spi!")]
     assert proposal_text(proposals[:1]) == "IKE:AES_GCM_16-128/PRF_HMAC_SHA2_256/CURVE_25519"
 
 

@@ -1,4 +1,4 @@
-"""Key exchange methods (transform type 4): X25519 and X448 (RFC 8031), ECP (RFC 5903), MODP (RFC 3526), with the tests of RFC 6989.
+"""Diffie-Hellman: X25519 and X448 (RFC 8031), ECP (RFC 5903), MODP (RFC 3526), with the tests of RFC 6989.
 
 Private keys come from the caller's entropy, none from the library's own generator. All arithmetic with a private key is OpenSSL's.
 """
@@ -8,54 +8,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Final
 
 from cryptography.hazmat.primitives.asymmetric import dh, ec, x448, x25519
 
 from kernel_shim.secret import Secret
 from vpnd.ike import iana
 from vpnd.ike.crypto import Entropy
+from vpnd.ike.crypto.exchange import Group, InvalidPublicValue, KeyExchange
 from vpnd.ike.crypto.primes import MODP_PRIMES
-from vpnd.ike.wire.errors import MalformedMessage
 
 # The library deprecates finite-field Diffie-Hellman as a whole; that an operator's peer still needs it is no news at run time.
 warnings.filterwarnings("ignore", message="Diffie-Hellman over finite fields")
-
-
-class InvalidPublicValue(MalformedMessage):
-    """A peer's public value fails the tests of RFC 6989; answered with INVALID_SYNTAX."""
-
-    def __init__(self, detail: str) -> None:
-        super().__init__("KE", detail)
-
-
-class KeyExchange(Protocol):
-    """The initiator's half of one key exchange: our public value is out, the peer's is awaited."""
-
-    @property
-    def group(self) -> int: ...
-
-    @property
-    def public(self) -> bytes: ...
-
-    def complete(self, peer: bytes) -> Secret:
-        """The shared secret. Raises InvalidPublicValue."""
-
-
-class Group(Protocol):
-    """A key exchange method. `respond` exists apart from `initiate` because a KEM's responder encapsulates."""
-
-    @property
-    def id(self) -> int: ...
-
-    @property
-    def public_length(self) -> int:
-        """Octets of the initiator's public value."""
-
-    def initiate(self, entropy: Entropy) -> KeyExchange: ...
-
-    def respond(self, peer: bytes, entropy: Entropy) -> tuple[bytes, Secret]:
-        """Our public value and the shared secret. Raises InvalidPublicValue."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,9 +114,15 @@ def _modp(prime: int, exponent_octets: int) -> Callable[[Entropy], tuple[bytes, 
 
 
 # Twice the group's strength in bits (RFC 3526 section 8), rounded up to octets.
-_EXPONENT_OCTETS: Final = {iana.Group.MODP_2048: 40, iana.Group.MODP_3072: 48, iana.Group.MODP_4096: 56}
+_EXPONENT_OCTETS: Final = {
+    iana.Group.MODP_2048: 40,
+    iana.Group.MODP_3072: 48,
+    iana.Group.MODP_4096: 56,
+    iana.Group.MODP_6144: 64,
+    iana.Group.MODP_8192: 72,
+}
 
-_GROUPS: Final[dict[int, Group]] = {
+DH_GROUPS: Final[dict[int, Group]] = {
     iana.Group.CURVE_25519: DhGroup(iana.Group.CURVE_25519, 32, _x25519),
     iana.Group.CURVE_448: DhGroup(iana.Group.CURVE_448, 56, _x448),
     iana.Group.ECP_256: DhGroup(iana.Group.ECP_256, 64, _ecp(ec.SECP256R1())),
@@ -160,12 +130,3 @@ _GROUPS: Final[dict[int, Group]] = {
     iana.Group.ECP_521: DhGroup(iana.Group.ECP_521, 132, _ecp(ec.SECP521R1())),
     **{number: DhGroup(number, prime.bit_length() // 8, _modp(prime, _EXPONENT_OCTETS[number])) for number, prime in MODP_PRIMES.items()},
 }
-
-
-def group(number: int) -> Group:
-    """The method with that transform id. Raises KeyError when it is not implemented."""
-    return _GROUPS[number]
-
-
-def implemented_groups() -> frozenset[int]:
-    return frozenset(_GROUPS)

@@ -1,4 +1,4 @@
-"""The protection of SK payloads: RFC 7296 section 3.14 (AES-CBC and HMAC) and RFC 5282, RFC 7634 (AEADs)."""
+"""The protection of SK payloads: RFC 7296 section 3.14 (AES-CBC and HMAC), RFC 5930 (AES-CTR) and RFC 5282, RFC 7634 (AEADs)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.aead import AESCCM, AESGCM, ChaCha20Poly1305
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
-from cryptography.hazmat.primitives.ciphers.modes import CBC, GCM
+from cryptography.hazmat.primitives.ciphers.modes import CBC, CTR, GCM
 
 from kernel_shim.algorithms import AEAD_ICV, AEAD_SALT, INTEGRITY_ICV, INTEGRITY_KEY, EncryptionId, IntegrityId
 from kernel_shim.secret import Secret
@@ -24,6 +24,9 @@ from vpnd.ike.wire.payloads import Payload, SkfPayload, SkPayload
 
 AEAD_IV: Final = 8  # octets, RFC 5282 section 3.1
 AES_BLOCK: Final = 16  # octets
+CTR_IV: Final = 8  # octets, RFC 5930 section 2.1
+CTR_NONCE: Final = 4  # octets that follow the key in the keying material, RFC 5930 section 2.2
+CTR_FIRST_BLOCK: Final = (1).to_bytes(4, "big")  # RFC 3686 section 4
 
 
 class SkCipher(Protocol):
@@ -132,6 +135,44 @@ class CbcHmacSkCipher:
         return hmac.digest(self._integrity_key, data, self._digest)[: self._icv]
 
 
+class CtrHmacSkCipher:
+    """RFC 5930: AES-CTR and HMAC. Counter block: nonce of the keying material, IV, block number from 1; the IV counts up and never repeats."""
+
+    __slots__ = ("_digest", "_icv", "_integrity_key", "_key", "_next", "_nonce")
+
+    def __init__(self, key: bytes, nonce: bytes, integrity_key: bytes, digest: str, icv: int) -> None:
+        self._key = AES(key)
+        self._nonce = nonce
+        self._integrity_key = integrity_key
+        self._digest = digest
+        self._icv = icv
+        self._next = 0
+
+    def sealed_length(self, length: int) -> int:
+        return CTR_IV + length + 1 + self._icv
+
+    def seal(self, associated: bytes, plaintext: bytes, entropy: Entropy) -> bytes:
+        iv = self._next.to_bytes(CTR_IV, "big")
+        self._next += 1
+        sealed = iv + self._crypt(iv, plaintext + b"\0")
+        return sealed + self._checksum(associated + sealed)
+
+    def open(self, associated: bytes, body: bytes) -> bytes:
+        sealed, icv = body[: -self._icv], body[-self._icv :]
+        if len(sealed) < CTR_IV + 1:
+            raise IntegrityFailure(f"encrypted payload of {len(body)} octets")
+        if not hmac.compare_digest(icv, self._checksum(associated + sealed)):
+            raise IntegrityFailure("integrity check failed")
+        return _unpad(self._crypt(sealed[:CTR_IV], sealed[CTR_IV:]))
+
+    def _crypt(self, iv: bytes, data: bytes) -> bytes:
+        context = Cipher(self._key, CTR(self._nonce + iv + CTR_FIRST_BLOCK)).encryptor()
+        return context.update(data) + context.finalize()
+
+    def _checksum(self, data: bytes) -> bytes:
+        return hmac.digest(self._integrity_key, data, self._digest)[: self._icv]
+
+
 def _unpad(padded: bytes) -> bytes:
     # RFC 7296 section 3.14: the pad length is the last octet, the padding before it may be anything.
     padding = padded[-1]
@@ -146,6 +187,7 @@ _DIGESTS: Final = {
     IntegrityId.HMAC_SHA2_384_192: "sha384",
     IntegrityId.HMAC_SHA2_512_256: "sha512",
 }
+_WITH_HMAC: Final = frozenset({EncryptionId.AES_CBC, EncryptionId.AES_CTR})
 _AES_BITS: Final = frozenset({128, 192, 256})
 _AEADS: Final[dict[int, Callable[[bytes], _Aead]]] = {
     EncryptionId.AES_GCM_8: lambda key: _ShortTagGcm(key, 8),
@@ -159,10 +201,12 @@ _AEADS: Final[dict[int, Callable[[bytes], _Aead]]] = {
 
 
 def encryption_key_length(encryption: Transform) -> int:
-    """Octets of SK_e: key and, for an AEAD, salt. Raises KeyError when it is not implemented for IKE."""
+    """Octets of SK_e: key and, for an AEAD, salt, and for AES-CTR the nonce. Raises KeyError when it is not implemented for IKE."""
     allowed = {256} if encryption.id == EncryptionId.CHACHA20_POLY1305 else _AES_BITS
-    if (encryption.id not in _AEADS and encryption.id != EncryptionId.AES_CBC) or encryption.key_bits not in allowed:
+    if (encryption.id not in _AEADS and encryption.id not in _WITH_HMAC) or encryption.key_bits not in allowed:
         raise KeyError(str(encryption))
+    if encryption.id == EncryptionId.AES_CTR:
+        return encryption.key_bits // 8 + CTR_NONCE
     return encryption.key_bits // 8 + AEAD_SALT.get(EncryptionId(encryption.id), 0)
 
 
@@ -194,7 +238,10 @@ def sk_cipher(encryption: Transform, integrity: Transform | None, encryption_key
     if integrity is None or len(integrity_key) != integrity_key_length(integrity):
         raise ValueError(f"integrity key of {len(integrity_key)} octets for {encryption} with {integrity}")
     kind = _integrity_id(integrity)
-    return CbcHmacSkCipher(encryption_key.reveal(), integrity_key.reveal(), _DIGESTS[kind], INTEGRITY_ICV[kind])
+    key = encryption_key.reveal()
+    if encryption.id == EncryptionId.AES_CTR:
+        return CtrHmacSkCipher(key[:-CTR_NONCE], key[-CTR_NONCE:], integrity_key.reveal(), _DIGESTS[kind], INTEGRITY_ICV[kind])
+    return CbcHmacSkCipher(key, integrity_key.reveal(), _DIGESTS[kind], INTEGRITY_ICV[kind])
 
 
 def seal_message(header: Header, payloads: Sequence[Payload], cipher: SkCipher, entropy: Entropy) -> bytes:

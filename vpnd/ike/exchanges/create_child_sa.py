@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Final
 
+from kernel_shim.secret import Secret
 from vpnd.ike.child import SPI_LENGTH, Agreed, Asked, ChildRefused, Keying, Offer, allocation, answer_payloads, build, choose, make_offer, read_answer
 from vpnd.ike.context import ChildRequest
 from vpnd.ike.cookie import NONCE_MAXIMUM, NONCE_MINIMUM
-from vpnd.ike.crypto.dh import group, implemented_groups
+from vpnd.ike.crypto.groups import group, implemented_groups
 from vpnd.ike.effects import ChildDenied, Reason, RekeyFailed
 from vpnd.ike.exchanges import rekey_ike
 from vpnd.ike.exchanges.informational import delete_child, delete_spi
@@ -144,12 +145,12 @@ def _negotiate(session: Session, offer: Offer, *first: Payload) -> Steps[tuple[A
         nonce_r, ke = response.first(NoncePayload), response.first(KePayload)
         if nonce_r is None or not NONCE_MINIMUM <= len(nonce_r.data) <= NONCE_MAXIMUM:
             raise ChildRefused(Reason.INVALID_SYNTAX, NotifyType.INVALID_SYNTAX, detail="no nonce")
-        shared = None
+        shared: tuple[Secret, ...] = ()
         if agreed.proposal.groups:
             if exchange is None or ke is None or ke.group != exchange.group or ke.group not in agreed.proposal.groups:
                 raise ChildRefused(Reason.INVALID_KE_PAYLOAD, NotifyType.INVALID_SYNTAX, detail="the peer's key exchange is not that of the proposal")
             try:
-                shared = exchange.complete(ke.data)
+                shared = (exchange.complete(ke.data),)
             except MalformedMessage as invalid:
                 raise ChildRefused(Reason.INVALID_SYNTAX, invalid.notify, detail="invalid public value") from invalid
     except ChildRefused:
@@ -194,13 +195,14 @@ def _respond(session: Session, request: Message) -> Steps[Response]:
         raise ChildRefused(Reason.INVALID_SYNTAX, NotifyType.INVALID_SYNTAX, detail="no nonce")
     asked = choose(session, request, key_exchange=True, ke_group=ke.group if ke else None, like=replaced)
     groups = asked.agreed.proposal.groups
-    shared, key_exchange = None, []
+    shared: tuple[Secret, ...] = ()
+    key_exchange = []
     if groups:
         # RFC 7296 section 1.3: the group that we chose, in two octets
         if ke is None or ke.group != groups[0]:
             raise ChildRefused(Reason.INVALID_KE_PAYLOAD, NotifyType.INVALID_KE_PAYLOAD, groups[0].to_bytes(2, "big"))
-        public, shared = group(groups[0]).respond(ke.data, session.context.entropy)
-        key_exchange = [KePayload(groups[0], public)]
+        public, secret = group(groups[0]).respond(ke.data, session.context.entropy)
+        shared, key_exchange = (secret,), [KePayload(groups[0], public)]
     nonce_r = session.context.entropy(NONCE_LENGTH)
     child, payloads = yield from bring_up(session, asked, Keying(nonce_i.data, nonce_r, False, shared), replaced)
     if replaced is not None:

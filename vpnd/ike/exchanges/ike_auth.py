@@ -108,6 +108,9 @@ def _take_child(session: Session, task: Task, offer: Offer, response: Message, e
 
 def respond(session: Session, request: Message) -> Steps[Response]:
     idi, idr, auth = request.first(IdiPayload), request.first(IdrPayload), request.first(AuthPayload)
+    # RFC 9370 section 2.2.2: the keys are not those that were agreed on
+    if session.intermediate.pending:
+        return _refuse(session, None, None, Reason.INVALID_SYNTAX, "IKE_AUTH before all additional key exchanges are done", NotifyType.INVALID_SYNTAX)
     if idi is None:
         return _refuse(session, None, None, Reason.INVALID_SYNTAX, "no IDi payload", NotifyType.INVALID_SYNTAX)
     session.notice_certificate_requests(request)

@@ -12,7 +12,8 @@ from vpnd.auth.signature import SUPPORTED_HASHES
 from vpnd.config.model import AuthMethod, ConnectionConfig, Fragmentation
 from vpnd.ike.context import IkeContext
 from vpnd.ike.cookie import COOKIE_MAXIMUM, NONCE_MAXIMUM, NONCE_MINIMUM, stateless_reply
-from vpnd.ike.crypto.dh import KeyExchange, group, implemented_groups
+from vpnd.ike.crypto.exchange import KeyExchange
+from vpnd.ike.crypto.groups import group, implemented_groups
 from vpnd.ike.effects import AuthenticationRejected, Effect, Reason, Send
 from vpnd.ike.iana import CertEncoding, Exchange, NotifyType
 from vpnd.ike.keymat import IkeSuite, ike_keys, skeyseed
@@ -81,6 +82,9 @@ def _request(session: Session, proposals: Sequence[Proposal], exchange: KeyExcha
     payloads: list[Payload] = [NotifyPayload(NotifyType.COOKIE, cookie)] if cookie is not None else []
     payloads += [SaPayload(tuple(proposals)), KePayload(exchange.group, exchange.public), NoncePayload(session.nonce_i)]
     payloads += _capabilities(session, NO_SPI, session.local, session.remote, fake)
+    # RFC 9370 section 2.2.2
+    if any(proposal.asks_additional for proposal in proposals):
+        payloads.append(NotifyPayload(NotifyType.INTERMEDIATE_EXCHANGE_SUPPORTED))
     header = Header(session.wire_spi_i, NO_SPI, Exchange.IKE_SA_INIT, MessageId(0), initiator=True, response=False)
     session.init_request = encode_message(Message(header, tuple(payloads)))
     return session.init_request
@@ -112,6 +116,8 @@ def _complete(session: Session, proposals: Sequence[Proposal], exchange: KeyExch
     chosen = accept(proposals, sa.proposals)
     if chosen is None or ke.group != exchange.group or ke.group not in chosen.groups:
         return KeepWaiting(Reason.NO_PROPOSAL_CHOSEN, f"{who} chose what was not proposed")
+    if chosen.additional and response.notify(NotifyType.INTERMEDIATE_EXCHANGE_SUPPORTED) is None:
+        return KeepWaiting(Reason.INVALID_SYNTAX, f"{who} chose additional key exchanges and does no IKE_INTERMEDIATE")
     try:
         shared, suite = exchange.complete(ke.data), IkeSuite.of(chosen)
     except (MalformedMessage, ValueError):
@@ -133,6 +139,7 @@ def _derive(session: Session, suite: IkeSuite, shared: Secret) -> None:
     seed = skeyseed(suite.prf, session.nonce_i, session.nonce_r, shared)
     keys = ike_keys(suite, seed, session.nonce_i, session.nonce_r, session.wire_spi_i, session.wire_spi_r)
     session.crypto = IkeCrypto.of(suite, keys, session.initiator)
+    session.intermediate.pending.extend(session.proposal.additional if session.proposal else ())
 
 
 def _features(session: Session, message: Message, local: Endpoint, remote: Endpoint, spi_r: bytes) -> None:
@@ -185,7 +192,8 @@ def respond(
     candidates = context.candidates(local, remote)
     if not candidates:
         return refuse(NotifyType.NO_PROPOSAL_CHOSEN, why="no connection for these addresses")
-    choice = _choose(candidates, sa.proposals, ke.group)
+    intermediate = request.notify(NotifyType.INTERMEDIATE_EXCHANGE_SUPPORTED) is not None
+    choice = _choose(candidates, sa.proposals, ke.group, intermediate)
     if choice is None:
         return refuse(NotifyType.NO_PROPOSAL_CHOSEN, why="no proposal of the peer is acceptable")
     chosen_group = choice.proposal.groups[0]
@@ -213,15 +221,21 @@ def respond(
     payloads: list[Payload] = [SaPayload((choice.proposal,)), KePayload(chosen_group, public), NoncePayload(session.nonce_r)]
     payloads += _capabilities(session, session.wire_spi_r, local, remote, fake)
     payloads += certificate_requests(context, choice.candidates)
+    if choice.proposal.additional:
+        payloads.append(NotifyPayload(NotifyType.INTERMEDIATE_EXCHANGE_SUPPORTED))
     reply = Header(session.wire_spi_i, session.wire_spi_r, Exchange.IKE_SA_INIT, MessageId(0), initiator=False, response=True)
     session.init_response = encode_message(Message(reply, tuple(payloads)))
     return session, [Send(local, remote, session.init_response)]
 
 
-def _choose(candidates: Sequence[ConnectionConfig], offered: Sequence[Proposal], ke_group: int) -> _Choice | None:
-    """The best connection with an acceptable proposal; the others that could live with that proposal stay candidates."""
+def _choose(candidates: Sequence[ConnectionConfig], offered: Sequence[Proposal], ke_group: int, intermediate: bool) -> _Choice | None:
+    """The best connection with an acceptable proposal; the others that could live with that proposal stay candidates.
+
+    `intermediate`: the peer can do additional key exchanges.
+    """
     for connection in candidates:
-        proposal = select(connection.proposals, offered, prefer_configured=True, group=ke_group)
+        own = connection.proposals if intermediate else [bare for each in connection.proposals if (bare := each.without_additional()) is not None]
+        proposal = select(own, offered, prefer_configured=True, group=ke_group)
         if proposal is not None and proposal.groups:
             fitting = tuple(other for other in candidates if other is connection or select(other.proposals, (proposal,)) is not None)
             return _Choice(connection, fitting, proposal)

@@ -10,7 +10,7 @@ from typing import Final
 
 from kernel_shim.secret import Secret
 from vpnd.ike.cookie import NONCE_MAXIMUM, NONCE_MINIMUM
-from vpnd.ike.crypto.dh import group, implemented_groups
+from vpnd.ike.crypto.groups import group, implemented_groups
 from vpnd.ike.effects import IkeOpened, Reason, RekeyFailed
 from vpnd.ike.iana import Exchange, NotifyType, ProtocolId
 from vpnd.ike.keymat import IkeSuite, ike_keys, rekey_skeyseed
@@ -192,7 +192,7 @@ def _derive(session: Session, new: Session, chosen: Proposal, suite: IkeSuite, s
     new.proposal = chosen.with_spi(b"")
     new.spi_remote = int.from_bytes(chosen.spi, "big")
     # RFC 7296 section 2.18: the old SA's PRF makes the seed, the new one's the keys
-    seed = rekey_skeyseed(session.keys.suite.prf, session.keys.keys.d, shared, nonce_i, nonce_r)
+    seed = rekey_skeyseed(session.keys.suite.prf, session.keys.keys.d, (shared,), nonce_i, nonce_r)
     keys = ike_keys(suite, seed, nonce_i, nonce_r, new.wire_spi_i, new.wire_spi_r)
     new.crypto = IkeCrypto.of(suite, keys, new.initiator)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
 from vpnd.ike import iana
@@ -21,10 +21,14 @@ P = TypeVar("P")
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """Payloads in their order on the wire. An encrypted message ends with `SkPayload` or `SkfPayload`, unopened."""
+    """Payloads in their order on the wire. An encrypted message ends with `SkPayload` or `SkfPayload`, unopened.
+
+    `plain` is the `plain_form` of an IKE_INTERMEDIATE message that was opened.
+    """
 
     header: Header
     payloads: tuple[Payload, ...]
+    plain: bytes = field(default=b"", repr=False, compare=False)
 
     def first(self, kind: type[P]) -> P | None:
         return next((payload for payload in self.payloads if isinstance(payload, kind)), None)
@@ -112,6 +116,29 @@ def encode_message(message: Message) -> bytes:
     """Raises ValueError for a payload too long for its length field."""
     first, chain = encode_payloads(message.payloads)
     return encode_header(message.header, first, HEADER_LENGTH + len(chain)) + chain
+
+
+def plain_form(datagram: bytes, first: int, chain: bytes) -> bytes:
+    """What RFC 9242 section 3.3.2 authenticates of an encrypted message: as if it were neither encrypted nor in fragments.
+
+    `datagram` is the message, or its first fragment, as it came; `chain` the payloads inside, the first of type `first`. Both lengths are those without
+    IV, padding and ICV. The datagram must have been decoded without an error.
+    """
+    name_at, start = 16, HEADER_LENGTH  # of the payload's type, and of the payload
+    while datagram[name_at] not in (iana.Payload.SK, iana.Payload.SKF):
+        name_at, start = start, start + int.from_bytes(datagram[start + 2 : start + 4], "big")
+    head = bytearray(datagram[: start + GENERIC_LENGTH])
+    head[name_at], head[start] = iana.Payload.SK, first
+    head[start + 2 :] = (GENERIC_LENGTH + len(chain)).to_bytes(2, "big")
+    head[HEADER_LENGTH - 4 : HEADER_LENGTH] = (len(head) + len(chain)).to_bytes(4, "big")
+    return bytes(head) + chain
+
+
+def plain_message(header: Header, payloads: Sequence[Payload]) -> bytes:
+    """The `plain_form` of a message of ours with all its payloads inside SK."""
+    first, chain = encode_payloads(payloads)
+    length = GENERIC_LENGTH + len(chain)
+    return encode_header(header, iana.Payload.SK, HEADER_LENGTH + length) + generic_header(first, length) + chain
 
 
 def encode_payloads(payloads: Sequence[Payload]) -> tuple[int, bytes]:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable
 
 import pytest
+from ml_kem_vectors import ML_KEM_768, ML_KEM_1024
 
-from vpnd.ike.crypto.dh import InvalidPublicValue, group, implemented_groups
+from vpnd.ike.crypto.exchange import InvalidPublicValue
+from vpnd.ike.crypto.groups import group, implemented_groups
 from vpnd.ike.crypto.primes import MODP_PRIMES
 from vpnd.ike.iana import Group, NotifyType
 
 EXTRA = 8  # octets that an ECP method draws beyond the size of its order
 GROUPS = sorted(implemented_groups())
+CIPHERTEXT = {Group.ML_KEM_768: 1088, Group.ML_KEM_1024: 1568}  # octets
+KEMS = tuple(CIPHERTEXT)
+DIFFIE_HELLMAN = [number for number in GROUPS if number not in KEMS]
 
 
 def entropy_of(value: bytes) -> Callable[[int], bytes]:
@@ -72,9 +78,18 @@ def test_ecp_agrees_with_rfc_5903_section_8(number):
     assert secret.reveal().hex() == ours.complete(public).reveal().hex() == girx
 
 
+EXPONENT = {  # octets
+    Group.MODP_2048: 40,
+    Group.MODP_3072: 48,
+    Group.MODP_4096: 56,
+    Group.MODP_6144: 64,
+    Group.MODP_8192: 72,
+}
+
+
 @pytest.mark.parametrize("number", MODP_PRIMES)
 def test_modp_agrees_with_plain_exponentiation(number):
-    prime, octets = MODP_PRIMES[number], 40 if number == Group.MODP_2048 else 48 if number == Group.MODP_3072 else 56
+    prime, octets = MODP_PRIMES[number], EXPONENT[number]
     drawn = [seeded(1)(octets), seeded(2)(octets)]
     i, r = (int.from_bytes(value, "big") | 1 << (octets * 8 - 1) for value in drawn)
     ours = group(number).initiate(entropy_of(drawn[0]))
@@ -84,7 +99,16 @@ def test_modp_agrees_with_plain_exponentiation(number):
     assert secret.reveal() == pow(2, i * r, prime).to_bytes(prime.bit_length() // 8, "big")
 
 
-@pytest.mark.parametrize(("number", "constant"), [(Group.MODP_2048, 124476), (Group.MODP_3072, 1690314), (Group.MODP_4096, 240904)])
+PI_CONSTANT = {
+    Group.MODP_2048: 124476,
+    Group.MODP_3072: 1690314,
+    Group.MODP_4096: 240904,
+    Group.MODP_6144: 929484,
+    Group.MODP_8192: 4743158,
+}
+
+
+@pytest.mark.parametrize(("number", "constant"), PI_CONSTANT.items())
 def test_modp_primes_are_those_of_rfc_3526(number, constant):
     bits = MODP_PRIMES[number].bit_length()
     # RFC 3526: 2^n - 2^(n-64) - 1 + 2^64 * ([2^(n-130) pi] + constant)
@@ -112,7 +136,8 @@ def test_both_ends_agree(number):
     ours = group(number).initiate(seeded(3))
     public, secret = group(number).respond(ours.public, seeded(4))
     assert ours.group == group(number).id == number
-    assert len(ours.public) == len(public) == group(number).public_length
+    assert len(ours.public) == group(number).public_length
+    assert len(public) == (CIPHERTEXT[number] if number in KEMS else len(ours.public))
     assert ours.complete(public) == secret
     assert ours.public != public
 
@@ -122,7 +147,7 @@ def test_the_same_entropy_gives_the_same_exchange(number):
     assert group(number).initiate(seeded(5)).public == group(number).initiate(seeded(5)).public
 
 
-@pytest.mark.parametrize("number", GROUPS)
+@pytest.mark.parametrize("number", DIFFIE_HELLMAN)
 def test_a_public_value_of_another_length_is_refused(number):
     ours = group(number).initiate(seeded(6))
     good = group(number).initiate(seeded(7)).public
@@ -153,6 +178,31 @@ def test_a_point_of_small_order_is_refused(number, octets):
     for bad in (bytes(octets), (1).to_bytes(octets, "little")):
         with pytest.raises(InvalidPublicValue):
             group(number).respond(bad, seeded(11))
+
+
+@pytest.mark.parametrize(("number", "answer"), [(Group.ML_KEM_768, ML_KEM_768), (Group.ML_KEM_1024, ML_KEM_1024)])
+def test_ml_kem_agrees_with_the_known_answers(number, answer):
+    ours = group(number).initiate(entropy_of(bytes.fromhex(answer.seed)))
+    assert hashlib.sha256(ours.public).hexdigest() == answer.encapsulation_key_sha256
+    assert ours.complete(bytes.fromhex(answer.ciphertext)).reveal().hex() == answer.shared
+
+
+@pytest.mark.parametrize("number", KEMS)
+def test_ml_kem_checks_what_can_be_checked(number):
+    method = group(number)
+    ours = method.initiate(seeded(12))
+    ciphertext, secret = method.respond(ours.public, seeded(13))
+    for bad in (b"", ciphertext[:-1], ciphertext + b"\0"):
+        with pytest.raises(InvalidPublicValue):
+            ours.complete(bad)
+    # FIPS 203 section 7.2: a coefficient of 4095 is not reduced
+    for bad in (b"", ours.public[:-1], ours.public + b"\0", b"\xff" * len(ours.public)):
+        with pytest.raises(InvalidPublicValue) as refusal:
+            method.respond(bad, seeded(14))
+        assert refusal.value.notify == NotifyType.INVALID_SYNTAX
+    # FIPS 203 section 6.3: implicit rejection, the same each time
+    changed = bytes((ciphertext[0] ^ 1,)) + ciphertext[1:]
+    assert ours.complete(changed) == ours.complete(changed) != secret
 
 
 def test_a_method_that_is_not_implemented_is_a_key_error():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import random
 
 import pytest
@@ -34,6 +35,8 @@ SUITES = [
     "aes256-sha384-x25519",
     "aes192-sha512-x25519",
     "aes128-sha1-x25519",
+    "aes128ctr-sha256-x25519",
+    "aes256ctr-sha512-x25519",
 ]
 
 
@@ -70,6 +73,24 @@ def test_aes_gcm_follows_rfc_5282():
     data = seal_message(HEADER, (NoncePayload(b"n" * 16),), cipher, entropy)
     associated, iv, sealed = data[:32], data[32:40], data[40:]
     assert AESGCM(key).decrypt(salt + iv, sealed, associated) == b"\0\0\0\x14" + b"n" * 16 + b"\0"
+
+
+def test_aes_ctr_agrees_with_rfc_3686_section_6():
+    """Test vector 8 with its nonce and IV: the chain begins the key stream at block 1."""
+    key, nonce, iv = (
+        bytes.fromhex("f6d66d6bd52d59bb0796365879eff886c66dd51a5b6a99744b50590c87a23884"),
+        bytes.fromhex("00faac24"),
+        bytes.fromhex("c1585ef15a43d875"),
+    )
+    encryption, integrity = Transform(TransformType.ENCR, Encryption.AES_CTR, 256), Transform(TransformType.INTEG, Integrity.HMAC_SHA2_256_128)
+    cipher = sk_cipher(encryption, integrity, Secret(key + nonce), Secret(b"i" * 32))
+    plain, sealed = bytes(range(32)), bytes.fromhex("f05e231b3894612c49ee000b804eb2a9b8306b508f839d6a5530831d9344af1c")
+    stream = bytes(a ^ b for a, b in zip(plain, sealed, strict=True))
+    # a chain and its padding, encrypted with the vector's key stream, open
+    inner = b"payload chain" + b"\x05" * 5 + b"\x05"
+    body = iv + bytes(a ^ b for a, b in zip(inner, stream, strict=False))
+    icv = hmac.digest(b"i" * 32, b"head" + body, "sha256")[:16]
+    assert cipher.open(b"head", body + icv) == b"payload chain"
 
 
 @pytest.mark.parametrize("suite", SUITES)
@@ -154,7 +175,7 @@ def test_a_clear_message_is_not_opened():
 
 def test_ciphers_that_are_not_for_ike_are_refused():
     aes_cbc, gcm = Transform(TransformType.ENCR, Encryption.AES_CBC, 128), Transform(TransformType.ENCR, Encryption.AES_GCM_16, 128)
-    for encryption in (Encryption.TRIPLE_DES_CBC, Encryption.NULL, Encryption.AES_CTR, 999):
+    for encryption in (Encryption.TRIPLE_DES_CBC, Encryption.NULL, 999):
         with pytest.raises(KeyError):
             encryption_key_length(Transform(TransformType.ENCR, encryption, 128))
     with pytest.raises(KeyError):
