@@ -528,4 +528,5 @@ class Capabilities:
     if_ids: bool = False  # policies and SAs of one xfrm interface
     marks: bool = False
     offload: bool = False
+    maximum_reqid: int = 0x7FFFFFFF
     binds_ike_sockets: bool = False  # the kernel opens the IKE sockets and hands their descriptors over

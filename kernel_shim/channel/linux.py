@@ -1,12 +1,20 @@
-"""What Linux's own IPsec can do, as far as it is known without asking."""
+"""What Linux's own IPsec can do, as far as it is known without asking, and what the channels to it share."""
 
 from __future__ import annotations
 
+import errno
+import socket
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Final
 
 from kernel_shim.algorithms import EncryptionId, EspAlgorithm, IntegrityId
-from kernel_shim.model import Capabilities, Unresolved
+from kernel_shim.channel.sysctl import Sysctls
+from kernel_shim.model import Action, Capabilities, Direction, IPAddress, KernelError, Policy, Unresolved
 
+ACQUIRE_SECONDS: Final = 165  # how long a larval SA stands: as long as a negotiation may take with the default retransmissions
+MAX_ACQUIRES: Final = 65536  # remembered, so that their larval SAs can be removed; beyond it the oldest expire by themselves
+STATISTICS: Final = Path("/proc/thread-self/net/xfrm_stat")
 MAX_REPLAY_WINDOW: Final = 4096  # XFRMA_REPLAY_ESN_MAX
 
 _AES_BITS: Final = (128, 192, 256)
@@ -35,3 +43,58 @@ XFRM: Final = Capabilities(
     sa_selectors=False,  # an SA can have one pair; of more the policies decide alone
     unresolved_modes=frozenset({Unresolved.QUEUE}),  # its hold queue, where it can be switched on; else DROP
 )
+
+
+class HoldQueue:
+    """The kernel's own queue of packets without an SA (net.core.xfrm_larval_drop), switched on for as long as a key manager is there."""
+
+    def __init__(self, settings_file: Path | None = None) -> None:
+        self._sysctls = Sysctls(settings_file)
+        self._on = False
+
+    def look(self) -> None:
+        self._on = self._sysctls.get("core/xfrm_larval_drop") == "0"
+
+    def switch_on(self, acquire_seconds: int) -> None:
+        """A larval SA, and the queue with it, stands for `acquire_seconds`."""
+        self._on = self._sysctls.set("core/xfrm_larval_drop", "0")
+        self._sysctls.set("core/xfrm_acq_expires", str(acquire_seconds))
+
+    def restore(self) -> None:
+        self._sysctls.restore()
+
+    @property
+    def mode(self) -> Unresolved:
+        return Unresolved.QUEUE if self._on else Unresolved.DROP
+
+    def mode_of(self, policy: Policy) -> Unresolved:
+        """Of a policy that stands in the kernel, which does not say."""
+        return self.mode if _resolves(policy) else policy.unresolved
+
+    def require(self, policy: Policy) -> None:
+        """KernelError(EOPNOTSUPP) when it asks for another mode than the kernel's."""
+        if _resolves(policy) and policy.unresolved is not self.mode:
+            why = "" if self._on else "; net.core.xfrm_larval_drop is 1 and cannot be changed"
+            raise KernelError(errno.EOPNOTSUPP, f"unresolved: this kernel does not know '{policy.unresolved.value}'{why}")
+
+
+def _resolves(policy: Policy) -> bool:
+    return policy.direction is Direction.OUT and policy.action is Action.PROTECT
+
+
+def is_local(address: IPAddress) -> bool:
+    with socket.socket(socket.AF_INET if address.version == 4 else socket.AF_INET6, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind((str(address), 0))
+        except OSError:
+            return False
+        return True
+
+
+def xfrm_statistics() -> Mapping[str, int]:
+    """/proc/net/xfrm_stat, where the kernel has it."""
+    try:
+        lines = STATISTICS.read_text().splitlines()
+    except OSError:
+        return {}
+    return {name: int(value) for name, _, value in (line.partition(" ") for line in lines)}

@@ -27,8 +27,8 @@ from kernel_shim.model import (
     Spi,
     SpiRequest,
 )
+from kernel_shim.pfkey.af_key import plain_capabilities
 from kernel_shim.pfkey.constants import ExtensionType, MessageType, SaType
-from kernel_shim.pfkey.event_messages import plain_capabilities
 from kernel_shim.pfkey.messages import Message, PolicyExtension, Sa
 from kernel_shim.pfkey.policy_messages import policy_extensions, policy_from, require_policy_expressible, require_selector_expressible, selector_extensions
 from kernel_shim.pfkey.private import BundleExtension, CapabilitiesExtension, Hello, PendingExtension, Statistics

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Final
 
-from kernel_shim.algorithms import EncryptionId, EspAlgorithm, IntegrityId
+from kernel_shim.algorithms import EncryptionId, EspAlgorithm
 from kernel_shim.model import (
     Acquire,
     AcquireSequence,
@@ -52,7 +52,7 @@ from kernel_shim.pfkey.messages import (
 )
 from kernel_shim.pfkey.policy_messages import policy_extensions, policy_from
 from kernel_shim.pfkey.private import FlowExtension, SelectorExtension
-from kernel_shim.pfkey.sa_messages import BASE_REPLAY_WINDOW, addresses, addresses_from, host_address, mode_from, sa_id_extensions, sa_id_from, unspecified
+from kernel_shim.pfkey.sa_messages import addresses, addresses_from, host_address, mode_from, sa_id_extensions, sa_id_from, unspecified
 
 _IV_LENGTH: Final = {EncryptionId.NULL: 0, EncryptionId.AES_CBC: 16}  # octets; 8 for the counter modes
 
@@ -75,12 +75,17 @@ def proposal_of(capabilities: Capabilities) -> Proposal:
     return Proposal(min(capabilities.maximum_replay_window, REPLAY_WINDOW_MAX_BASE), tuple(combinations))
 
 
+def supported_bits(algorithm: EspAlgorithm) -> int:
+    """A cipher's key length in the reply to REGISTER: of AES-CTR with its nonce, of the AEADs without their salt (net/xfrm/xfrm_algo.c)."""
+    return algorithm.key_bits + 32 if algorithm.encryption is EncryptionId.AES_CTR else algorithm.key_bits
+
+
 def supported_extensions(capabilities: Capabilities) -> Iterator[Extension]:
-    """SUPPORTED_AUTH and SUPPORTED_ENCRYPT of the reply to REGISTER; key lengths without salt."""
+    """SUPPORTED_AUTH and SUPPORTED_ENCRYPT of the reply to REGISTER."""
     auth: dict[int, Algorithm] = {}
     encrypt: dict[int, Algorithm] = {}
     for algorithm in capabilities.algorithms:
-        number, bits = ENCRYPT_OF_ENCRYPTION[algorithm.encryption], algorithm.key_bits
+        number, bits = ENCRYPT_OF_ENCRYPTION[algorithm.encryption], supported_bits(algorithm)
         iv_length = _IV_LENGTH.get(algorithm.encryption, 8)
         known = encrypt.get(number, Algorithm(number, iv_length, bits, bits))
         encrypt[number] = Algorithm(number, iv_length, min(bits, known.minimum_bits), max(bits, known.maximum_bits))
@@ -215,34 +220,3 @@ def event_from(message: Message) -> KernelEvent | None:
 
 def _event(kind: MessageType, extensions: Iterable[Extension], sequence: int = 0) -> Message:
     return Message(kind, SaType.ESP, 0, sequence, 0, tuple(extensions))
-
-
-def plain_capabilities(message: Message) -> Capabilities:
-    """What a kernel without our extensions can do, from its reply to REGISTER.
-
-    No more than Linux' AF_KEY really does (net/key/af_key.c): no AEAD whatever SUPPORTED says, and no
-    HMAC-SHA2-256, which it cuts to 96 bits where RFC 4868 has 128.
-    """
-    auth, encrypt = (
-        {it.id: it for it in supported.algorithms} if (supported := message.find(Supported, kind)) is not None else {}
-        for kind in (ExtensionType.SUPPORTED_AUTH, ExtensionType.SUPPORTED_ENCRYPT)
-    )
-    algorithms = {
-        EspAlgorithm(encryption, bits, integrity)
-        for encryption in (EncryptionId.AES_CBC, EncryptionId.AES_CTR)
-        for bits in (128, 192, 256)
-        for integrity in (IntegrityId.HMAC_SHA1_96, IntegrityId.HMAC_SHA2_384_192, IntegrityId.HMAC_SHA2_512_256)
-        if (cipher := encrypt.get(ENCRYPT_OF_ENCRYPTION[encryption])) is not None
-        and cipher.minimum_bits <= bits <= cipher.maximum_bits
-        and AUTH_OF_INTEGRITY[integrity] in auth
-    }
-    return Capabilities(
-        name="pfkey",
-        algorithms=frozenset(algorithms),
-        esn=False,
-        maximum_replay_window=BASE_REPLAY_WINDOW,
-        port_ranges=False,
-        address_ranges=False,
-        sa_selectors=False,
-        acquire_flow=False,
-    )

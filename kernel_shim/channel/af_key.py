@@ -1,0 +1,555 @@
+"""Linux' AF_KEY, for asyncio: PF_KEY where a legacy kernel has nothing else.
+
+AF_KEY drops what does not fit a socket's receive buffer, replies too, and tells nobody. Here nothing is lost by it for long:
+- The kernel answers within the call. A request that has no answer once the socket is read empty has lost it, and is made again at once.
+- Only reading lowers the fill of the buffer, so whether messages were dropped is seen when it is read (SO_MEMINFO): an overrun,
+  after which the tables are looked at.
+- An ACQUIRE is a larval SA: what nobody has heard of is found there.
+What a request that is made again finds already done is success.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import secrets
+import socket
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from ipaddress import IPv4Address
+from pathlib import Path
+from struct import Struct
+from typing import Final
+
+from kernel_shim.algorithms import EspAlgorithm
+from kernel_shim.channel.api import ChannelClosed
+from kernel_shim.channel.linux import ACQUIRE_SECONDS, MAX_ACQUIRES, HoldQueue, is_local, xfrm_statistics
+from kernel_shim.channel.pfkey_link import EventListeners, PfKeyLink, RequestRefused, Transport
+from kernel_shim.channel.standing import StandingPolicies
+from kernel_shim.model import (
+    Acquire,
+    AcquireSequence,
+    Action,
+    Capabilities,
+    Direction,
+    Expire,
+    IPAddress,
+    KernelError,
+    KernelEvent,
+    Mode,
+    NewMapping,
+    Policy,
+    PolicyIndex,
+    ReqId,
+    SaId,
+    SaStatus,
+    SecurityAssociation,
+    Selector,
+    Spi,
+    SpiRequest,
+)
+from kernel_shim.pfkey.af_key import (
+    MAX_REQID,
+    Larval,
+    add_extensions,
+    as_kept,
+    plain_capabilities,
+    require_policy,
+    require_sa,
+    spd_extensions,
+    told_policy,
+    told_sa,
+)
+from kernel_shim.pfkey.codec import Codec
+from kernel_shim.pfkey.constants import PF_KEY_V2, MessageType, SaType
+from kernel_shim.pfkey.messages import Message, PfKeyError, PolicyExtension, Sa
+from kernel_shim.pfkey.policy_messages import require_selector_expressible, selector_extensions
+from kernel_shim.pfkey.sa_messages import sa_id_extensions, spi_request_extensions
+from kernel_shim.secret import Secret
+
+AF_KEY: Final = 15  # linux/socket.h
+RECEIVE_BUFFER: Final = 8 << 20  # octets: some 5,000 ACQUIREs, each of which repeats all that the kernel could do
+FULL: Final = (5, 6)  # of the buffer: from here on messages may have been dropped. A dump alone waits at 2/3 (pfkey_can_dump)
+FOUND_SEQUENCES: Final = 0xC0000000  # the first of ours, for ACQUIREs whose own number nobody heard
+
+# asm-generic/socket.h, linux/sock_diag.h, linux/in.h, linux/in6.h, linux/ipsec.h
+_SO_RCVBUFFORCE: Final = 33
+_SO_MEMINFO: Final = 55
+_MEMINFO: Final = Struct("=II")  # SK_MEMINFO_RMEM_ALLOC, SK_MEMINFO_RCVBUF
+_MEMINFO_SIZE: Final = 36
+_IP_IPSEC_POLICY: Final = 16
+_IPV6_IPSEC_POLICY: Final = 34
+_IPSEC_POLICY_BYPASS: Final = 4
+_SADB_X_POLICY: Final = Struct("=HHHBBII")
+_SADB_X_EXT_POLICY: Final = 18
+
+_LarvalKey = tuple[IPAddress, IPAddress, Mode, ReqId]
+
+
+class AfKeyTransport:
+    """`connect` raises KernelError(EPROTONOSUPPORT) where the kernel has no AF_KEY, PermissionError without CAP_NET_ADMIN."""
+
+    answers_at_once = True
+
+    def __init__(self, receive_buffer: int = RECEIVE_BUFFER) -> None:
+        self._receive_buffer = receive_buffer
+        self._full = False
+
+    async def connect(self) -> socket.socket:
+        opened = open_af_key(self._receive_buffer)
+        try:
+            # The first REGISTER has the kernel load its cipher modules, which may take seconds: not on the loop.
+            await asyncio.get_running_loop().run_in_executor(None, _load_ciphers, opened)
+        except BaseException:
+            opened.close()
+            raise
+        return opened
+
+    def overrun(self, opened: socket.socket) -> bool:
+        """Said when a time of drops begins, and again when it is over."""
+        filled, size = _MEMINFO.unpack_from(opened.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, _MEMINFO_SIZE))
+        full = filled * FULL[1] > size * FULL[0]
+        changed, self._full = full is not self._full, full
+        return changed
+
+
+def open_af_key(receive_buffer: int = RECEIVE_BUFFER) -> socket.socket:
+    """A socket that does not block, with a receive buffer beyond net.core.rmem_max where we may. Errors as of `AfKeyTransport`."""
+    try:
+        opened = socket.socket(AF_KEY, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, PF_KEY_V2)
+    except OSError as error:
+        if error.errno not in (errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT, errno.ESOCKTNOSUPPORT):
+            raise
+        raise KernelError(errno.EPROTONOSUPPORT, f"this kernel has no AF_KEY (module af_key): {error.strerror}") from error
+    try:
+        opened.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, receive_buffer // 2)  # the kernel doubles it
+    except OSError:
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer // 2)
+    return opened
+
+
+def _load_ciphers(opened: socket.socket) -> None:
+    opened.send(Codec().encode(Message(MessageType.REGISTER, SaType.UNSPEC, sequence=1, pid=os.getpid())))
+    opened.recv(1 << 16)
+
+
+class AfKeyChannel:
+    """A `KernelChannel` to the Linux kernel, in the network namespace of the thread that opens it. Opened once.
+
+    `open` raises KernelError(EPROTONOSUPPORT) when the kernel has no AF_KEY, or no ESP unless `require_esp` is unset.
+    Hold queue, `acquire_seconds`, `settings_file` and `listens` as of `XfrmChannel`. Dumps show, and flushes take, only what is ours.
+    """
+
+    def __init__(
+        self,
+        *,
+        listens: bool = True,
+        require_esp: bool = True,
+        acquire_seconds: int = ACQUIRE_SECONDS,
+        settings_file: Path | None = None,
+        transport: Transport | None = None,
+    ) -> None:
+        self._listens = listens
+        self._require_esp = require_esp
+        self._acquire_seconds = acquire_seconds
+        self._capabilities: Capabilities | None = None
+        self._listeners = EventListeners()
+        self._link = PfKeyLink(transport or AfKeyTransport(), on_event=self._event, on_overrun=self._overrun, on_lost=self._lost)
+        self._hold = HoldQueue(settings_file)
+        self._standing = StandingPolicies(lambda direction, selector: (direction, selector))
+        self._policy_lock = asyncio.Lock()  # so that no kick puts back what was just deleted
+        self._directions: dict[SaId, Direction] = {}  # of all that is ours, reserved SPIs included
+        self._acquires: OrderedDict[AcquireSequence, Acquire] = OrderedDict()
+        self._larval: dict[_LarvalKey, AcquireSequence] = {}
+        self._next_found = FOUND_SEQUENCES
+        self._looking: asyncio.Task[None] | None = None
+        self._look_again = False
+        self._closed_listeners: list[Callable[[], None]] = []
+        self._counters = {"acquires": 0, "expires": 0, "mappings": 0, "foreign": 0, "malformed": 0, "kicks": 0, "found": 0}
+
+    def capabilities(self) -> Capabilities:
+        """Known once `open` has returned; ChannelClosed before."""
+        if self._capabilities is None:
+            raise ChannelClosed("the channel is not open")
+        return replace(self._capabilities, unresolved_modes=frozenset({self._hold.mode}))
+
+    def on_event(self, listener: Callable[[KernelEvent], None]) -> None:
+        """Larval SAs whose ACQUIREs an earlier listener, or none, has heard are reported too: they stand in the way of the next ACQUIRE."""
+        self._listeners.on_event(listener)
+        if self._link.is_open:
+            self._look_for_acquires()
+
+    def on_overrun(self, listener: Callable[[], None]) -> None:
+        self._listeners.on_overrun(listener)
+
+    def on_closed(self, listener: Callable[[], None]) -> None:
+        self._closed_listeners.append(listener)
+
+    # Life
+
+    async def open(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        await self._link.open()
+        try:
+            if self._listens:
+                with suppress(RequestRefused):  # EEXIST: the first reply was lost
+                    await self._link.ask(MessageType.REGISTER, ())
+            self._capabilities = plain_capabilities(await self._link.ask(MessageType.REGISTER, (), sa_type=SaType.UNSPEC))
+            if self._require_esp:
+                await self._probe_esp(self._capabilities)
+        except BaseException:
+            self._link.close()
+            raise
+        if self._listens:
+            self._hold.switch_on(self._acquire_seconds)
+        else:
+            self._hold.look()
+
+    async def close(self) -> None:
+        if self._looking is not None:
+            self._looking.cancel()
+            await asyncio.gather(self._looking, return_exceptions=True)
+        self._link.close()
+        self._hold.restore()
+
+    def _lost(self) -> None:
+        for listener in self._closed_listeners:
+            self._loop.call_soon(listener)
+
+    async def _probe_esp(self, capabilities: Capabilities) -> None:
+        """An SA that nobody can use comes and goes again."""
+        if not capabilities.algorithms:
+            raise KernelError(errno.EPROTONOSUPPORT, "this kernel's AF_KEY has no algorithm that can be used")
+        algorithm: EspAlgorithm = min(capabilities.algorithms, key=repr)
+        address = IPv4Address("127.0.0.1")
+        probe = SecurityAssociation(
+            spi=Spi(secrets.randbelow(1 << 31) + 0x100),
+            source=address,
+            destination=address,
+            direction=Direction.OUT,
+            mode=Mode.TRANSPORT,
+            reqid=ReqId(MAX_REQID),
+            algorithm=algorithm,
+            encryption_key=Secret(secrets.token_bytes(algorithm.encryption_key_length)),
+            integrity_key=Secret(secrets.token_bytes(algorithm.integrity_key_length)),
+            replay_window=0,
+        )
+        try:
+            await self._link.ask(MessageType.ADD, add_extensions(probe))
+        except KernelError as error:
+            raise KernelError(errno.EPROTONOSUPPORT, f"this kernel has no ESP (modules esp4, esp6): {error.detail}") from error
+        await self.delete_sa(probe.id)
+
+    # SAs
+
+    async def get_spi(self, request: SpiRequest) -> Spi:
+        """A repeated request reserves a second SPI; the first expires by itself."""
+        reply = await self._link.ask(MessageType.GETSPI, spi_request_extensions(request, private=False))
+        spi = Spi(reply.require(Sa).spi)
+        self._directions[SaId(request.destination, spi)] = Direction.IN
+        return spi
+
+    async def add_sa(self, sa: SecurityAssociation) -> None:
+        """An outbound one sends what the kernel holds for it on its way at once."""
+        require_sa(sa, self.capabilities())
+        self._directions[sa.id] = sa.direction
+        try:
+            await self._link.ask(MessageType.ADD, add_extensions(sa))
+        except RequestRefused as error:
+            if error.errno != errno.EEXIST or not await self._stands(sa):
+                raise
+        if sa.direction is Direction.OUT:
+            self._forget_larval(sa.source, sa.destination, sa.reqid)
+            self._acquires.pop(sa.acquire, None)
+            await self._kick(sa.reqid)
+
+    async def update_sa(self, sa: SecurityAssociation) -> None:
+        require_sa(sa, self.capabilities())
+        await self._link.ask(MessageType.UPDATE, add_extensions(sa))
+        self._directions[sa.id] = sa.direction
+
+    async def delete_sa(self, sa: SaId) -> None:
+        self._directions.pop(sa, None)
+        try:
+            await self._link.ask(MessageType.DELETE, sa_id_extensions(sa))
+        except RequestRefused as error:
+            if error.errno != errno.ESRCH:
+                raise
+
+    async def migrate_sa(self, old: SecurityAssociation, new: SecurityAssociation) -> None:
+        raise KernelError(errno.EOPNOTSUPP, "this kernel cannot move an SA to other addresses")
+
+    async def get_sa(self, sa: SaId) -> SaStatus:
+        status = self._status(told_sa(await self._link.ask(MessageType.GET, sa_id_extensions(sa))))
+        if status is None:
+            raise KernelError(errno.ESRCH, f"no SA {sa.spi:08x} to {sa.destination} of ours")
+        return status
+
+    async def sas(self) -> Sequence[SaStatus]:
+        """Ours. A larval SA that an ACQUIRE left has SPI 0."""
+        before = set(self._directions)
+        found = [status for told in await self._dump_sas() if (status := self._status(told)) is not None]
+        for gone in before - {status.sa.id for status in found}:
+            self._directions.pop(gone, None)
+        return found
+
+    async def flush_sas(self) -> None:
+        """Ours, larval ones included."""
+        for status in await self.sas():
+            with suppress(KernelError):  # it went of its own accord meanwhile
+                if status.sa.spi:
+                    await self.delete_sa(status.sa.id)
+                else:
+                    await self._drop_larval(status.sa.source, status.sa.destination, status.sa.mode, status.sa.reqid)
+
+    async def _stands(self, sa: SecurityAssociation) -> bool:
+        """Whether a request whose answer was lost had its effect."""
+        told = told_sa(await self._link.ask(MessageType.GET, sa_id_extensions(sa.id)))
+        return isinstance(told, SaStatus) and told.sa.encryption_key == sa.encryption_key and told.sa.reqid == sa.reqid
+
+    async def _dump_sas(self) -> list[SaStatus | Larval]:
+        return [told for told in await self._link.dump(MessageType.DUMP, self._told_sa) if told is not None]
+
+    def _told_sa(self, message: Message) -> SaStatus | Larval | None:
+        try:
+            return told_sa(message)
+        except PfKeyError:
+            self._counters["malformed"] += 1
+            return None
+
+    def _status(self, told: SaStatus | Larval | None) -> SaStatus | None:
+        """None for what is not ours."""
+        if isinstance(told, Larval):
+            if told.id not in self._directions and (told.spi or self._asking(told) is None):
+                return None
+            return told.status(self._directions.get(told.id, Direction.OUT))
+        if told is None:
+            return None
+        direction = self._directions.get(told.sa.id)
+        if direction is None:
+            direction = Direction.IN if is_local(told.sa.destination) else Direction.OUT
+            self._directions[told.sa.id] = direction
+        return replace(told, sa=replace(told.sa, direction=direction))
+
+    async def _kick(self, reqid: ReqId) -> None:
+        """The kernel polls its hold queue with growing pauses; to replace the policy makes it look at once (xfrm_policy_requeue)."""
+        async with self._policy_lock:
+            for policy in self._standing.outbound(reqid):
+                with suppress(KernelError, TimeoutError):  # the SA stands all the same, and the kernel polls
+                    await self._link.ask(MessageType.X_SPDUPDATE, spd_extensions(policy), sa_type=SaType.UNSPEC)
+                    self._counters["kicks"] += 1
+
+    # Policies
+
+    async def add_policy(self, policy: Policy) -> Policy:
+        return await self._put_policy(MessageType.X_SPDADD, policy)
+
+    async def update_policy(self, policy: Policy) -> Policy:
+        return await self._put_policy(MessageType.X_SPDUPDATE, policy)
+
+    async def _put_policy(self, kind: MessageType, policy: Policy) -> Policy:
+        require_policy(policy)
+        self._hold.require(policy)
+        async with self._policy_lock:
+            try:
+                told = told_policy(await self._link.ask(kind, spd_extensions(policy), sa_type=SaType.UNSPEC))
+            except RequestRefused as error:
+                told = await self._find(policy.direction, policy.selector) if error.errno == errno.EEXIST else None
+                if told is None or not _same(told, policy):
+                    raise
+            put = replace(policy, index=told.index if told is not None else PolicyIndex(0))
+            self._standing.put(put)
+        return put
+
+    async def delete_policy(self, direction: Direction, selector: Selector) -> None:
+        require_selector_expressible(selector)
+        async with self._policy_lock:
+            if self._standing.get(direction, selector) is None and await self._find(direction, selector) is None:
+                raise KernelError(errno.ENOENT, f"no policy {selector} of ours")
+            self._standing.drop(direction, selector)
+            which = PolicyExtension(Action.DISCARD, direction)
+            try:
+                await self._link.ask(MessageType.X_SPDDELETE, (*selector_extensions(selector, private=False), which), sa_type=SaType.UNSPEC)
+            except RequestRefused as error:
+                if error.errno != errno.ENOENT:
+                    raise
+
+    async def policies(self) -> Sequence[Policy]:
+        """Ours."""
+        return [self._as_asked(policy) for policy in await self._dump_policies()]
+
+    async def flush_policies(self) -> None:
+        """Ours."""
+        for policy in await self.policies():
+            with suppress(KernelError):  # it went meanwhile
+                await self.delete_policy(policy.direction, policy.selector)
+
+    async def _dump_policies(self) -> list[Policy]:
+        return [policy for policy in await self._link.dump(MessageType.X_SPDDUMP, self._told_policy) if policy is not None]
+
+    def _told_policy(self, message: Message) -> Policy | None:
+        try:
+            return told_policy(message)
+        except PfKeyError:
+            self._counters["malformed"] += 1
+            return None
+
+    async def _find(self, direction: Direction, selector: Selector) -> Policy | None:
+        return next((policy for policy in await self._dump_policies() if (policy.direction, policy.selector) == (direction, selector)), None)
+
+    def _as_asked(self, told: Policy) -> Policy:
+        """With what the kernel does not keep, where it has what was asked for."""
+        asked = self._standing.get(told.direction, told.selector)
+        policy = replace(asked, index=told.index) if asked is not None and _same(told, asked) else replace(told, unresolved=self._hold.mode_of(told))
+        if asked is None or asked.index != told.index:
+            self._standing.put(policy)  # an earlier run's, or another's
+        return policy
+
+    # Events
+
+    def _overrun(self) -> None:
+        self._listeners.tell_overrun()
+        self._look_for_acquires()
+
+    def _event(self, event: KernelEvent) -> None:
+        if isinstance(event, Acquire):
+            self._acquire(event)
+            return
+        told: KernelEvent | None = None
+        if isinstance(event, Expire):
+            told = self._expire(event)
+        elif isinstance(event, NewMapping):
+            told = self._mapping(event)
+        if told is not None:
+            self._listeners.tell(told)
+
+    def _acquire(self, event: Acquire) -> None:
+        """It names the policy and the outer addresses; the rest is the policy's."""
+        policy = self._standing.of_index(event.policy)
+        if policy is None or not policy.templates:
+            self._counters["foreign"] += 1
+            self._look_for_acquires()  # it may be of a policy whose own reply has not come yet
+            return
+        self._counters["acquires"] += 1
+        template = policy.templates[0]
+        self._acquired(replace(event, reqid=template.reqid, mode=template.mode, selector=policy.selector))
+
+    def _expire(self, event: Expire) -> Expire | None:
+        if not event.sa.spi:
+            for key in [key for key in self._larval if key[1] == event.sa.destination and key[3] == event.reqid]:
+                self._acquires.pop(self._larval.pop(key), None)
+            return None
+        if event.sa not in self._directions:
+            self._counters["foreign"] += 1
+            return None
+        self._counters["expires"] += 1
+        if event.hard:
+            self._directions.pop(event.sa, None)
+        return event
+
+    def _mapping(self, event: NewMapping) -> NewMapping | None:
+        """AF_KEY does not say where the SA ends."""
+        for sa, direction in self._directions.items():
+            if sa.spi == event.sa.spi and direction is Direction.IN:
+                self._counters["mappings"] += 1
+                return replace(event, sa=sa)
+        self._counters["foreign"] += 1
+        return None
+
+    def _look_for_acquires(self) -> None:
+        self._look_again = True
+        if self._looking is None or self._looking.done():
+            self._looking = self._loop.create_task(self._find_acquires(), name="af-key-acquires")
+
+    async def _find_acquires(self) -> None:
+        """An ACQUIRE is state, a larval SA: what nobody has heard of is found there. Its own number it does not tell, and gets one of ours."""
+        while self._look_again:
+            self._look_again = False
+            try:
+                found = await self._dump_sas()
+            except (KernelError, TimeoutError, ChannelClosed):
+                return  # the next overrun looks again; the larval SA expires
+            for larval in found:
+                if not isinstance(larval, Larval) or larval.spi or self._larval.get(_key(larval)) in self._acquires:
+                    continue
+                policy = self._asking(larval)
+                if policy is not None:
+                    self._counters["found"] += 1
+                    number = AcquireSequence(self._next_found)
+                    self._next_found = FOUND_SEQUENCES if self._next_found == 0xFFFFFFFF else self._next_found + 1
+                    self._acquired(Acquire(number, policy.index, larval.reqid, larval.mode, larval.source, larval.destination, policy.selector))
+
+    def _asking(self, larval: Larval) -> Policy | None:
+        """The policy of ours that may have left it."""
+        for policy in self._standing.outbound(larval.reqid):
+            for template in policy.templates:
+                fits = template.source in (None, larval.source) and template.destination in (None, larval.destination)
+                if fits and (template.mode, template.reqid) == (larval.mode, larval.reqid):
+                    return policy
+        return None
+
+    def _acquired(self, event: Acquire) -> None:
+        self._acquires[event.sequence] = event
+        if event.source is not None and event.destination is not None:
+            self._larval[event.source, event.destination, event.mode, event.reqid] = event.sequence
+        if len(self._acquires) > MAX_ACQUIRES:
+            self._forget(self._acquires.popitem(last=False)[1])
+        self._listeners.tell(event)
+
+    def _forget(self, event: Acquire) -> None:
+        if event.source is not None and event.destination is not None:
+            self._forget_larval(event.source, event.destination, event.reqid)
+
+    def _forget_larval(self, source: IPAddress, destination: IPAddress, reqid: ReqId) -> None:
+        for mode in Mode:
+            sequence = self._larval.pop((source, destination, mode, reqid), None)
+            if sequence is not None:
+                self._acquires.pop(sequence, None)
+
+    async def acquire_failed(self, sequence: AcquireSequence, errno: int) -> None:
+        """The larval SA goes, so that the next packet asks again. RFC 2367's answer would block its flow until the larval SA expires."""
+        event = self._acquires.pop(sequence, None)
+        if event is not None and event.source is not None and event.destination is not None:
+            self._forget(event)
+            await self._drop_larval(event.source, event.destination, event.mode, event.reqid)
+
+    async def _drop_larval(self, source: IPAddress, destination: IPAddress, mode: Mode, reqid: ReqId) -> None:
+        """It can only be deleted by an SPI, so it is given one first: GETSPI takes the larval SA of these ends and reqid (xfrm_find_acq)."""
+        reply = await self._link.ask(MessageType.GETSPI, spi_request_extensions(SpiRequest(source, destination, mode, reqid), private=False))
+        with suppress(KernelError):
+            await self.delete_sa(SaId(destination, Spi(reply.require(Sa).spi)))
+
+    # The rest
+
+    async def bind(self, address: IPAddress) -> tuple[int, int]:
+        raise KernelError(errno.EOPNOTSUPP, "this kernel opens no IKE sockets: the key manager does")
+
+    async def unbind(self, address: IPAddress) -> None:
+        """Nothing was bound."""
+
+    async def statistics(self) -> Mapping[str, int]:
+        """The channel's own counters, and those of /proc/net/xfrm_stat where the kernel has it."""
+        own = {**self._counters, "overruns": self._link.overruns, "repeated": self._link.repeated}
+        own["malformed"] += self._link.malformed
+        return {**own, **xfrm_statistics()}
+
+
+def _key(larval: Larval) -> _LarvalKey:
+    return larval.source, larval.destination, larval.mode, larval.reqid
+
+
+def _same(told: Policy, asked: Policy) -> bool:
+    """Whether the kernel has what was asked for, as far as it keeps that."""
+    kept = as_kept(asked)
+    return (told.action, told.priority, told.templates) == (kept.action, kept.priority, kept.templates)
+
+
+def bypass_policies(opened: socket.socket) -> None:
+    """Let a socket's own packets, in and out, pass every policy, where only AF_KEY says so. OSError where that is not permitted."""
+    level, option = (socket.IPPROTO_IP, _IP_IPSEC_POLICY) if opened.family == socket.AF_INET else (socket.IPPROTO_IPV6, _IPV6_IPSEC_POLICY)
+    for direction in (Direction.IN, Direction.OUT):
+        words = _SADB_X_POLICY.size // 8
+        opened.setsockopt(level, option, _SADB_X_POLICY.pack(words, _SADB_X_EXT_POLICY, _IPSEC_POLICY_BYPASS, direction, 0, 0, 0))
