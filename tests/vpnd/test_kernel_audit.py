@@ -12,7 +12,7 @@ from vpnd_fakes import ALGORITHM, FakeChannel, FakeKernel
 
 from kernel_shim.channel.api import ChannelClosed, KernelChannel
 from kernel_shim.model import Action, AddressRange, Direction, KernelError, Mode, Policy, ReqId, SaId, SecurityAssociation, Spi, TrafficSelector
-from vpnd.daemon import kernel_side
+from vpnd.daemon import kernel_side, repair
 from vpnd.daemon.kernel_side import KernelSide
 from vpnd.policies import PolicySpec, policies_for
 from vpnd.telemetry.counters import Counters
@@ -50,7 +50,7 @@ class Lab:
 
 @pytest.fixture
 async def lab(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Lab]:
-    monkeypatch.setattr(kernel_side, "REPAIR_FIRST", 0.0)
+    monkeypatch.setattr(repair, "REPAIR_FIRST", 0.0)
     monkeypatch.setattr(kernel_side, "STRANGER_GRACE", 0.0)
     lab = Lab()
     await lab.side.open()

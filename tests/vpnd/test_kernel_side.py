@@ -9,7 +9,7 @@ from vpnd_fakes import ALGORITHM, FakeChannel, FakeKernel
 
 from kernel_shim.channel.api import ChannelClosed, KernelChannel
 from kernel_shim.model import Action, AddressRange, Direction, KernelError, Mode, Policy, ReqId, SaId, SecurityAssociation, Spi, TrafficSelector
-from vpnd.daemon import kernel_side
+from vpnd.daemon import kernel_side, repair
 from vpnd.daemon.kernel_side import KernelSide
 from vpnd.policies import PolicySpec, policies_for
 from vpnd.telemetry.counters import Counters
@@ -102,8 +102,7 @@ async def test_a_refusal_is_heard_by_who_asked_for_the_policy_not_by_who_carried
     await side.close()
 
 
-async def test_policies_that_the_kernel_does_not_answer_for_are_not_claimed_and_leave_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel_side, "REPAIR_FIRST", 0.0)
+async def test_policies_that_the_kernel_does_not_answer_for_are_not_claimed_and_leave_nothing() -> None:
     lab = Lab()
     side = lab.side()
     await side.open()
@@ -119,7 +118,7 @@ async def test_policies_that_the_kernel_does_not_answer_for_are_not_claimed_and_
 
 @pytest.mark.parametrize("fault", [TimeoutError("no answer"), KernelError(errno.ENOMEM, "no memory")], ids=["silent", "refused"])
 async def test_a_deletion_that_failed_is_made_again(fault: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel_side, "REPAIR_FIRST", 0.0)
+    monkeypatch.setattr(repair, "REPAIR_FIRST", 0.0)
     lab = Lab()
     side = lab.side()
     await side.open()
@@ -149,7 +148,7 @@ async def test_a_kernel_that_dies_while_it_is_examined_is_attached_once() -> Non
 
 
 async def test_one_policy_that_a_new_kernel_refuses_does_not_keep_the_others_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel_side, "REPAIR_FIRST", 0.0)
+    monkeypatch.setattr(repair, "REPAIR_FIRST", 0.0)
     lab = Lab()
     side = lab.side()
     await side.open()
@@ -266,7 +265,7 @@ async def test_an_orderly_end_leaves_an_empty_kernel() -> None:
 
 
 async def test_a_claim_outlives_a_kernel_that_dies_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel_side, "REPAIR_FIRST", 0.0)
+    monkeypatch.setattr(repair, "REPAIR_FIRST", 0.0)
     lab = Lab()
     side = lab.side()
     await side.open()
