@@ -52,7 +52,7 @@ __all__ = ["ACQUIRE_REPEAT", "MAX_CLIENTS", "MAX_REMEMBERED_REPLIES", "ClientId"
 ClientId = NewType("ClientId", int)
 
 MAX_CLIENTS: Final = 32  # key managers, monitors and tools
-MAX_REMEMBERED_REPLIES: Final = 128  # to repeated requests of one client; more than it keeps under way
+MAX_REMEMBERED_REPLIES: Final = 8192  # to repeated requests of one client; as many as it makes while one of them is repeated (client.REPEAT_AFTER)
 ACQUIRE_REPEAT: Final = 1.0  # s between two calls for ACQUIREs that did not fit
 
 _PRIVATE_DUMPS: Final = frozenset({MessageType.X_PENDINGDUMP, MessageType.X_BUNDLEDUMP})
