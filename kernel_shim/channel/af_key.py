@@ -108,6 +108,9 @@ class AfKeyTransport:
             raise
         return opened
 
+    def receive(self, opened: socket.socket, buffer: bytearray) -> tuple[int, tuple[int, ...]]:
+        return opened.recv_into(buffer), ()
+
     def overrun(self, opened: socket.socket) -> bool:
         """Said when a time of drops begins, and again when it is over."""
         filled, size = _MEMINFO.unpack_from(opened.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, _MEMINFO_SIZE))

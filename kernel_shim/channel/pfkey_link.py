@@ -45,6 +45,9 @@ class Transport(Protocol):
     async def connect(self) -> socket.socket:
         """A socket that does not block, in the network namespace of the calling thread."""
 
+    def receive(self, opened: socket.socket, buffer: bytearray) -> tuple[int, tuple[int, ...]]:
+        """How many octets of `buffer` one datagram fills, and the descriptors that came with it; 0 when the other side is gone. OSError as of recv."""
+
     def overrun(self, opened: socket.socket) -> bool:
         """Whether messages may have been dropped since the last call."""
 
@@ -74,6 +77,10 @@ class UnixTransport:
             opened.close()
             raise
         return opened
+
+    def receive(self, opened: socket.socket, buffer: bytearray) -> tuple[int, tuple[int, ...]]:
+        length, ancillary, _, _ = opened.recvmsg_into((buffer,), socket.CMSG_SPACE(4 * MAX_DESCRIPTORS), socket.MSG_CMSG_CLOEXEC)
+        return length, _descriptors_of(ancillary)
 
     def overrun(self, opened: socket.socket) -> bool:
         return False
@@ -208,7 +215,7 @@ class PfKeyLink:
                 self.overruns += 1
                 self._session.overrun()
             try:
-                length, ancillary, _, _ = self._socket.recvmsg_into((self._buffer,), socket.CMSG_SPACE(4 * MAX_DESCRIPTORS), socket.MSG_CMSG_CLOEXEC)
+                length, descriptors = self._transport.receive(self._socket, self._buffer)
             except BlockingIOError:
                 if self._transport.answers_at_once:
                     self._session.nothing_left(self._loop.time())
@@ -218,7 +225,6 @@ class PfKeyLink:
             except OSError:
                 self._lost()
                 return
-            descriptors = _descriptors_of(ancillary)
             if length == 0:
                 close_all(descriptors)
                 self._lost()
