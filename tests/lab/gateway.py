@@ -111,7 +111,8 @@ class Gateway(Daemon):
 
     def shim_pids(self) -> list[int]:
         """The shim's processes, whoever started them."""
-        return [pid for pid in self.namespace.pids() if "kernel_shim.io.main" in _command_line(pid)]
+        own = self.shim.pid if self.shim is not None else 0  # when it was forked its command line is another's
+        return [pid for pid in self.namespace.pids() if pid == own or "kernel_shim.io.main" in _command_line(pid)]
 
     def kill_shim(self) -> None:
         for pid in self.shim_pids():

@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from typing import Final
 
 import lab.gateway
 import lab.strongswan
+import pytest
+from lab.forks import ForkServer
+from lab.process import Process
 
 EMULATION = 6  # how many times longer things may take in the guest
+PROGRAMS: Final = ("vpnd.app", "vpnd.cli.daemon", "vpnd.cli.control", "kernel_shim.io.shim", "kernel_shim.io.main", "lab.agent", "asyncio_dgram")
 
 collect_ignore_glob = [] if os.environ.get("REALKERNEL_GUEST") else ["test_*.py"]
 
 if os.environ.get("REALKERNEL_GUEST"):
     for module in (lab.gateway, lab.strongswan):
         module.READY_SECONDS *= EMULATION
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fork_server() -> Iterator[None]:
+    """No test pays for the start of an interpreter."""
+    server = ForkServer(PROGRAMS)
+    Process.fork_server = server
+    yield
+    Process.fork_server = None
+    server.close()

@@ -1,0 +1,200 @@
+"""Python programs without the start of an interpreter: a server that has everything imported forks one for each.
+
+For the emulated kernel, where an interpreter with our packages takes seconds to start. The children become those of who started the server,
+which is a subreaper: it waits for them as for any child.
+"""
+
+from __future__ import annotations
+
+import array
+import ctypes
+import importlib
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+PR_SET_PDEATHSIG: Final = 1
+PR_SET_CHILD_SUBREAPER: Final = 36
+CLONE_NEWNS: Final = 0x00020000
+CLONE_NEWNET: Final = 0x40000000
+MS_REC: Final = 0x4000
+MS_SLAVE: Final = 1 << 19
+MNT_DETACH: Final = 2
+MAX_REQUEST: Final = 1 << 16  # octets: arguments and environment
+MAX_DESCRIPTORS: Final = 16
+NETNS: Final = ("ip", "netns", "exec")
+POLL_SECONDS: Final = 0.01
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class ForkedChild:
+    """As much of `subprocess.Popen` as the lab needs."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._status: int | None = None
+
+    def poll(self) -> int | None:
+        if self._status is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self._status = os.waitstatus_to_exitcode(status)
+        return self._status
+
+    def wait(self, timeout: float | None = None) -> int:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while (status := self.poll()) is None:
+            if deadline is not None and timeout is not None and time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(str(self.pid), timeout)
+            time.sleep(POLL_SECONDS)
+        return status
+
+    def kill(self) -> None:
+        self._signal(signal.SIGKILL)
+
+    def terminate(self) -> None:
+        self._signal(signal.SIGTERM)
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+
+class ForkServer:
+    """`modules` are imported once, before the first program starts."""
+
+    def __init__(self, modules: Sequence[str]) -> None:
+        _libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self._server = subprocess.Popen(
+                [sys.executable, str(Path(__file__)), str(theirs.fileno()), *modules], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
+            )
+
+    @staticmethod
+    def serves(argv: Sequence[str]) -> bool:
+        """Whether this is a Python program in a network namespace, run by this interpreter."""
+        return tuple(argv[:3]) == NETNS and len(argv) > 5 and argv[4] == sys.executable
+
+    def start(self, argv: Sequence[str], log: int, env: Mapping[str, str] | None, pass_fds: Sequence[int]) -> ForkedChild:
+        """`argv` as `serves` takes it; both outputs go to the descriptor `log`. OSError when the server is gone."""
+        request = {"namespace": argv[3], "argv": list(argv[5:]), "env": dict(os.environ if env is None else env), "fds": list(pass_fds)}
+        socket.send_fds(self._socket, [json.dumps(request).encode()], [log, *pass_fds])
+        answer = self._socket.recv(64)
+        if not answer:
+            raise ConnectionResetError("the fork server is gone")
+        return ForkedChild(int(answer))
+
+    def close(self) -> None:
+        self._socket.close()
+        self._server.wait()
+
+
+# The server
+
+
+def _serve(control: socket.socket) -> None:
+    while True:
+        data, ancillary, _, _ = control.recvmsg(MAX_REQUEST, socket.CMSG_SPACE(4 * MAX_DESCRIPTORS))
+        if not data:
+            return
+        descriptors = array.array("i")
+        for _level, _kind, value in ancillary:
+            descriptors.frombytes(value)
+        # Twice, so that the program's parent is the subreaper above us.
+        middle = os.fork()
+        if middle == 0:
+            parent = os.getpid()
+            program = os.fork()
+            if program == 0:
+                while os.getppid() == parent:
+                    time.sleep(0.001)
+                _become(json.loads(data), list(descriptors))
+            control.send(str(program).encode())
+            os._exit(0)
+        os.waitpid(middle, 0)
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def _become(request: dict[str, Any], descriptors: list[int]) -> None:
+    status = 1
+    try:
+        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        os.setsid()
+        _arrange(descriptors, request["fds"])
+        _enter(request["namespace"])
+        os.environ.clear()
+        os.environ.update(request["env"])
+        sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+        sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+        _run(request["argv"])
+        status = 0
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _arrange(descriptors: list[int], numbers: list[int]) -> None:
+    """The log becomes both outputs, and each passed descriptor gets the number that it has at the asker; all others are closed."""
+    spare = max([*descriptors, *numbers, 2]) + 1
+    moved = [os.dup2(descriptor, spare + place) for place, descriptor in enumerate(descriptors)]
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    for number in (1, 2):
+        os.dup2(moved[0], number)
+    kept = sorted({0, 1, 2, *numbers})
+    for source, number in zip(moved[1:], numbers, strict=True):
+        os.dup2(source, number)
+    for low, high in zip(kept, [*kept[1:], os.sysconf("SC_OPEN_MAX")], strict=True):
+        os.closerange(low + 1, high)
+
+
+def _enter(namespace: str) -> None:
+    """As `ip netns exec`: its network, and a /sys that shows it."""
+    descriptor = os.open(f"/run/netns/{namespace}", os.O_RDONLY)
+    for result in (_libc.setns(descriptor, CLONE_NEWNET), _libc.unshare(CLONE_NEWNS), _libc.mount(b"", b"/", None, MS_SLAVE | MS_REC, None)):
+        if result:
+            raise OSError(ctypes.get_errno(), f"network namespace {namespace}")
+    os.close(descriptor)
+    _libc.umount2(b"/sys", MNT_DETACH)
+    _libc.mount(namespace.encode(), b"/sys", b"sysfs", 0, None)
+
+
+def _run(argv: list[str]) -> None:
+    """What the interpreter does with these arguments; options of its own start are passed over."""
+    while argv[0] in ("-S", "-E"):
+        argv = argv[1:]
+    if argv[0] == "-c":
+        sys.argv = ["-c", *argv[2:]]
+        exec(compile(argv[1], "<string>", "exec"), {"__name__": "__main__"})
+    elif argv[0] == "-m":
+        sys.argv = argv[1:]
+        runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = argv
+        runpy.run_path(argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    # what is imported is the parent's: the folder of this file is no place to look
+    sys.path[0] = os.getcwd()
+    for name in sys.argv[2:]:
+        importlib.import_module(name)
+    with socket.socket(fileno=int(sys.argv[1])) as asked:
+        _serve(asked)
