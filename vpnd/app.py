@@ -16,6 +16,7 @@ import structlog
 
 from kernel_shim.channel.api import ChannelClosed, KernelChannel
 from kernel_shim.channel.pfkey import PfKeyChannel
+from kernel_shim.channel.sysctl import Sysctls
 from kernel_shim.channel.xfrm import XfrmChannel
 from kernel_shim.model import SOCKET_MARK, Endpoint, IPAddress, KernelError
 from vpnd.auth.credentials import CredentialError, CredentialStore
@@ -25,6 +26,7 @@ from vpnd.config.model import DaemonConfig, KernelChoice, LoadedConfiguration
 from vpnd.control.backend import ControlError
 from vpnd.control.server import ControlServer
 from vpnd.daemon.demands import Demands
+from vpnd.daemon.interfaces import Interfaces
 from vpnd.daemon.kernel_side import KernelSide
 from vpnd.daemon.manager import Manager
 from vpnd.daemon.operations import Operations
@@ -109,7 +111,8 @@ class Daemon:
         gate = GateSettings(config.cookie_threshold, config.cookie_threshold_ip, config.block_threshold, config.half_open_limit)
         self._manager = Manager(self._kernel, self._sockets, CredentialStore.of(loaded.configuration), settings, gate, self._counters, _path_mtu)
         self._demands = Demands(self._manager, SOCKET_MARK)
-        self._operations = Operations(self._manager, self._demands)
+        self._interfaces = Interfaces()
+        self._operations = Operations(self._manager, self._demands, self._interfaces)
         self._control = ControlServer(self._operations, config)
         self._addresses_task: asyncio.Task[None] | None = None
         self._addresses_changed = asyncio.Event()
@@ -124,6 +127,8 @@ class Daemon:
         self._kernel.event = self._demands.kernel_event
         self._kernel.lost = self._demands.sas_lost
         self._control.bind()  # first: a second daemon must not touch the kernel of the one that runs
+        if self._config.kernel is KernelChoice.USERSPACE:
+            Sysctls(_settings_file(self._config)).restore()  # an earlier run may have had the host's own kernel, and was killed
         await self._kernel.open()
         self._addresses_task = asyncio.create_task(self._follow_addresses(), name="addresses")
         await self._operations.load(self._configuration)
@@ -137,7 +142,7 @@ class Daemon:
         config = self._config
         await self._sockets.clear()
         if config.kernel is KernelChoice.XFRM:
-            return await self._opened(XfrmChannel(acquire_seconds=_negotiation_seconds(config)))
+            return await self._opened(XfrmChannel(acquire_seconds=_negotiation_seconds(config), settings_file=_settings_file(config)))
         if config.kernel is not KernelChoice.USERSPACE:
             raise StartError(f"kernel = {config.kernel.value} is not implemented yet; use kernel = userspace or xfrm")
         if not shim_listens(config.shim_socket):
@@ -239,6 +244,7 @@ class Daemon:
             await asyncio.gather(self._addresses_task, return_exceptions=True)
         await self._control.stop()
         await self._sockets.clear()
+        await self._interfaces.close()
         await self._kernel.close()
         if self._shim is not None and self._shim.poll() is None:
             self._shim.terminate()
@@ -247,6 +253,11 @@ class Daemon:
 
 def _path_mtu(local: IPAddress, remote: IPAddress) -> int:
     return path_mtu(local, remote, SOCKET_MARK)
+
+
+def _settings_file(config: DaemonConfig) -> Path:
+    """Which kernel settings we changed; beside the control socket, so that daemons of several network namespaces keep apart."""
+    return config.control_socket.with_name(config.control_socket.name + ".settings")
 
 
 def _negotiation_seconds(config: DaemonConfig) -> int:

@@ -29,7 +29,7 @@ from kernel_shim.xfrm.modes import mode_from
 from kernel_shim.xfrm.ownership import reqid_from
 from kernel_shim.xfrm.replay import NO_REPLAY_STATE, ReplayState, Usage, replay_from
 from kernel_shim.xfrm.sas import Larval
-from kernel_shim.xfrm.selectors import if_id_from, mark_from, selector_from
+from kernel_shim.xfrm.selectors import if_id_from, mark_from, selector_from, set_mark_from
 from kernel_shim.xfrm.structs import (
     ALGORITHM,
     ALGORITHM_SIZED,
@@ -67,6 +67,7 @@ class KernelSa:
     replay: ReplayState
     acquire: AcquireSequence  # of a larval SA that an ACQUIRE left
     mark: Mark
+    set_mark: Mark
     if_id: int
     device: int  # that encrypts; 0 is none
     flags: int  # `XFRM_STATE_*`
@@ -107,6 +108,7 @@ class KernelSa:
             acquire=self.acquire,
             if_id=self.if_id,
             mark=self.mark,
+            set_mark=self.set_mark,
             offload=device,
         )
         state = SaState.MATURE if self.algorithm else SaState.LARVAL
@@ -155,6 +157,7 @@ def sa_from(body: bytes, attributes: Mapping[int, bytes]) -> KernelSa:
         replay=replay or NO_REPLAY_STATE,
         acquire=AcquireSequence(info.seq),
         mark=mark_from(attributes),
+        set_mark=set_mark_from(attributes),
         if_id=if_id_from(attributes),
         device=device,
         flags=info.flags,

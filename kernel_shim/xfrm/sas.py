@@ -41,7 +41,7 @@ from kernel_shim.xfrm.constants import (
 from kernel_shim.xfrm.modes import mode_number
 from kernel_shim.xfrm.ownership import kernel_reqid
 from kernel_shim.xfrm.replay import ReplayState, Usage
-from kernel_shim.xfrm.selectors import if_id_attributes, mark_attributes, selector_struct
+from kernel_shim.xfrm.selectors import if_id_attributes, mark_attributes, selector_struct, set_mark_attributes
 from kernel_shim.xfrm.structs import (
     ALGORITHM,
     ALGORITHM_SIZED,
@@ -82,7 +82,7 @@ def sa_message(sa: SecurityAssociation, *, update: bool, directed: bool = False,
     selector = _sa_selector(sa)
     if selector.family == 0 and sa.mode is Mode.TUNNEL:
         flags |= StateFlag.AF_UNSPEC
-    attributes = _algorithms(sa) | mark_attributes(sa.mark) | if_id_attributes(sa.if_id)
+    attributes = _algorithms(sa) | mark_attributes(sa.mark) | set_mark_attributes(sa.set_mark) | if_id_attributes(sa.if_id)
     inbound = sa.direction is Direction.IN
     if sa.encapsulation is not None:
         ports = sa.encapsulation

@@ -65,6 +65,11 @@ def mark_attributes(mark: Mark) -> dict[int, bytes]:
     return {Attribute.MARK: MARK.pack(mark.value, mark.mask)} if mark != NO_MARK else {}
 
 
+def set_mark_attributes(mark: Mark) -> dict[int, bytes]:
+    """What packets are marked with that an SA has done its work on."""
+    return {Attribute.SET_MARK: NUMBER.pack(mark.value), Attribute.SET_MARK_MASK: NUMBER.pack(mark.mask)} if mark != NO_MARK else {}
+
+
 def if_id_attributes(if_id: int) -> dict[int, bytes]:
     return {Attribute.IF_ID: NUMBER.pack(if_id)} if if_id else {}
 
@@ -94,6 +99,16 @@ def flow_from(struct: SelectorStruct) -> Flow:
 def mark_from(attributes: Mapping[int, bytes]) -> Mark:
     data = attributes.get(Attribute.MARK)
     return Mark(*unpack(MARK, data, "mark")) if data is not None else NO_MARK
+
+
+def set_mark_from(attributes: Mapping[int, bytes]) -> Mark:
+    """A kernel before 4.19 tells no mask: then all bits count."""
+    data = attributes.get(Attribute.SET_MARK)
+    if data is None:
+        return NO_MARK
+    (value,) = unpack(NUMBER, data, "mark to set")
+    (mask,) = unpack(NUMBER, attributes.get(Attribute.SET_MARK_MASK, b"\xff" * NUMBER.size), "mask of the mark to set")
+    return Mark(value, mask) if value or mask else NO_MARK
 
 
 def if_id_from(attributes: Mapping[int, bytes]) -> int:

@@ -20,6 +20,7 @@ MAX_NAME: Final = 200  # bytes: a name, a hyphen and an id fit a VICI name of 25
 MAX_CHILDREN: Final = 10_000  # of one connection
 MAX_SELECTORS: Final = 255  # of one side: their number is one octet on the wire (RFC 7296 section 3.13)
 MAX_REPLAY_WINDOW: Final = 4096
+MAX_INTERFACE_NAME: Final = 15  # octets; IFNAMSIZ less one
 ALL_BITS: Final = 0xFFFFFFFF  # the mask of a mark without one
 
 _MODES: Final = {"tunnel": Mode.TUNNEL, "transport": Mode.TRANSPORT, "pass": Mode.TUNNEL, "drop": Mode.TUNNEL}
@@ -106,8 +107,12 @@ def _child(reader: Reader, name: str, if_ids: tuple[int, int]) -> ChildConfig:
         set_mark_out=reader.convert("set_mark_out", NO_MARK, mark),
         if_id_in=reader.convert("if_id_in", if_ids[0], if_id),
         if_id_out=reader.convert("if_id_out", if_ids[1], if_id),
+        xfrm_interface=reader.convert("xfrm_interface", "", _interface),
+        xfrm_routes=reader.boolean("xfrm_routes", True),
         unresolved=reader.choice("unresolved", Unresolved.QUEUE, _UNRESOLVED),
     )
+    if child.xfrm_interface and (not child.if_id_out or child.if_id_in != child.if_id_out):
+        reader.complain("an XFRM interface has one number: if_id_in and if_id_out are needed, and the same", "xfrm_interface")
     _check_families(reader, child)
     reader.finish(list(options.CHILD))
     return child
@@ -130,6 +135,13 @@ def _action(text: str, actions: Mapping[str, StartAction]) -> StartAction:
             raise ValueError(f"'{shown(text)}' is not one of {', '.join(actions)}, or trap|start")
         wanted |= one
     return wanted
+
+
+def _interface(text: str) -> str:
+    """What the kernel takes as the name of a link (net/core/dev.c, dev_valid_name)."""
+    if not text.isascii() or not text.isprintable() or not 0 < len(text) <= MAX_INTERFACE_NAME or text in (".", "..") or set(text) & set("/: %"):
+        raise ValueError(f"'{shown(text)}' is not the name of an interface: 1 to {MAX_INTERFACE_NAME} letters without blank, '/', ':' and '%'")
+    return text
 
 
 def if_id(text: str) -> int:

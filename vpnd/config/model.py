@@ -103,6 +103,8 @@ class ChildConfig:
     set_mark_out: Mark = NO_MARK  # what packets that the SA out encrypted are marked with
     if_id_in: int = 0  # of policies and SAs; 0 is none
     if_id_out: int = 0
+    xfrm_interface: str = ""  # our own option: an XFRM interface of this name and of `if_id_out` that the daemon makes
+    xfrm_routes: bool = True  # our own option: whether `remote_ts` is routed into it
     hw_offload: bool = False
     unresolved: Unresolved = Unresolved.QUEUE  # our own option: `unresolved = queue | eagain | block | drop`
 

@@ -29,6 +29,7 @@ from vpnd.control.backend import (
 )
 from vpnd.daemon.demands import Demands
 from vpnd.daemon.entry import Entry
+from vpnd.daemon.interfaces import Interfaces
 from vpnd.daemon.manager import Manager
 from vpnd.daemon.traps import NoAddressYet, selectors
 from vpnd.ike.effects import ChildFailed, ChildSa, IkeClosed, Reason, RekeyFailed
@@ -45,7 +46,8 @@ NO_USAGE: Final[Usage] = {}
 class Operations:
     """The control server's backend."""
 
-    def __init__(self, manager: Manager, demands: Demands) -> None:
+    def __init__(self, manager: Manager, demands: Demands, interfaces: Interfaces | None = None) -> None:
+        self._interfaces = interfaces or Interfaces()
         self._manager = manager
         self._demands = demands
         self._started = time.time()
@@ -250,6 +252,8 @@ class Operations:
             self._manager.kernel.reserve_reqid(ReqId(reqid))
         for connection in configuration.connections.values():
             await self.load_connection(connection)
+        if self._manager.capabilities.if_ids:
+            await self._interfaces.loaded()
 
     async def load_connection(self, connection: ConnectionConfig) -> None:
         capabilities = self._manager.capabilities
@@ -260,6 +264,7 @@ class Operations:
         if old == connection:
             return
         self._claim_reqids(connection)
+        await self._interfaces.load(connection)
         before: Mapping[str, ChildConfig] = old.children if old else {}
         for name in before:
             if self._demands.traps.trapped(connection.name, name) and before[name] != connection.children.get(name):
@@ -314,6 +319,7 @@ class Operations:
         connection = self._manager.connections.pop(name, None)
         if connection is None:
             raise ControlError(f"connection '{name}' not found")
+        await self._interfaces.unload(name)
         for child in connection.children:
             if self._demands.traps.trapped(name, child):
                 await self._demands.traps.uninstall(name, child)
