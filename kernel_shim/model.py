@@ -31,6 +31,7 @@ PROTOCOL_ESP: Final = 50
 PROTOCOL_ICMPV6: Final = 58
 PORT_IKE: Final = 500
 PORT_NAT_T: Final = 4500
+NO_PORT: Final = 0  # of an endpoint that sends ESP without UDP
 SOCKET_MARK: Final = 0x49500000  # SO_MARK of IKE and ESP sockets: keeps their packets off the capture routes
 
 
@@ -44,7 +45,7 @@ class KernelError(Exception):
 
 
 class Endpoint(NamedTuple):
-    """A UDP address."""
+    """A UDP address; with port 0 the address alone, of ESP without UDP."""
 
     address: IPAddress
     port: int
@@ -517,7 +518,8 @@ class Capabilities:
     name: str
     algorithms: frozenset[EspAlgorithm]
     modes: frozenset[Mode] = field(default_factory=lambda: frozenset(Mode))
-    encapsulation_required: bool = False
+    encapsulation_required: bool = False  # ESP only in UDP
+    encapsulation_preferred: bool = False  # ESP in UDP is a good deal faster
     esn: bool = True
     maximum_replay_window: int = 4096
     port_ranges: bool = True

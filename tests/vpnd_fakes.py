@@ -63,7 +63,7 @@ class FakeChannel:
         self.gone()
 
     def capabilities(self) -> Capabilities:
-        return Capabilities("fake", frozenset({ALGORITHM}))
+        return Capabilities("fake", frozenset({ALGORITHM}), encapsulation_preferred=True)
 
     def on_event(self, listener: Callable[[KernelEvent], None]) -> None:
         self.event = listener

@@ -106,7 +106,6 @@ class Daemon:
             half_open_timeout=config.half_open_timeout,
             keepalive=config.keep_alive,
             fragment_size=config.fragment_size,
-            force_encapsulation=config.kernel is KernelChoice.USERSPACE,
         )
         gate = GateSettings(config.cookie_threshold, config.cookie_threshold_ip, config.block_threshold, config.half_open_limit)
         self._manager = Manager(self._kernel, self._sockets, CredentialStore.of(loaded.configuration), settings, gate, self._counters, _path_mtu)

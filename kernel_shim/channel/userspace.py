@@ -1,4 +1,4 @@
-"""What our own data plane can do, as far as it is known without asking."""
+"""What our own data plane can do, as far as it is known without asking: a shim that may not open raw sockets carries ESP only in UDP."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kernel_shim.model import Capabilities, Unresolved
 USERSPACE: Final = Capabilities(
     name="userspace",
     algorithms=ALGORITHMS,
-    encapsulation_required=True,
+    encapsulation_preferred=True,
     unresolved_modes=frozenset(Unresolved),
     binds_ike_sockets=True,
 )

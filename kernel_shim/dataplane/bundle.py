@@ -28,7 +28,8 @@ def inner_limit(entry: SaEntry, paths: PathMtus, inner_version: int) -> int:
     """The longest packet that an SA carries without its outer packet passing the path's MTU."""
     assert entry.cipher is not None
     outer = IPV4_HEADER if entry.sa.source.version == 4 else IPV6_HEADER
-    room = paths.get(entry.local.address, entry.remote.address) - outer - UDP_HEADER
+    outer += UDP_HEADER if entry.local.port else 0
+    room = paths.get(entry.local.address, entry.remote.address) - outer
     payload = entry.cipher.shape.largest_payload(room)
     if entry.sa.mode is Mode.TRANSPORT:
         payload += IPV4_HEADER if inner_version == 4 else IPV6_HEADER

@@ -60,12 +60,14 @@ class EngineConfig:
     """`epoch` is the Unix time at monotonic 0; `path_mtu` what a path is taken to carry before anything is known of it.
 
     `udp_segmentation`: the TUN takes VIRTIO_NET_HDR_GSO_UDP_L4 (TUN_F_USO4 and USO6, Linux 6.2).
+    `plain_esp`: the sink sends ESP without UDP too, to endpoints of port 0.
     """
 
     epoch: float = 0.0
     path_mtu: int = 1500
     slot: int = 0
     udp_segmentation: bool = False
+    plain_esp: bool = False
 
 
 class Engine:
@@ -88,7 +90,7 @@ class Engine:
         self._generations: Final = Generations()
         self._paths: Final = PathMtus(config.path_mtu)
         self._spd: Final = SecurityPolicyDatabase(self._generations)
-        self._sad: Final = Sad(entropy, self._emit, self._generations.bump_sad, self._sa_gone, config.slot)
+        self._sad: Final = Sad(entropy, self._emit, self._generations.bump_sad, self._sa_gone, config.slot, plain=config.plain_esp)
         self._policy_lifetimes: Final = PolicyLifetimes()
         self._policies_of: dict[ReqId, set[PolicyIndex]] = {}
         self._pending: Final[PendingQueues[Held]] = PendingQueues()
@@ -131,9 +133,9 @@ class Engine:
         self._outbound.take(self._frame, length, now)
 
     def inbound(self, local: Endpoint, remote: Endpoint, length: int, segment_size: int, now: float) -> None:
-        """Take `length` bytes of UDP payload from `inbound_buffer`: datagrams of `segment_size` bytes, the last may be shorter.
+        """Take `length` bytes of ESP from `inbound_buffer`: datagrams of `segment_size` bytes, the last may be shorter.
 
-        `segment_size` is what UDP_GRO says, `length` when it says nothing. `local` is the address and port it was received on.
+        `segment_size` is what UDP_GRO says, `length` when it says nothing. `local` is the address and port it was received on; port 0 without UDP.
         Never raises.
         """
         self._now = now
@@ -187,7 +189,7 @@ class Engine:
     # SAD
 
     def capabilities(self) -> Capabilities:
-        return USERSPACE
+        return replace(USERSPACE, encapsulation_required=not self._config.plain_esp)
 
     def get_spi(self, request: SpiRequest, now: float) -> SaStatus:
         self._now = now

@@ -215,7 +215,7 @@ class Inbound:
         self._traffic.in_packets += packets
         self._traffic.in_octets += octets
         # An old packet says where the peer was, not where it is.
-        if newest and remote is not entry.remote and now - entry.mapped_at >= MAPPING_SECONDS and remote != entry.remote:
+        if newest and remote is not entry.remote and now - entry.mapped_at >= MAPPING_SECONDS and remote != entry.remote and remote.port and entry.remote.port:
             old, entry.remote, entry.mapped_at = entry.remote, remote, now
             self._emit(NewMapping(entry.sa.id, entry.sa.reqid, old, remote))
         self._sad.charge(entry, packets, octets, now)

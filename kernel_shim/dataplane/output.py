@@ -18,7 +18,7 @@ class Sink(Protocol):
     """Where packets leave. `kernel_shim.io` implements it on a TUN and UDP sockets, tests in memory."""
 
     def send_esp(self, local: Endpoint, remote: Endpoint, buffer: memoryview, segment_size: int, *, whole: bool = True) -> None:
-        """Send ESP as UDP datagrams from `local` to `remote`: one sendmsg.
+        """Send ESP as UDP datagrams from `local` to `remote`, as IP packets where the ports are 0: one sendmsg, or one each without UDP.
 
         `buffer` holds datagrams of `segment_size` bytes each, the last may be shorter (UDP_SEGMENT); at most 64 of them and
         65,507 bytes. One datagram when `len(buffer) <= segment_size`. DF is set on an IPv4 outer header by socket option,

@@ -31,10 +31,11 @@ from kernel_shim.policy.migration import moved
 class CapturedKernel:
     """Implements `kernel_shim.kernel.Kernel`: the SAD is the engine's own, each SPD change goes to the host as well."""
 
-    def __init__(self, engine: Kernel, capture: Capture, more: Callable[[], Mapping[str, int]]) -> None:
+    def __init__(self, engine: Kernel, capture: Capture, more: Callable[[], Mapping[str, int]], bind_raw: Callable[[IPAddress], None]) -> None:
         self._engine: Final = engine
         self._capture: Final = capture
         self._more: Final = more
+        self._bind_raw: Final = bind_raw
         self._policies: dict[tuple[Direction, PolicyIndex], Policy] = {}
         self.listened_since: float | None = None
         engine.subscribe(self._policy_expired)
@@ -46,10 +47,17 @@ class CapturedKernel:
         return self._engine.get_spi(request, now)
 
     def add_sa(self, sa: SecurityAssociation, now: float) -> SaStatus:
+        self._serve_plain(sa)
         return self._engine.add_sa(sa, now)
 
     def update_sa(self, sa: SecurityAssociation, now: float) -> SaStatus:
+        self._serve_plain(sa)
         return self._engine.update_sa(sa, now)
+
+    def _serve_plain(self, sa: SecurityAssociation) -> None:
+        """A key manager with IKE sockets of its own binds no address here: ESP without UDP comes in all the same."""
+        if sa.encapsulation is None:
+            self._bind_raw(sa.destination if sa.direction is Direction.IN else sa.source)
 
     def delete_sa(self, sa: SaId) -> SaStatus:
         return self._engine.delete_sa(sa)

@@ -24,6 +24,7 @@ SOCKET_BUFFER: Final = 8 << 20  # bytes, each way
 
 # How much one wake-up takes from a device or socket; it bounds how long control messages and the other direction wait.
 READS: Final = 64  # frames, or batches of datagrams
+RAW_READS: Final = 512  # ESP packets without UDP, each a system call of its own: about 2 ms
 READ_BYTES: Final = 512 << 10  # about 3 ms of sealing
 CONTROL_READS: Final = 64  # messages a wake-up and client
 TAKEOVER_GRACE: Final = 60.0  # seconds that a registered key manager has to bring its policies back

@@ -27,12 +27,13 @@ from kernel_shim.io import settings as bounds
 from kernel_shim.io.capture import Capture
 from kernel_shim.io.captured import CapturedKernel, CapturedSockets
 from kernel_shim.io.counters import Counters
+from kernel_shim.io.esp_sockets import EspSocket
 from kernel_shim.io.listener import Listener
 from kernel_shim.io.logs import configure_logs
 from kernel_shim.io.privileges import drop_privileges
 from kernel_shim.io.settings import ShimSettings
 from kernel_shim.io.sink import EdgeSink
-from kernel_shim.io.sockets import EspSocket, UdpSockets
+from kernel_shim.io.sockets import GatewaySockets, raw_sockets_allowed
 from kernel_shim.io.tun import Tun
 from kernel_shim.model import Endpoint, KernelError
 from kernel_shim.pfkey.server import ServerSession
@@ -71,14 +72,15 @@ class Shim:
             self._clear.allow_forwarding()
             self._capture: Final = Capture(settings, self._tun)
             undo.append(self._capture.give_up)
-            self._sockets: Final = UdpSockets(settings.mark, self._counters, self._learn_mtu)
+            plain_esp = raw_sockets_allowed()
+            self._sockets: Final = GatewaySockets(settings.mark, self._counters, self._learn_mtu, raw=plain_esp)
             self._sockets.on_bound = self._serve_esp
             self._sockets.on_unbound = lambda esp: self._watch(esp.fileno(), 0)
             sink = EdgeSink(self._tun, self._clear, self._sockets, self._counters)
             epoch = time.time() - time.monotonic()
-            config = EngineConfig(epoch=epoch, path_mtu=settings.egress_mtu, udp_segmentation=self._tun.segmentation)
+            config = EngineConfig(epoch=epoch, path_mtu=settings.egress_mtu, udp_segmentation=self._tun.segmentation, plain_esp=plain_esp)
             self._engine: Final = Engine(config, os.urandom, sink)
-            self._kernel: Final = CapturedKernel(self._engine, self._capture, self._statistics)
+            self._kernel: Final = CapturedKernel(self._engine, self._capture, self._statistics, self._sockets.bind_raw)
             provider = CapturedSockets(self._sockets.bind, self._sockets.unbind, self._capture)
             self._session: Final = ServerSession(self._kernel, provider, is_local=self._capture.is_local, inspected=self._engine)
         except BaseException:

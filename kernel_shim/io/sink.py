@@ -6,7 +6,7 @@ import errno
 from typing import Final
 
 from kernel_shim.io.counters import Counters
-from kernel_shim.io.sockets import UdpSockets
+from kernel_shim.io.sockets import GatewaySockets
 from kernel_shim.io.tun import Tun
 from kernel_shim.model import Endpoint
 
@@ -14,14 +14,14 @@ from kernel_shim.model import Endpoint
 class EdgeSink:
     """Implements `kernel_shim.dataplane.output.Sink`."""
 
-    def __init__(self, tun: Tun, clear: Tun, sockets: UdpSockets, counters: Counters) -> None:
+    def __init__(self, tun: Tun, clear: Tun, sockets: GatewaySockets, counters: Counters) -> None:
         self._tun: Final = tun
         self._clear: Final = clear
         self._sockets: Final = sockets
         self._counters: Final = counters
 
     def send_esp(self, local: Endpoint, remote: Endpoint, buffer: memoryview, segment_size: int, *, whole: bool = True) -> None:
-        esp = self._sockets.esp(local.address)
+        esp = self._sockets.esp(local)
         if esp is None:
             self._counters.add("io.esp.send.unbound")
             return

@@ -62,7 +62,7 @@ _ENCRYPTIONS: Final = {int(encryption): encryption for encryption in EncryptionI
 _INTEGRITIES: Final = {int(integrity): integrity for integrity in IntegrityId}
 _UNRESOLVED: Final = {Unresolved.QUEUE: 1, Unresolved.EAGAIN: 2, Unresolved.BLOCK: 3, Unresolved.DROP: 4}
 _UNRESOLVED_OF: Final = {number: mode for mode, number in _UNRESOLVED.items()}
-_ENCAPSULATION, _ESN, _PORT_RANGES, _ADDRESS_RANGES, _SA_SELECTORS, _ACQUIRE_FLOW, _BINDS = (1 << bit for bit in range(7))
+_ENCAPSULATION, _ESN, _PORT_RANGES, _ADDRESS_RANGES, _SA_SELECTORS, _ACQUIRE_FLOW, _BINDS, _PREFERS_UDP = (1 << bit for bit in range(8))
 _SA_ESN: Final = 1
 _NO_ADDRESS: Final[Mapping[int, IPAddress]] = {4: IPv4Address(0), 6: IPv6Address(0)}
 _TWO_SHORTS: Final = Struct("=HH")
@@ -99,6 +99,7 @@ def read_capabilities(reader: Reader, _kind: ExtensionType) -> CapabilitiesExten
             algorithms=frozenset(algorithms),
             modes=frozenset(mode for mode in Mode if modes >> mode & 1),
             encapsulation_required=bool(flags & _ENCAPSULATION),
+            encapsulation_preferred=bool(flags & _PREFERS_UDP),
             esn=bool(flags & _ESN),
             maximum_replay_window=window,
             port_ranges=bool(flags & _PORT_RANGES),
@@ -115,6 +116,7 @@ def write_capabilities(writer: Writer, extension: CapabilitiesExtension) -> None
     it = extension.capabilities
     flags = (
         it.encapsulation_required * _ENCAPSULATION
+        | it.encapsulation_preferred * _PREFERS_UDP
         | it.esn * _ESN
         | it.port_ranges * _PORT_RANGES
         | it.address_ranges * _ADDRESS_RANGES

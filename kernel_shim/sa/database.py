@@ -41,7 +41,10 @@ _STALE_DEADLINES: Final = 64
 
 
 class Sad:
-    """Every change of what a lookup would find calls `changed`; every expiry goes to `emit`. Clock values are monotonic seconds."""
+    """Every change of what a lookup would find calls `changed`; every expiry goes to `emit`. Clock values are monotonic seconds.
+
+    `plain`: ESP goes without UDP too.
+    """
 
     def __init__(
         self,
@@ -50,8 +53,10 @@ class Sad:
         changed: Callable[[], None],
         discarded: Callable[[SaEntry], None],
         slot: int = 0,
+        *,
+        plain: bool = False,
     ) -> None:
-        self._entropy, self._emit, self._changed, self._discarded, self._slot = entropy, emit, changed, discarded, slot
+        self._entropy, self._emit, self._changed, self._discarded, self._slot, self._plain = entropy, emit, changed, discarded, slot, plain
         self._entries: dict[SaId, SaEntry] = {}
         self._inbound: dict[int, tuple[SaEntry, ...]] = {}
         self._outbound: dict[ReqId, list[SaEntry]] = {}
@@ -290,7 +295,7 @@ class Sad:
     def _validate(self, sa: SecurityAssociation) -> None:
         if sa.spi < LOWEST_SPI or sa.spi > 0xFFFFFFFF:
             raise KernelError(errno.EINVAL, f"SPI {sa.spi:#x}")
-        if sa.encapsulation is None:
+        if sa.encapsulation is None and not self._plain:
             raise KernelError(errno.EPROTONOSUPPORT, "ESP without UDP encapsulation")
         if sa.source.version != sa.destination.version:
             raise KernelError(errno.EINVAL, "outer addresses of two families")

@@ -6,7 +6,7 @@ from typing import Final, NamedTuple
 
 from kernel_shim.esp.cipher import EspCipher
 from kernel_shim.esp.wire import EXTENDED_SEQUENCE_LIMIT, SEQUENCE_LIMIT
-from kernel_shim.model import PORT_NAT_T, Direction, Endpoint, Lifetime, SaState, SaStatus, SecurityAssociation, UdpEncapsulation
+from kernel_shim.model import NO_PORT, Direction, Endpoint, Lifetime, SaState, SaStatus, SecurityAssociation, UdpEncapsulation
 from kernel_shim.policy.flowkey import FieldMask
 from kernel_shim.sa.replay import ReplayWindow
 
@@ -29,7 +29,10 @@ class Waiting(NamedTuple):
 
 
 class SaEntry:
-    """`sequence` is the last one sent (OUT). `local` and `remote` are this host's and the peer's UDP address, whatever the direction."""
+    """`sequence` is the last one sent (OUT).
+
+    `local` and `remote` are this host's and the peer's UDP address, whatever the direction; with port 0 of ESP without UDP.
+    """
 
     __slots__ = (
         "added",
@@ -79,7 +82,7 @@ class SaEntry:
     def configure(self, sa: SecurityAssociation) -> None:
         """Take over lifetimes, selectors and ports; not keys, counters or windows."""
         self.sa = sa
-        encapsulation = sa.encapsulation or UdpEncapsulation(PORT_NAT_T, PORT_NAT_T)
+        encapsulation = sa.encapsulation or UdpEncapsulation(NO_PORT, NO_PORT)
         source, destination = Endpoint(sa.source, encapsulation.source_port), Endpoint(sa.destination, encapsulation.destination_port)
         self.local, self.remote = (source, destination) if sa.direction is Direction.OUT else (destination, source)
         self.local_seen: Endpoint | None = None  # the caller's own object for `local`, once the two were compared

@@ -75,7 +75,7 @@ class Node:
         loaded = load_text(config, Path("/nonexistent"))
         counters = Counters()
         side = KernelSide(self._connect, counters)
-        settings = IkeSettings(retransmission=Retransmission(0.05, 1.2, 3), rekeyed_delay=0.02, force_encapsulation=True)
+        settings = IkeSettings(retransmission=Retransmission(0.05, 1.2, 3), rekeyed_delay=0.02)
         self.manager = Manager(side, self, CredentialStore.of(loaded.configuration), settings, gate or GateSettings(), counters)
         self.demands = Demands(self.manager, mark=1)
         self.operations = Operations(self.manager, self.demands)

@@ -9,7 +9,7 @@ from kernel_shim.channel.linux import XFRM
 from kernel_shim.channel.userspace import USERSPACE
 from kernel_shim.model import NO_MARK, Action, Capabilities
 from vpnd.config.errors import ConfigError, Position
-from vpnd.config.model import ChildConfig, Configuration, KernelChoice, TsTemplate
+from vpnd.config.model import ChildConfig, Configuration, ConnectionConfig, KernelChoice, TsTemplate
 from vpnd.config.tree import Section
 from vpnd.ike.iana import TransformType
 from vpnd.ike.proposal import Proposal, within
@@ -27,9 +27,15 @@ def beyond(configuration: Configuration, capabilities: Capabilities, tree: Secti
     return [
         ConfigError(f"the kernel '{capabilities.name}' {what}", path=path, position=_position(root, path))
         for connection in configuration.connections.values()
-        for child in connection.children.values()
-        for path, what in _child(child, f"connections.{connection.name}.children.{child.name}", capabilities)
+        for path, what in _connection(connection, f"connections.{connection.name}", capabilities)
     ]
+
+
+def _connection(connection: ConnectionConfig, path: str, capabilities: Capabilities) -> Iterator[tuple[str, str]]:
+    if connection.encap is False and capabilities.encapsulation_required:
+        yield f"{path}.encap", "carries ESP only in UDP"
+    for child in connection.children.values():
+        yield from _child(child, f"{path}.children.{child.name}", capabilities)
 
 
 def _child(child: ChildConfig, path: str, capabilities: Capabilities) -> Iterator[tuple[str, str]]:

@@ -120,7 +120,7 @@ class ConnectionConfig:
     remote_addrs: tuple[str, ...] = ("%any",)
     local_port: int = 500
     remote_port: int = 500
-    encap: bool = False  # force UDP encapsulation; the manager also forces it where the kernel requires it
+    encap: bool | None = None  # force ESP into UDP; False: only behind a NAT; None (`auto`): as the kernel prefers
     dpd_delay: float = 0.0
     dpd_timeout: float = 0.0
     keyingtries: int = 1  # 0: for ever

@@ -17,7 +17,7 @@ from vpnd.config.credentials import certificate_der, read_credential_file
 from vpnd.config.errors import ConfigError, ConfigErrors
 from vpnd.config.lifetimes import ike_lifetime
 from vpnd.config.model import AuthMethod, AuthRound, ConnectionConfig, Fragmentation, UniquePolicy
-from vpnd.config.reader import Reader, integer, shown
+from vpnd.config.reader import Reader, boolean, integer, shown
 from vpnd.config.tree import Section
 from vpnd.ike.iana import ProtocolId
 from vpnd.ike.identity import Identity
@@ -61,7 +61,7 @@ def _connection(reader: Reader, name: str) -> ConnectionConfig:
         remote_addrs=reader.convert_all("remote_addrs", parse_remote_address) or ("%any",),
         local_port=reader.convert("local_port", 500, _local_port),
         remote_port=reader.integer("remote_port", 500, minimum=1, maximum=65535),
-        encap=reader.boolean("encap", False),
+        encap=reader.convert("encap", None, _encapsulation),
         dpd_delay=reader.seconds("dpd_delay", 0.0) or 0.0,
         dpd_timeout=reader.seconds("dpd_timeout", 0.0) or 0.0,
         keyingtries=reader.integer("keyingtries", 1),
@@ -108,6 +108,13 @@ def _version(text: str) -> int:
     if version == 1:
         raise ValueError("IKEv1 is not implemented; 0 and 2 are IKEv2")
     return version
+
+
+def _encapsulation(text: str) -> bool | None:
+    try:
+        return None if text.lower() == "auto" else boolean(text)
+    except ValueError:
+        raise ValueError(f"'{shown(text)}' is none of yes, no and auto") from None
 
 
 def _local_port(text: str) -> int:

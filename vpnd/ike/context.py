@@ -38,7 +38,6 @@ class IkeSettings:
     retransmission: Retransmission = field(default_factory=Retransmission)
     half_open_timeout: float = 30.0  # a responder waits this long for IKE_AUTH
     keepalive: float = 20.0  # NAT keepalives, RFC 3948 section 4; 0 is off
-    force_encapsulation: bool = False  # the kernel can do ESP only in UDP
     vendor_id: bytes = b""  # ours; empty: none is sent
     initial_contact: bool = True
     fragment_size: int = 1280  # octets of an IP packet that IKE fragments may fill; 0: 576 for IPv4, 1280 for IPv6

@@ -219,7 +219,8 @@ class Session:
 
     @property
     def force_encapsulation(self) -> bool:
-        return self.connection.encap or self.context.settings.force_encapsulation
+        kernel, wanted = self.context.capabilities, self.connection.encap
+        return kernel.encapsulation_required or (kernel.encapsulation_preferred if wanted is None else wanted)
 
     @property
     def encapsulated(self) -> bool:

@@ -285,9 +285,9 @@ async def test_one_kernel_a_socket_and_only_its_owner_gets_in(gateways: Gateways
     assert done.returncode != 0
 
 
-async def test_it_runs_with_two_capabilities(gateways: Gateways) -> None:
+async def test_it_runs_with_three_capabilities(gateways: Gateways) -> None:
     status = gateways.a.namespace.run(["cat", f"/proc/{gateways.a.process.pid}/status"]).stdout
-    assert "CapEff:\t0000000000001400" in status
+    assert "CapEff:\t0000000000003400" in status
     await gateways.connect()
     assert gateways.ping() == 0
 

@@ -14,8 +14,9 @@ import pytest
 from lab.namespaces import Lab, Namespace
 
 from kernel_shim.io.counters import Counters
-from kernel_shim.io.sockets import UDP_GRO, UDP_SEGMENT, EspSocket, UdpSockets
-from kernel_shim.model import Endpoint, IPAddress, KernelError
+from kernel_shim.io.esp_sockets import UDP_GRO, UDP_SEGMENT, EspSocket
+from kernel_shim.io.sockets import GatewaySockets
+from kernel_shim.model import PORT_NAT_T, Endpoint, IPAddress, KernelError
 
 pytestmark = pytest.mark.root
 
@@ -39,13 +40,13 @@ class Opened:
         self.namespace = namespace
         self.counters = Counters()
         self.mtus: list[tuple[Endpoint, Endpoint, int]] = []
-        self.sockets = UdpSockets(MARK, self.counters, lambda *report: self.mtus.append(report))
+        self.sockets = GatewaySockets(MARK, self.counters, lambda *report: self.mtus.append(report))
 
     def bind(self, address: IPAddress) -> tuple[int, int]:
         return self.namespace.call(lambda: self.sockets.bind(address))
 
     def esp(self, address: IPAddress) -> EspSocket:
-        found = self.sockets.esp(address)
+        found = self.sockets.esp(Endpoint(address, PORT_NAT_T))
         assert found is not None
         return found
 
@@ -172,7 +173,7 @@ def test_binding_twice_gives_the_same_descriptors_and_unbinding_frees_the_ports(
     assert opened.bind(address) == opened.bind(address)
     assert opened.sockets.addresses() == {address}
     opened.sockets.unbind(address)
-    assert opened.sockets.esp(address) is None
+    assert opened.sockets.esp(Endpoint(address, PORT_NAT_T)) is None
     opened.bind(address)
 
 

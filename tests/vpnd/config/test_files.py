@@ -276,7 +276,7 @@ def test_the_default_proposals_are_within_the_userspace_kernel(tmp_path: Path) -
 
 
 def test_what_check_measures_against_is_what_the_userspace_kernel_says() -> None:
-    assert EXPECTED[KernelChoice.USERSPACE] == Engine(EngineConfig(), os.urandom, cast(Sink, None)).capabilities()
+    assert EXPECTED[KernelChoice.USERSPACE] == Engine(EngineConfig(plain_esp=True), os.urandom, cast(Sink, None)).capabilities()
 
 
 # Messages of the control socket

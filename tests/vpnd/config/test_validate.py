@@ -58,7 +58,7 @@ def test_defaults_are_those_of_swanctl_conf() -> None:
         },
     )
     assert (found.rekey_time, found.over_time, found.rand_time) == (14400, 1440, 1440)
-    assert (found.local_addrs, found.remote_addrs, found.keyingtries, found.encap) == (("%any",), ("%any",), 1, False)
+    assert (found.local_addrs, found.remote_addrs, found.keyingtries, found.encap) == (("%any",), ("%any",), 1, None)
 
 
 def test_a_whole_connection() -> None:
@@ -159,7 +159,7 @@ def test_lifetimes_follow_from_each_other(options: dict[str, str], rekey: float,
         ({"dpd_delay": "-5"}, "connections.gw.dpd_delay: '-5' is not a time, such as 90s, 15m, 4h or 1d"),
         ({"dpd_delay": "99999d"}, "connections.gw.dpd_delay: '99999d' is longer than 2147483647 seconds"),
         ({"dpd_delay": ["1"]}, "connections.gw.dpd_delay: one value was expected"),
-        ({"encap": "maybe"}, "connections.gw.encap: 'maybe' is neither yes nor no"),
+        ({"encap": "maybe"}, "connections.gw.encap: 'maybe' is none of yes, no and auto"),
         ({"send_cert": "alway"}, "connections.gw.send_cert: 'alway' is not one of ifasked, always, never, did you mean 'always'?"),
         ({"remote_port": "65536"}, "connections.gw.remote_port: 65536 is not within 1 to 65535"),
         ({"local_port": "501"}, "connections.gw.local_port: a local port other than 500 and 4500 (501) is not implemented yet"),

@@ -70,7 +70,6 @@ def test_keepalives_can_be_switched_off() -> None:
 def test_either_side_can_force_encapsulation(forces: str) -> None:
     pair = psk_pair()
     peer, other = (pair.a, pair.b) if forces == "a" else (pair.b, pair.a)
-    peer.settings = IkeSettings(force_encapsulation=True)
     peer.capabilities = replace(peer.capabilities, encapsulation_required=True)
     pair.connect()
     agree(pair, 1)
@@ -83,12 +82,23 @@ def test_either_side_can_force_encapsulation(forces: str) -> None:
     assert not peer.happened(SendKeepalive)  # a pretended NAT keeps no mapping
 
 
-def test_a_connection_can_force_encapsulation() -> None:
+@pytest.mark.parametrize(
+    ("encap", "required", "preferred", "in_udp"),
+    [
+        (True, False, False, True),
+        (False, False, True, False),
+        (False, True, True, True),
+        (None, False, True, True),
+        (None, False, False, False),
+    ],
+)
+def test_a_connection_says_whether_esp_goes_in_udp(encap: bool | None, required: bool, preferred: bool, in_udp: bool) -> None:
     pair = psk_pair()
-    pair.a.connections[0] = replace(pair.a.connections[0], encap=True)
+    pair.a.connections[0] = replace(pair.a.connections[0], encap=encap)
+    pair.a.capabilities = replace(pair.a.capabilities, encapsulation_required=required, encapsulation_preferred=preferred)
     pair.connect()
     agree(pair, 1)
-    assert all(encapsulations(pair.b).values())
+    assert set(map(bool, encapsulations(pair.a).values())) == set(map(bool, encapsulations(pair.b).values())) == {in_udp}
 
 
 def test_a_peer_that_moves_behind_its_nat_is_followed() -> None:
