@@ -203,8 +203,8 @@ class FakeBackend:
         yield LogLine("IKE", 1, "gw", 1, "deleting")
         self.sas.clear()
 
-    def rekey(self, *, child: str | None = None, ike: str | None = None, child_id: int | None = None, ike_id: int | None = None) -> int:
-        self.called.append(f"rekey {child} {ike} {child_id} {ike_id}")
+    def rekey(self, *, child: str | None = None, ike: str | None = None, child_id: int | None = None, ike_id: int | None = None, reauth: bool = False) -> int:
+        self.called.append(f"rekey {child} {ike} {child_id} {ike_id}{' reauth' if reauth else ''}")
         return len(self.sas)
 
     async def install(self, child: str, ike: str | None) -> None:

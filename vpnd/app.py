@@ -41,7 +41,6 @@ from vpnd.io.udp import IkeSockets
 from vpnd.telemetry.counters import Counters
 from vpnd.telemetry.logging import configure_logging
 
-SHUTDOWN_DEADLINE: Final = 3.0  # s for the peers to answer our deletes
 MINIMUM_ACQUIRE: Final = 30  # s, what the kernel does by itself
 MAXIMUM_ACQUIRE: Final = 3600  # s
 ADDRESS_SETTLE: Final = 0.1  # s; changes of addresses come in groups
@@ -111,7 +110,7 @@ class Daemon:
         self._manager = Manager(self._kernel, self._sockets, CredentialStore.of(loaded.configuration), settings, gate, self._counters, _path_mtu)
         self._demands = Demands(self._manager, SOCKET_MARK)
         self._interfaces = Interfaces()
-        self._operations = Operations(self._manager, self._demands, self._interfaces)
+        self._operations = Operations(self._manager, self._demands, config, self._interfaces)
         self._control = ControlServer(self._operations, config)
         self._addresses_task: asyncio.Task[None] | None = None
         self._addresses_changed = asyncio.Event()
@@ -124,7 +123,7 @@ class Daemon:
 
     async def start(self) -> None:
         self._kernel.event = self._demands.kernel_event
-        self._kernel.lost = self._demands.sas_lost
+        self._kernel.lost = self._demands.ends.sas_lost
         self._control.bind()  # first: a second daemon must not touch the kernel of the one that runs
         if self._config.kernel is KernelChoice.USERSPACE:
             Sysctls(_settings_file(self._config)).restore()  # an earlier run may have had the host's own kernel, and was killed
@@ -230,7 +229,7 @@ class Daemon:
         for entry in self._manager.entries():
             self._manager.run(entry, entry.sa.delete(now, Reason.SHUTDOWN))
         try:
-            async with asyncio.timeout(SHUTDOWN_DEADLINE):
+            async with asyncio.timeout(self._config.shutdown_timeout):
                 await self._manager.registry.all_closed()
         except TimeoutError:
             log.warning("peers did not answer our deletes", left=len(self._manager))

@@ -3,151 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from ipaddress import IPv4Address, ip_address
-from pathlib import Path
 
 import pytest
-from vpnd_fakes import FakeChannel, FakeKernel
+from vpnd_fakes import FakeKernel
+from vpnd_nodes import A, B, Network, Node, config, mirrored, pair, until
 
-from kernel_shim.channel.api import KernelChannel
 from kernel_shim.model import Acquire, AcquireSequence, Action, Direction, Endpoint, Expire, Flow, KernelError, Mode, NewMapping, PolicyIndex
-from vpnd.auth.credentials import CredentialStore
-from vpnd.config import load_text
 from vpnd.control.backend import ChildUpDown, ControlError, LogLine
 from vpnd.daemon import background, demands, endpoints
-from vpnd.daemon.demands import Demands
-from vpnd.daemon.kernel_side import KernelSide
-from vpnd.daemon.manager import Manager
-from vpnd.daemon.operations import Operations
 from vpnd.gate import GateSettings
-from vpnd.ike.context import IkeSettings, Retransmission
-from vpnd.telemetry.counters import Counters
-
-CONFIG = """
-connections {{
-  site {{
-    local_addrs = {local}
-    remote_addrs = {remote}
-    proposals = aes128gcm16-prfsha256-x25519
-    local {{ auth = psk
-      id = {local_id} }}
-    remote {{ auth = psk
-      id = {remote_id} }}
-    children {{
-      net {{
-        local_ts = {local_ts}
-        remote_ts = {remote_ts}
-        esp_proposals = aes128gcm16
-        start_action = {start}
-      }}
-    }}
-  }}
-}}
-secrets {{ ike-1 {{
-  id-1 = a.example
-  id-2 = b.example
-  secret = "{secret}"
-}} }}
-"""
-
-A, B = ip_address("127.0.0.11"), ip_address("127.0.0.12")
-
-
-@dataclass
-class Network:
-    nodes: dict[object, Node] = field(default_factory=dict)
-    sent: list[bytes] = field(default_factory=list)
-    cut: bool = False
-
-    def carry(self, local: Endpoint, remote: Endpoint, data: bytes) -> None:
-        self.sent.append(data)
-        node = self.nodes.get(remote.address)
-        if node is not None and not self.cut:
-            asyncio.get_running_loop().call_soon(node.manager.datagram, remote, local, data)
-
-
-class Node:
-    def __init__(self, network: Network, config: str, address: object, *, gate: GateSettings | None = None) -> None:
-        self.network = network
-        self.kernel = FakeKernel()
-        self.channels: list[FakeChannel] = []
-        loaded = load_text(config, Path("/nonexistent"))
-        counters = Counters()
-        side = KernelSide(self._connect, counters)
-        settings = IkeSettings(retransmission=Retransmission(0.05, 1.2, 3), rekeyed_delay=0.02)
-        self.manager = Manager(side, self, CredentialStore.of(loaded.configuration), settings, gate or GateSettings(), counters)
-        self.demands = Demands(self.manager, mark=1)
-        self.operations = Operations(self.manager, self.demands)
-        side.event = self.demands.kernel_event
-        side.lost = self.demands.sas_lost
-        self.configuration = loaded.configuration
-        self.lines: list[str] = []
-        self.manager.news.subscribe(lambda event: self.lines.append(event.text) if isinstance(event, LogLine) else None)
-        network.nodes[address] = self
-
-    async def _connect(self) -> KernelChannel:
-        self.channels.append(FakeChannel(self.kernel))
-        return self.channels[-1]
-
-    async def start(self) -> None:
-        await self.manager.kernel.open()
-        await self.operations.load(self.configuration)
-
-    def send(self, local: Endpoint, remote: Endpoint, data: bytes) -> None:
-        self.network.carry(local, remote, data)
-
-    def send_keepalive(self, local: Endpoint, remote: Endpoint) -> None:
-        pass
-
-    def spis(self, direction: Direction) -> set[int]:
-        return {sa.spi for sa in self.kernel.sas.values() if sa.direction is direction}
-
-    async def up(self) -> None:
-        async for _line in self.operations.initiate(child="net", ike=None, timeout=5.0):
-            pass
-
-    async def down(self, **what: object) -> None:
-        async for _line in self.operations.terminate(timeout=5.0, **what):  # type: ignore[arg-type]
-            pass
-
-
-def config(side: str, start: str = "none", secret: str = "between us") -> str:
-    near, far = ("a", "b") if side == "a" else ("b", "a")
-    address, network = {"a": A, "b": B}, {"a": "10.1.0.0/16", "b": "10.2.0.0/16"}
-    return CONFIG.format(
-        local=address[near],
-        remote=address[far],
-        local_id=f"{near}.example",
-        remote_id=f"{far}.example",
-        local_ts=network[near],
-        remote_ts=network[far],
-        start=start,
-        secret=secret,
-    )
-
-
-async def pair(start_a: str = "none", start_b: str = "none", secret_b: str = "between us") -> tuple[Node, Node, Network]:
-    network = Network()
-    a, b = Node(network, config("a", start_a), A), Node(network, config("b", start_b, secret_b), B)
-    await b.start()
-    await a.start()
-    return a, b, network
-
-
-async def until(condition: object) -> None:
-    async with asyncio.timeout(5):
-        while not condition():  # type: ignore[operator]
-            await asyncio.sleep(0.002)
-
-
-def mirrored(a: Node, b: Node, children: int = 1) -> bool:
-    """Both SADs hold the same SAs, in opposite directions."""
-    return (
-        a.spis(Direction.OUT) == b.spis(Direction.IN)
-        and a.spis(Direction.IN) == b.spis(Direction.OUT)
-        and len(a.spis(Direction.OUT)) == len(a.spis(Direction.IN)) == children
-    )
 
 
 async def test_an_acquire_brings_up_the_child_with_its_sequence_and_policies() -> None:

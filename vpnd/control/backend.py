@@ -197,8 +197,8 @@ class ControlBackend(Protocol):
     ) -> AsyncIterator[LogLine]:
         """Lines of progress until all that matched is gone. The last step raises ControlError when nothing matched or time ran out."""
 
-    def rekey(self, *, child: str | None = None, ike: str | None = None, child_id: int | None = None, ike_id: int | None = None) -> int:
-        """Begin to rekey the CHILD_SAs that match, or without `child` and `child_id` the IKE SAs; how many those are."""
+    def rekey(self, *, child: str | None = None, ike: str | None = None, child_id: int | None = None, ike_id: int | None = None, reauth: bool = False) -> int:
+        """Begin to rekey the CHILD_SAs that match, or without `child` and `child_id` the IKE SAs (`reauth`: to reauthenticate them); how many those are."""
 
     async def install(self, child: str, ike: str | None) -> None: ...
     async def uninstall(self, child: str, ike: str | None) -> None: ...

@@ -121,7 +121,7 @@ class Carrier:
         return entry
 
     def _hand_over(self, old: Entry, new: Entry) -> None:
-        old.heir, new.awaits = new, old
+        old.heir, new.awaits, new.leaving = new, old, old.leaving
         for child_id in new.sa.children:
             if child_id in old.owners:
                 old.owners.discard(child_id)

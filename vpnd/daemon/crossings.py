@@ -24,7 +24,7 @@ def superfluous_child(ike: IkeSa, child: ChildSa) -> Child | None:
     for other in ike.children.values():
         if other.sa.id == child.id or other.initiator == new.initiator or other.replaces or other.state is not ChildSaState.INSTALLED:
             continue
-        if abs(other.installed_at - new.installed_at) > CROSSING or not _same(other.sa, child):
+        if abs(other.installed_at - new.installed_at) > CROSSING or not same(other.sa, child):
             continue
         loser = new if new.initiator != ike.initiator else other
         return loser if loser.initiator else None
@@ -39,10 +39,11 @@ def superfluous_ike(ike: IkeSa, others: Iterable[IkeSa]) -> IkeSa | None:
         if abs(other.established_at - ike.established_at) > CROSSING or other.connection.name != ike.connection.name:
             continue
         loser, winner = (ike, other) if ike.spi_initiator < other.spi_initiator else (other, ike)
-        if loser.children and all(any(_same(one.sa, kept.sa) for kept in winner.children.values()) for one in loser.children.values()):
+        if loser.children and all(any(same(one.sa, kept.sa) for kept in winner.children.values()) for one in loser.children.values()):
             return loser if loser.initiator else None
     return None
 
 
-def _same(one: ChildSa, other: ChildSa) -> bool:
+def same(one: ChildSa, other: ChildSa) -> bool:
+    """Whether two CHILD_SAs are for the same packets of the same child."""
     return (one.name, one.mode, set(one.local_ts), set(one.remote_ts)) == (other.name, other.mode, set(other.local_ts), set(other.remote_ts))

@@ -1,4 +1,4 @@
-"""Why CHILD_SAs come up: ACQUIREs of traps, start actions, the operator; and what follows when one goes.
+"""Why CHILD_SAs come up: ACQUIREs of traps, start actions, the operator.
 
 A demand is one CHILD_SA that is wanted now. There is at most one a child configuration at a time: further ACQUIREs
 wait for its outcome, and those whose flow it turns out not to cover make the next demand.
@@ -25,7 +25,6 @@ from kernel_shim.model import (
     KernelError,
     KernelEvent,
     NewMapping,
-    SaId,
     TrafficSelector,
     UdpEncapsulation,
 )
@@ -34,15 +33,13 @@ from vpnd.control.backend import ControlError
 from vpnd.daemon.background import Background
 from vpnd.daemon.crossings import SETTLE, superfluous_child, superfluous_ike
 from vpnd.daemon.endpoints import Endpoints, backoff
+from vpnd.daemon.ends import Ends
 from vpnd.daemon.entry import ChildKey, Entry
 from vpnd.daemon.manager import Manager
 from vpnd.daemon.traps import Traps
 from vpnd.ike.effects import NO_ACQUIRE, ChildFailed, ChildSa, IkeClosed, Reason
-from vpnd.ike.sa import ChildSaState
 
 MAXIMUM_WAITING: Final = 1024  # ACQUIREs that wait for one demand; the kernel repeats those beyond
-RECOVERY_GRACE: Final = 60.0  # s, for which policies outlive a CHILD_SA that was lost while its successor is sought
-SUCCESSION_GRACE: Final = 5.0  # s, for which they outlive one whose peer came back with a new IKE SA
 
 log = structlog.get_logger("child")
 
@@ -73,12 +70,10 @@ class Demands:
         self._manager = manager
         self._endpoints = Endpoints(manager, mark)
         self.traps: Final = Traps(manager, self._endpoints)
+        self.ends: Final = Ends(manager, self.traps, self.demand)
         self._demands: dict[ChildKey, Demand] = {}
         self._waiting: dict[ChildKey, list[asyncio.Future[None]]] = {}  # `wait` of the control socket
-        self._outgoing: dict[ChildKey, dict[int, Entry]] = {}  # children that the kernel lost and whose successor is sought
-        self._retired: set[int] = set()  # children that close because their successor stands, or cannot be had
         self._retries: dict[ChildKey, asyncio.TimerHandle] = {}
-        self._recovering: dict[ChildKey, asyncio.TimerHandle] = {}
         self._turn = asyncio.Lock()  # of demands that begin
         self._background = Background()
         self._stopping = False
@@ -156,7 +151,7 @@ class Demands:
             self._background.start(self._pursue(key, demand, delay))
             return
         del self._demands[key]
-        self._retire(key)
+        self.ends.retire(key)
         error = ChildNotUp(demand.child.name, reason, detail)
         for waiter in demand.waiters:
             if not waiter.done():
@@ -194,14 +189,11 @@ class Demands:
 
     def child_established(self, entry: Entry, child: ChildSa) -> None:
         key = (entry.sa.connection.name, child.name)
-        if (recovery := self._recovering.pop(key, None)) is not None:
-            recovery.cancel()
-            self._background.start(self._manager.kernel.release(("recovery", *key)))
         for waiter in self._waiting.pop(key, []):
             if not waiter.done():
                 waiter.set_result(None)
         self._settle_crossing(entry, child)
-        self._retire(key, keep=child.id)
+        self.ends.established(entry, child)
         demand = self._demands.get(key)
         if demand is None or demand.entry is not entry:
             return
@@ -219,17 +211,6 @@ class Demands:
             following = self.demand(demand.connection, demand.child, flow=flow, acquire=sequence)
             following.acquires.update(left)
 
-    def child_rekeyed(self, entry: Entry, old: ChildSa, child: ChildSa) -> None:
-        """Its successor stands, so what was to become of `old` needs nobody's care."""
-        self._retire((entry.sa.connection.name, child.name), only=old.id)
-
-    def rekey_failed(self, entry: Entry, child_id: int) -> None:
-        """Should the kernel have lost it already, it is made anew."""
-        old = entry.sa.children.get(child_id)
-        key = (entry.sa.connection.name, old.sa.name) if old else None
-        if key is not None and child_id in self._outgoing.get(key, {}) and (config := self._manager.configured(*key)) is not None:
-            self.demand(*config)
-
     def ike_rekeyed(self, old: Entry, new: Entry) -> None:
         for demand in self._demands.values():
             if demand.entry is old:
@@ -240,9 +221,9 @@ class Demands:
         loop = asyncio.get_running_loop()
         extra = superfluous_child(entry.sa, child)
         if extra is not None:
-            loop.call_later(SETTLE, self._end, entry, extra.sa.id, False)
+            loop.call_later(SETTLE, self.ends.end, entry, extra.sa.id)
             return
-        peers = self._manager.peers_of(entry)
+        peers = [peer for peer in self._manager.peers_of(entry) if not peer.leaving]
         loser = superfluous_ike(entry.sa, [peer.sa for peer in peers])
         for peer in peers:
             if peer.sa is loser:
@@ -251,32 +232,6 @@ class Demands:
     def _drop_ike(self, entry: Entry) -> None:
         if not entry.sa.closed:
             self._manager.run(entry, entry.sa.delete(asyncio.get_running_loop().time(), Reason.REPLACED))
-
-    def child_closed(self, entry: Entry, child: ChildSa, reason: Reason) -> None:
-        configured = self._manager.configured(entry.sa.connection.name, child.name)
-        if configured is None or self._stopping:
-            return
-        connection, config = configured
-        if reason in (Reason.EXPIRED, Reason.KERNEL_LOST):
-            again = StartAction.START in config.start_action or (entry.sa.initiator and not self.traps.trapped(connection.name, child.name))
-            wanted = again and child.id not in self._retired
-        else:
-            wanted = reason is Reason.PEER_SILENT and StartAction.START in config.start_action | config.dpd_action
-        self._retired.discard(child.id)
-        if wanted or entry.superseded:
-            # no clear packet while a successor is sought, or comes with the peer's new IKE SA: its policies stay
-            key = (connection.name, child.name)
-            self._manager.kernel.transfer(("child", child.id), ("recovery", *key))
-            entry.owners.discard(child.id)
-            if key not in self._recovering:
-                grace = RECOVERY_GRACE if wanted else SUCCESSION_GRACE
-                self._recovering[key] = asyncio.get_running_loop().call_later(grace, self._give_up_recovery, key)
-        if wanted:
-            self.demand(connection, config)
-
-    def _give_up_recovery(self, key: ChildKey) -> None:
-        self._recovering.pop(key, None)
-        self._background.start(self._manager.kernel.release(("recovery", *key)))
 
     def child_failed(self, entry: Entry, effect: ChildFailed) -> None:
         key = (entry.sa.connection.name, effect.name)
@@ -315,7 +270,7 @@ class Demands:
                     self._manager.kernel.forget(sa)
                 found = self._manager.child_with(sa)
                 if found is not None and hard:
-                    self.replace(*found)
+                    self.ends.replace(*found)
                 elif found is not None:
                     entry, child_id = found
                     self._manager.run(entry, entry.sa.rekey_child(child_id, asyncio.get_running_loop().time()))
@@ -338,49 +293,6 @@ class Demands:
             return
         known.sa = replace(known.sa, outbound=moved)
 
-    def sas_lost(self, ids: Sequence[SaId]) -> None:
-        """The kernel lost these SAs, and with them their sequence numbers: their keys are never used again."""
-        for entry, child_id in dict.fromkeys(child for sa in ids if (child := self._manager.child_with(sa)) is not None):
-            self.replace(entry, child_id)
-
-    def replace(self, entry: Entry, child_id: int) -> None:
-        """Make anew a CHILD_SA that the kernel has no more, and only then delete the old one, so that neither side is without policies in between.
-
-        Without a configuration to make it from, it is deleted at once.
-        """
-        old = entry.sa.children.get(child_id)
-        if old is None or entry.sa.closed:
-            return
-        configured = self._manager.configured(entry.sa.connection.name, old.sa.name)
-        if configured is None or self._stopping:
-            self._end(entry, child_id, True)
-            return
-        if any(other.replaces == child_id for other in entry.sa.children.values()):
-            self._retired.add(child_id)
-            self._end(entry, child_id, True)
-            return
-        key = (entry.sa.connection.name, old.sa.name)
-        self._outgoing.setdefault(key, {})[child_id] = entry
-        if old.state is not ChildSaState.REKEYING:
-            self.demand(*configured)
-
-    def _retire(self, key: ChildKey, *, keep: int = 0, only: int = 0) -> None:
-        outgoing = self._outgoing.pop(key, {})
-        for child_id, entry in outgoing.items():
-            if only and child_id != only:
-                self._outgoing.setdefault(key, {})[child_id] = entry
-            elif child_id != keep:
-                self._retired.add(child_id)
-                self._end(entry, child_id, True)
-
-    def _end(self, entry: Entry, child_id: int, lost: bool) -> None:
-        entry = entry.current
-        if entry.sa.closed or child_id not in entry.sa.children:
-            self._retired.discard(child_id)
-            return
-        now = asyncio.get_running_loop().time()
-        self._manager.run(entry, entry.sa.child_expired(child_id, now) if lost else entry.sa.delete_child(child_id, now, Reason.REPLACED))
-
     def _acquire(self, event: Acquire) -> None:
         self._manager.counters.add("acquires")
         known = self._manager.reqids.child(event.reqid)
@@ -391,7 +303,7 @@ class Demands:
         if self._manager.installing(event.reqid):
             return  # the kernel asks again should that SA not cover the flow
         key = (connection.name, known[1].name)
-        if not self.traps.trapped(*key) and key not in self._demands and key not in self._recovering and key not in self._outgoing:
+        if not self.traps.trapped(*key) and key not in self._demands and not self.ends.succession_of(key):
             # a late packet of a CHILD_SA that is being deleted: nobody asked for it to come back by itself
             self._background.start(self._refuse([event.sequence]))
             return
@@ -405,7 +317,8 @@ class Demands:
         self._stopping = True
         self.traps.stop()
         self._endpoints.stop()
-        for handle in (*self._retries.values(), *self._recovering.values()):
+        self.ends.stop()
+        for handle in self._retries.values():
             handle.cancel()
         for key, demand in list(self._demands.items()):
             self._failed(key, demand, Reason.SHUTDOWN, "")

@@ -25,6 +25,7 @@ class Entry:
     task: asyncio.Task[None] | None = None
     advancing: bool = False
     superseded: bool = False  # its peer came back with a new IKE SA
+    leaving: bool = False  # a reauthentication of ours makes the one that takes its place
     owners: set[int] = field(default_factory=set)  # children whose policies are claimed
     installing: dict[int, int] = field(default_factory=dict)  # reqid by child whose SA in stands and whose SA out does not yet
     init_key: tuple[int, Endpoint] | None = None  # of a responder: the initiator's SPI and address

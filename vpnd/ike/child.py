@@ -118,8 +118,9 @@ def make_offer(session: Session, request: ChildRequest, *, key_exchange: bool, l
     check_encapsulation(session)
     local_ts, remote_ts = resolve(child.local_ts, session.local.address), resolve(child.remote_ts, session.remote.address)
     # RFC 7296 section 2.9.2: what it replaces, no less
-    if like is not None:
-        local_ts, remote_ts = like.sa.local_ts, like.sa.remote_ts
+    model = like.sa if like is not None else request.like
+    if model is not None:
+        local_ts, remote_ts = model.local_ts, model.remote_ts
     # RFC 7296 section 2.9: the packet that asked goes first
     first = of_flow(request.flow, local_ts, remote_ts) if request.flow is not None else None
     if first is not None:

@@ -10,7 +10,7 @@ from typing import Protocol
 from kernel_shim.model import AcquireSequence, Capabilities, Endpoint, Flow, IPAddress
 from vpnd.auth.credentials import CredentialStore
 from vpnd.config.model import ChildConfig, ConnectionConfig
-from vpnd.ike.effects import NO_ACQUIRE
+from vpnd.ike.effects import NO_ACQUIRE, ChildSa
 from vpnd.ike.fragments import ReassemblyBudget
 
 
@@ -88,9 +88,13 @@ class IkeContext(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ChildRequest:
-    """A CHILD_SA that we are to bring up. `flow` is the packet that asked for it, `acquire` the kernel's number of that, `reqid` 0: ask the context."""
+    """A CHILD_SA that we are to bring up. `flow` is the packet that asked for it, `acquire` the kernel's number of that, `reqid` 0: ask the context.
+
+    `like`: with the selectors of that one.
+    """
 
     child: ChildConfig
     flow: Flow | None = None
     acquire: AcquireSequence = NO_ACQUIRE
     reqid: int = 0
+    like: ChildSa | None = None

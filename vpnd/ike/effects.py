@@ -42,6 +42,9 @@ class Reason(Enum):
     EXPIRED = "lifetime expired"
     REPLACED = "replaced"
     REKEYED = "rekeyed"
+    REAUTHENTICATION = "reauthentication"
+    INACTIVE = "inactivity"
+    NOT_UNIQUE = "another IKE SA of this peer stands"
     KERNEL_LOST = "kernel side lost the SA"
     SHUTDOWN = "shutdown"
 

@@ -10,8 +10,21 @@ from collections.abc import Sequence
 
 from kernel_shim.model import AcquireSequence, Direction, Endpoint, Flow, SaId, Spi
 from vpnd.config.model import ChildConfig, ConnectionConfig
+from vpnd.ike import reauthentication
 from vpnd.ike.context import ChildRequest, IkeContext
-from vpnd.ike.effects import NO_ACQUIRE, ChildClosed, ChildDenied, ChildFailed, Effect, Reason, RekeyFailed, RemoveSa, SendKeepalive
+from vpnd.ike.effects import (
+    NO_ACQUIRE,
+    ChildClosed,
+    ChildDenied,
+    ChildFailed,
+    ChildSa,
+    Effect,
+    Reason,
+    ReauthenticationDue,
+    RekeyFailed,
+    RemoveSa,
+    SendKeepalive,
+)
 from vpnd.ike.exchanges import create_child_sa, ike_auth, ike_intermediate, ike_sa_init, informational, rekey_ike
 from vpnd.ike.fragments import Outgoing
 from vpnd.ike.session import Session, Steps, Task
@@ -110,7 +123,7 @@ class IkeSa(Transport):
         if self._may_start():
             deadlines.append(self.now)
         fragments = self._fragments_of_request.deadline, self._fragments_of_response.deadline
-        timers = *fragments, self._lifetime_end, self._rekey_due, self._probe_at, self._keepalive_at, self.later.next()
+        timers = *fragments, self._lifetime_end, self._rekey_due, self._reauth_due, self._probe_at, self._keepalive_at, self.later.next()
         deadlines += [deadline for deadline in timers if deadline is not None]
         return min(deadlines, default=None)
 
@@ -118,14 +131,26 @@ class IkeSa(Transport):
         """The peer showed a sign of life outside IKE: authenticated ESP. It puts the next liveness check off."""
         self._heard_at = max(self._heard_at, now)
 
-    def create_child(self, child: ChildConfig, now: float, *, flow: Flow | None = None, acquire: AcquireSequence = NO_ACQUIRE, reqid: int = 0) -> list[Effect]:
-        """Bring up a CHILD_SA: ends in ChildEstablished (`child.inbound.acquire` is `acquire`) or ChildFailed (`acquire`)."""
+    def create_child(
+        self,
+        child: ChildConfig,
+        now: float,
+        *,
+        flow: Flow | None = None,
+        acquire: AcquireSequence = NO_ACQUIRE,
+        reqid: int = 0,
+        like: ChildSa | None = None,
+    ) -> list[Effect]:
+        """Bring up a CHILD_SA: ends in ChildEstablished (`child.inbound.acquire` is `acquire`) or ChildFailed (`acquire`).
+
+        `like`: with the selectors of that one, instead of all that the configuration allows.
+        """
         self.now = now
         if self.closed or self.state is IkeSaState.DELETING:
             return [ChildFailed(child.name, self.close_reason or Reason.DELETED, "the IKE SA is going away", acquire)]
         if len(self.queue) + len(self.postponed) >= MAX_TASKS:
             return [ChildFailed(child.name, Reason.TEMPORARY_FAILURE, "too many exchanges are waiting", acquire)]
-        self.queue.append(Task("CHILD_CREATE", create_child_sa.create_child, ChildRequest(child, flow, acquire, reqid)))
+        self.queue.append(Task("CHILD_CREATE", create_child_sa.create_child, ChildRequest(child, flow, acquire, reqid, like)))
         self._start_next()
         return self._done()
 
@@ -139,6 +164,12 @@ class IkeSa(Transport):
         """Replace the IKE SA by one with fresh keys: ends in IkeOpened and IkeHandedOver, and, when the old one is gone, IkeClosed(REKEYED)."""
         self.now = now
         self._rekey()
+        return self._done()
+
+    def reauthenticate_later(self, now: float) -> list[Effect]:
+        """The reauthentication that was due came to nothing."""
+        self.now = now
+        reauthentication.again(self)
         return self._done()
 
     def delete_child(self, child_id: int, now: float, reason: Reason = Reason.DELETED) -> list[Effect]:
@@ -237,6 +268,11 @@ class IkeSa(Transport):
         return tuple(task.name for task in self.queue)
 
     @property
+    def asks_for_children(self) -> bool:
+        """Whether CHILD_SAs that we asked for are neither up nor refused."""
+        return any(task is not None and task.child is not None for task in (self.active, *self.queue, *self.postponed))
+
+    @property
     def tasks_active(self) -> Sequence[str]:
         return (self.active.name,) if self.active else ()
 
@@ -311,13 +347,20 @@ class IkeSa(Transport):
     def _lifetime_end(self) -> float | None:
         if self.established_at is None or self.state is IkeSaState.DELETING:
             return None
-        if self.ends_at is not None or not self.connection.rekey_time:
+        if self.ends_at is not None:
             return self.ends_at
-        return self.established_at + self.connection.rekey_time + self.connection.over_time
+        ends = [] if self.reauth_end is None else [self.reauth_end]
+        if self.connection.rekey_time:
+            ends.append(self.established_at + self.connection.rekey_time + self.connection.over_time)
+        return min(ends, default=None)
 
     @property
     def _rekey_due(self) -> float | None:
         return self.rekey_at if self.state is IkeSaState.ESTABLISHED else None
+
+    @property
+    def _reauth_due(self) -> float | None:
+        return self.reauth_at if self.state is IkeSaState.ESTABLISHED else None
 
     @property
     def _probe_at(self) -> float | None:
@@ -364,6 +407,10 @@ class IkeSa(Transport):
         end = self._lifetime_end
         if end is not None and self.now >= end:
             self._delete(Reason.EXPIRED if self.ends_at is None else Reason.REKEYED)
+        again = self._reauth_due
+        if again is not None and self.now >= again:
+            self.reauth_at = None
+            self.emit(ReauthenticationDue())
         due = self._rekey_due
         if due is not None and self.now >= due:
             self._rekey()

@@ -179,6 +179,9 @@ class Session:
         self.held: set[SaId] = set()  # larval SPIs that belong to no CHILD_SA yet
         self.early_deletes: set[bytes] = set()  # SPIs that the peer deleted before its answer that made them arrived
         self.rekey_at: float | None = None
+        self.reauth_at: float | None = None  # survives a rekeying, as does its end
+        self.reauth_end: float | None = None
+        self.asked_first = initiator  # authenticated as the initiator, whoever rekeyed since
         self.ends_at: float | None = None  # the peer is to delete it; it is deleted by us if that takes until then
         self.heir: Self | None = None  # has our CHILD_SAs
         self.predecessor: Session | None = None  # until it is closed
@@ -308,6 +311,7 @@ class Session:
         new = type(self)(self.context, self.connection, self.local, self.remote, initiator=initiator, now=self.now)
         new.predecessor = self
         new.candidates = self.candidates
+        new.asked_first = self.asked_first
         new.local_id, new.remote_id = self.local_id, self.remote_id
         new.nat_local, new.nat_remote, new.nat_fake, new.nat_supported = self.nat_local, self.nat_remote, self.nat_fake, self.nat_supported
         new.peer_hashes, new.fragmentation = self.peer_hashes, self.fragmentation
@@ -317,6 +321,8 @@ class Session:
         """RFC 7296 section 2.18: the new IKE SA has all CHILD_SAs of the old one; exchanges that wait go on there."""
         self.heir = heir
         self.rekey_at = None
+        heir.reauth_at, heir.reauth_end = self.reauth_at, self.reauth_end
+        self.reauth_at = None
         heir.state, heir.undecided, heir.ends_at = IkeSaState.ESTABLISHED, None, None
         heir.children, self.children = self.children, {}
         heir.later, self.later = self.later, Deadlines()

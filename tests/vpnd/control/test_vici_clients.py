@@ -234,8 +234,6 @@ def test_policies(session: vici.Session) -> None:
 def test_what_does_not_exist_yet_says_so(session: vici.Session) -> None:
     with pytest.raises(CommandException, match="'load-pool' is not implemented yet"):
         session.load_pool({"pool": {"addrs": "10.0.0.0/8"}})
-    with pytest.raises(CommandException, match="'reauth' is not implemented yet"):
-        session.rekey({"ike": "gw", "reauth": "yes"})
     assert session.get_pools() == {}
     assert session.get_authorities() == {"authorities": []}
     session.flush_certs()
@@ -342,8 +340,6 @@ def test_swanctl_control(served: ServedBackend) -> None:
     swanctl(served, "--initiate", "--child", "net")
     assert "rekey completed successfully" in swanctl(served, "--rekey", "--child", "net", "--ike-id", "4")
     assert served.backend.called[-1] == "rekey net None None 4"
-    assert "'reauth' is not implemented yet" in swanctl(served, "--rekey", "--ike", "gw", "--reauth", status=1)
-    swanctl(served, "--flush-certs")
 
 
 @needs_swanctl

@@ -275,9 +275,7 @@ class Commands:
         child_id, ike_id = _number(request, "child-id"), _number(request, "ike-id")
         if child is None and ike is None and child_id is None and ike_id is None:
             raise ControlError("missing rekey selector")
-        if _flag(request, "reauth"):
-            raise ControlError("'reauth' is not implemented yet")
-        matches = self._backend.rekey(child=child, ike=ike, child_id=child_id, ike_id=ike_id)
+        matches = self._backend.rekey(child=child, ike=ike, child_id=child_id, ike_id=ike_id, reauth=_flag(request, "reauth"))
         answer = success() if matches else failure("no matching SAs to rekey found")
         return Section({"success": answer.entries["success"], "matches": Scalar(str(matches).encode()), **answer.entries})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vpnd.ike import reauthentication
 from vpnd.ike.authenticate import NoCredentials, PeerRefused, check, expected_identity, fitting, own_credentials, own_payloads, sends_certificate
 from vpnd.ike.child import ChildRefused, Keying, Offer, choose, make_offer, read_answer
 from vpnd.ike.context import ChildRequest
@@ -81,6 +82,8 @@ def initiate(session: Session, task: Task) -> Steps[None]:
         session.close(Reason.AUTHENTICATION_FAILED, f"{session.describe()}: {error}")
         return
     session.established()
+    reauthentication.plan(session)
+    reauthentication.heed(session, response)
     if offer is not None:
         _take_child(session, task, offer, response, error_notify)
 
@@ -135,9 +138,10 @@ def respond(session: Session, request: Message) -> Steps[Response]:
         return _refuse(session, connection.name, idi.identity, Reason.AUTHENTICATION_FAILED, str(error))
     session.candidates = (connection,)
     session.established()
+    reauthentication.plan(session)
     if request.notify(NotifyType.INITIAL_CONTACT) is not None:
         session.emit(InitialContact(own.identity, idi.identity))
-    base: tuple[Payload, ...] = (IdrPayload(own.identity), *certificates, own_auth)
+    base: tuple[Payload, ...] = (IdrPayload(own.identity), *certificates, own_auth, *reauthentication.lifetime_payloads(session))
 
     # RFC 6023: an IKE SA without a CHILD_SA
     if request.first(SaPayload) is None and request.first(TsiPayload) is None and request.first(TsrPayload) is None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from kernel_shim.model import Spi
+from vpnd.ike import reauthentication
 from vpnd.ike.effects import IkeClosed, Reason
 from vpnd.ike.iana import Exchange, NotifyType, ProtocolId
 from vpnd.ike.session import MAX_EARLY_DELETES, Ask, Response, Session, Steps, Task, ask
@@ -63,6 +64,7 @@ def respond(session: Session, request: Message) -> Steps[Response]:
     # RFC 7296 section 2.21.2: the initiator refused our authentication after we had finished
     if request.notify(NotifyType.AUTHENTICATION_FAILED) is not None:
         return Response(close=IkeClosed(Reason.PEER_AUTHENTICATION_FAILED, session.describe()))
+    reauthentication.heed(session, request)
     deletes = request.all(DeletePayload)
     # RFC 7296 section 1.4.1: the IKE SA; the answer is empty
     if any(payload.protocol == ProtocolId.IKE for payload in deletes):

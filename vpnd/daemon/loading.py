@@ -1,0 +1,100 @@
+"""Connections come and go: what loading, changing and unloading one does to traps, reqids and CHILD_SAs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from kernel_shim.model import Action, ReqId
+from vpnd.config.capabilities import impossible
+from vpnd.config.model import ChildConfig, Configuration, ConnectionConfig, StartAction
+from vpnd.control.backend import ControlError
+from vpnd.daemon.demands import Demands
+from vpnd.daemon.interfaces import Interfaces
+from vpnd.daemon.manager import Manager
+from vpnd.daemon.traps import NoAddressYet
+from vpnd.peers import host_names
+
+
+class Loading:
+    def __init__(self, manager: Manager, demands: Demands, interfaces: Interfaces) -> None:
+        self._interfaces = interfaces
+        self._manager = manager
+        self._demands = demands
+
+    async def load(self, configuration: Configuration) -> None:
+        """All of a configuration. ControlError for the first connection that cannot be loaded."""
+        for reqid in {child.reqid for connection in configuration.connections.values() for child in connection.children.values() if child.reqid}:
+            self._manager.kernel.reserve_reqid(ReqId(reqid))
+        for connection in configuration.connections.values():
+            await self.load_connection(connection)
+        if self._manager.capabilities.if_ids:
+            await self._interfaces.loaded()
+
+    async def load_connection(self, connection: ConnectionConfig) -> None:
+        capabilities = self._manager.capabilities
+        for child in connection.children.values():
+            for option, what in impossible(child, capabilities):
+                raise ControlError(f"child '{child.name}': {option}: the kernel '{capabilities.name}' {what}")
+        old = self._manager.connections.get(connection.name)
+        if old == connection:
+            return
+        self._claim_reqids(connection)
+        await self._interfaces.load(connection)
+        before: Mapping[str, ChildConfig] = old.children if old else {}
+        for name in before:
+            if self._demands.traps.trapped(connection.name, name) and before[name] != connection.children.get(name):
+                await self._demands.traps.uninstall(connection.name, name)
+        self._manager.connections[connection.name] = connection
+        self._demands.look_up(connection)
+        try:
+            await self._start_children(connection, old)
+        except ControlError:
+            await self.unload_connection(connection.name)  # whole or not at all, so that loading it again tries again
+            raise
+
+    def _claim_reqids(self, connection: ConnectionConfig) -> None:
+        """A reqid leads from a policy to its SAs, and from an ACQUIRE to its child: two children must not share one."""
+        for child in connection.children.values():
+            if not child.reqid:
+                continue
+            owner = self._manager.reqids.child(child.reqid)
+            if owner is not None and (owner[0], owner[1].name) != (connection.name, child.name):
+                standing = connection if owner[0] == connection.name else self._manager.connections.get(owner[0])
+                if standing is not None and owner[1].name in standing.children:
+                    raise ControlError(f"child '{child.name}': reqid {child.reqid} is that of child '{owner[1].name}' of connection '{owner[0]}'")
+            self._manager.reqid(connection, child)
+
+    async def _start_children(self, connection: ConnectionConfig, old: ConnectionConfig | None) -> None:
+        before: Mapping[str, ChildConfig] = old.children if old else {}
+        for child in connection.children.values():
+            if before.get(child.name) == child and old is not None and (old.local_addrs, old.remote_addrs) == (connection.local_addrs, connection.remote_addrs):
+                continue
+            await self._start_action(connection, child)
+
+    async def _start_action(self, connection: ConnectionConfig, child: ChildConfig) -> None:
+        if StartAction.TRAP in child.start_action:
+            if child.action is Action.PROTECT and host_names(connection.remote_addrs):
+                await self._demands.traps.install_when_resolved(connection, child)  # a resolver that does not answer holds nobody up
+            else:
+                try:
+                    await self._demands.traps.install(connection, child)
+                except NoAddressYet:
+                    await self._demands.traps.install_when_resolved(connection, child)
+            if child.action is Action.PROTECT and not self._demands.traps.held(connection.name, child.name) and self._orphaned(connection, child):
+                self._demands.demand(connection, child)
+        if StartAction.START in child.start_action:
+            self._demands.demand(connection, child)
+
+    def _orphaned(self, connection: ConnectionConfig, child: ChildConfig) -> bool:
+        """Whether an earlier run left SAs of this child, which the peer still uses: they want a successor now."""
+        reqid = self._manager.reqid(connection, child)
+        return any(status.sa.reqid == reqid for status in self._manager.kernel.orphans)
+
+    async def unload_connection(self, name: str) -> None:
+        connection = self._manager.connections.pop(name, None)
+        if connection is None:
+            raise ControlError(f"connection '{name}' not found")
+        await self._interfaces.unload(name)
+        for child in connection.children:
+            if self._demands.traps.trapped(name, child):
+                await self._demands.traps.uninstall(name, child)

@@ -1,0 +1,88 @@
+"""Reauthentication: a new IKE SA with the same CHILD_SAs takes the place of one that has stood long enough (RFC 7296 section 2.8.3).
+
+Make before break: the new one stands, with its CHILD_SAs, before the old one is deleted, and for a moment both take packets; none is lost.
+Break before make: the old one is deleted first, and its policies hold up what is sent meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final
+
+from kernel_shim.model import Endpoint
+from vpnd.daemon.entry import Entry
+from vpnd.daemon.manager import Manager
+from vpnd.ike.effects import Effect, Reason
+from vpnd.ike.sa import ChildSaState, IkeSaState
+
+OVERLAP: Final = 1.0  # s, for which the old SAs still take packets that are under way
+GOING: Final = (ChildSaState.DELETING, ChildSaState.REKEYED)
+
+
+class Reauthentications:
+    """`make_before_break`: see above."""
+
+    def __init__(self, manager: Manager, *, make_before_break: bool) -> None:
+        self._manager = manager
+        self._make_before_break = make_before_break
+        self._old: dict[Entry, Entry] = {}  # by the new IKE SA, from its first message on, what it is to replace
+
+    def begin(self, entry: Entry) -> None:
+        """Whatever made it due; that it is under way already is no error."""
+        old = entry.current
+        if old.sa.state not in (IkeSaState.ESTABLISHED, IkeSaState.REKEYING) or any(known.current is old for known in self._old.values()):
+            return
+        name = old.sa.connection.name
+        how = "" if self._make_before_break else ", once it is deleted"
+        self._manager.say(f"reauthenticating IKE_SA {name}[{old.sa.unique_id}]{how}", old)
+        self._manager.counters.add("ike_reauthentications")
+        if self._make_before_break:
+            self._make(old)
+        else:
+            self._manager.run(old, old.sa.delete(self._now(), Reason.REAUTHENTICATION))
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    def _make(self, old: Entry) -> None:
+        sa = old.sa
+        connection = self._manager.connections.get(sa.connection.name, sa.connection)
+        local, remote = Endpoint(sa.local.address, connection.local_port), Endpoint(sa.remote.address, connection.remote_port)
+        if sa.nat_remote:
+            local, remote = sa.local, sa.remote  # only by the mapping that its NAT keeps it is reached
+        new = self._manager.add_initiator(connection, local, remote)
+        self._old[new] = old
+        old.leaving = True
+        effects: list[Effect] = []
+        for child in sa.children.values():
+            if child.state not in GOING:
+                config = connection.children.get(child.sa.name, child.config)
+                effects += new.sa.create_child(config, self._now(), reqid=child.sa.reqid, like=child.sa)
+        self._manager.run(new, [*effects, *new.sa.initiate(self._now())])
+
+    # News of the manager
+
+    def settled(self, entry: Entry) -> None:
+        """A CHILD_SA of it is up or refused: with the last of them the old IKE SA has nothing left to do."""
+        old = self._old.get(entry)
+        if old is not None and entry.sa.established_at is not None and not entry.sa.closed and not entry.sa.asks_for_children:
+            asyncio.get_running_loop().call_later(OVERLAP, self._break, entry)
+
+    def _break(self, entry: Entry) -> None:
+        old = self._old.pop(entry, None)
+        if old is not None and not entry.current.sa.closed and not old.current.sa.closed:
+            self._manager.run(old.current, old.current.sa.delete(self._now(), Reason.REPLACED))
+
+    def ike_rekeyed(self, old: Entry, new: Entry) -> None:
+        if (replaced := self._old.pop(old, None)) is not None:
+            self._old[new] = replaced
+            self.settled(new)
+
+    def ike_closed(self, entry: Entry) -> None:
+        """The new one did not come about: the old one goes on, and it is tried again."""
+        old = self._old.pop(entry, None)
+        if old is not None and not old.current.sa.closed:
+            old.leaving = old.current.leaving = False
+            name = old.current.sa.connection.name
+            self._manager.say(f"reauthentication of IKE_SA {name}[{old.current.sa.unique_id}] failed; it is tried again", old.current, warning=True)
+            self._manager.run(old.current, old.current.sa.reauthenticate_later(self._now()))
