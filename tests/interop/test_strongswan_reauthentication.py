@@ -10,10 +10,10 @@ from lab.pairing import Pair, facing
 from lab.process import wait_until
 from lab.strongswan import StrongSwan
 from lab.tunnel import CONNECTION, Side, Tunnel
-from test_strongswan_rekeying import OUR_SIDES, datagrams_both_ways
 
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(180)]
 
+OUR_SIDES = [pytest.param(Side.A, id="initiator"), pytest.param(Side.B, id="responder")]
 BREAK_BEFORE_MAKE = functools.partial(Gateway, settings={"make_before_break": "no"})
 THEIRS = functools.partial(StrongSwan, settings="make_before_break = yes")
 
@@ -28,7 +28,7 @@ def reauthenticate(link: Pair, side: Side) -> None:
 def test_make_before_break_loses_nothing(ours: Side) -> None:
     with facing(ours, Tunnel(), theirs=THEIRS) as link:
         link.a.initiate()
-        with datagrams_both_ways(link):
+        with link.datagrams_all_the_while():
             for side in Side:
                 reauthenticate(link, side)
         assert link.leaks() == []
@@ -50,5 +50,5 @@ def test_it_comes_of_itself(ours: Side) -> None:
     with facing(ours, Tunnel(connection_options=options), theirs=THEIRS) as link:
         link.a.initiate()
         first = {ike.initiator_spi for ike in link.a.ike_sas()}
-        with datagrams_both_ways(link):
+        with link.datagrams_all_the_while():
             wait_until(lambda: (now := {ike.initiator_spi for ike in link.a.ike_sas()}) and not now & first, "reauthenticated", 30.0, 0.1)

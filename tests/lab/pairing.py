@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
@@ -101,6 +102,27 @@ class Pair:
                 stack.callback(streams[side].abandon)
             sent = {side: stream.wait() for side, stream in streams.items()}
             return {side: sinks[side].expect(sent[side].sent - sent[side].refused, timeout=3.0) for side in Side}
+
+    @contextlib.contextmanager
+    def datagrams_all_the_while(self, *, rate: float = 400.0, seconds: float = 8.0) -> Iterator[None]:
+        """Datagrams both ways; LabError when one of them is lost or doubled, or when what goes on meanwhile outlasts them."""
+        count = int(rate * seconds)
+        with contextlib.ExitStack() as stack:
+            sinks, streams = {}, {}
+            for side in Side:
+                near, far, target = self.ends(side)
+                sinks[side] = stack.enter_context(udp_sink(far, target, acknowledge=WINDOW // 4))
+                streams[side] = UdpStream(near, [(target, sinks[side].port)], count=count, rate=rate, size=256, window=WINDOW)
+                stack.callback(streams[side].abandon)
+            begin = time.monotonic()
+            yield
+            if time.monotonic() - begin > seconds:
+                raise LabError("the datagrams were to run all the while")
+            for side in Side:
+                sent = streams[side].wait()
+                received = sinks[side].expect(count, timeout=3.0)
+                if (sent.sent, sent.refused, received.received, received.duplicates) != (count, 0, count, 0):
+                    raise LabError(f"{sent} but {received}")
 
     def rekeyed(self, *, children: bool = True, timeout: float = 15.0) -> Callable[[], None]:
         """Call what it returns to wait until other SAs than now, one CHILD_SA and one IKE SA, stand on both sides and no other is left."""

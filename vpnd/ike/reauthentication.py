@@ -29,9 +29,10 @@ def plan(session: Session) -> None:
 
 
 def lifetime_payloads(session: Session) -> tuple[NotifyPayload, ...]:
-    """A responder's AUTH_LIFETIME (RFC 4478 section 3), for the last IKE_AUTH answer."""
-    seconds = int(session.connection.reauth_time)
-    return (NotifyPayload(NotifyType.AUTH_LIFETIME, seconds.to_bytes(LIFETIME_LENGTH, "big")),) if seconds else ()
+    """A responder's AUTH_LIFETIME (RFC 4478 section 3), for the last IKE_AUTH answer: until we end the IKE SA."""
+    if session.reauth_end is None:
+        return ()
+    return (NotifyPayload(NotifyType.AUTH_LIFETIME, int(session.reauth_end - session.now).to_bytes(LIFETIME_LENGTH, "big")),)
 
 
 def heed(session: Session, message: Message) -> None:
