@@ -70,6 +70,7 @@ class MemorySink:
     esp: list[Sent] = field(default_factory=list)
     frames: list[bytes] = field(default_factory=list)
     clear: list[bytes] = field(default_factory=list)
+    vrfs: dict[str, list[bytes]] = field(default_factory=dict)
 
     def send_esp(self, local: Endpoint, remote: Endpoint, buffer: memoryview, segment_size: int, *, whole: bool = True) -> None:
         assert 0 < len(buffer) <= 65507
@@ -78,6 +79,9 @@ class MemorySink:
 
     def write_tun(self, frame: memoryview) -> None:
         self.frames.append(bytes(frame))
+
+    def write_vrf(self, vrf: str, frame: memoryview) -> None:
+        self.vrfs.setdefault(vrf, []).append(bytes(frame))
 
     def bypass(self, frame: memoryview) -> None:
         self.clear.append(bytes(frame))
@@ -109,6 +113,11 @@ class Gateway:
         self.engine.flush(now)
         frames, self.sink.frames = self.sink.frames, []
         return [packet for frame in frames for packet in packets_of(frame)]
+
+    def landed(self, vrf: str, now: float = 100.0) -> list[bytes]:
+        """Packets at the interface of a VRF."""
+        self.engine.flush(now)
+        return [packet for frame in self.sink.vrfs.pop(vrf, []) for packet in packets_of(frame)]
 
     def take(self, sent: list[Sent], now: float) -> None:
         for item in sent:

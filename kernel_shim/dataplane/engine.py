@@ -11,6 +11,7 @@ from kernel_shim.channel.userspace import USERSPACE
 from kernel_shim.dataplane import inspection
 from kernel_shim.dataplane.bundle import Bundle, Held
 from kernel_shim.dataplane.inbound import Admission, Inbound
+from kernel_shim.dataplane.labels import Labels
 from kernel_shim.dataplane.mtu import PathMtus
 from kernel_shim.dataplane.outbound import TAIL_ROOM, Outbound
 from kernel_shim.dataplane.output import Sink
@@ -37,6 +38,8 @@ from kernel_shim.model import (
     Selector,
     SpiRequest,
 )
+from kernel_shim.mpls.lfib import Key
+from kernel_shim.mpls.node import LabelNode, NodeEntry
 from kernel_shim.packet import virtio
 from kernel_shim.policy.acquire import AcquireTable
 from kernel_shim.policy.bundle import BundleCache, Generations
@@ -100,6 +103,7 @@ class Engine:
         self._in_keys: Final = FlowKeys(self._fields[Direction.IN].mask)
         self._bundles: Final[BundleCache[Bundle]] = BundleCache(self._generations, self._out_keys.mask)
         self._admissions: Final[BundleCache[Admission]] = BundleCache(self._generations, self._in_keys.mask)
+        self._node: Final = LabelNode(self._labels_changed)
         self._outbound: Final = Outbound(
             sink,
             self._traffic,
@@ -110,8 +114,10 @@ class Engine:
             self._pending,
             self._acquires,
             self._paths,
+            self._node,
             self._emit,
         )
+        self._labels: Final = Labels(self._node, sink, self._traffic, self._spd, self._generations, self._outbound.take, self._outbound.tunnel_limit, TAIL_ROOM)
         self._inbound: Final = Inbound(
             self.inbound_buffer,
             sink,
@@ -121,6 +127,7 @@ class Engine:
             self._in_keys,
             self._admissions,
             self._outbound,
+            self._labels,
             self._emit,
             udp_segmentation=config.udp_segmentation,
         )
@@ -131,6 +138,11 @@ class Engine:
         """Take the frame of `length` bytes that a TUN read put at the start of `outbound_buffer`. Never raises."""
         self._now = now
         self._outbound.take(self._frame, length, now)
+
+    def from_vrf(self, vrf: str, length: int, now: float) -> None:
+        """As `outbound`, of a frame that came from the interface of `vrf`."""
+        self._now = now
+        self._outbound.take(self._frame, length, now, self._labels.vrf(vrf))
 
     def inbound(self, local: Endpoint, remote: Endpoint, length: int, segment_size: int, now: float) -> None:
         """Take `length` bytes of ESP from `inbound_buffer`: datagrams of `segment_size` bytes, the last may be shorter.
@@ -277,6 +289,28 @@ class Engine:
         self._refresh_masks()
         return count
 
+    # Labels
+
+    def put_label_entry(self, entry: NodeEntry, now: float) -> None:
+        """Add or replace. KernelError(EINVAL) for what means nothing or is beyond a bound."""
+        self._now = now
+        try:
+            self._node.put(entry)
+        except ValueError as error:
+            raise KernelError(errno.EINVAL, str(error)) from error
+        self._drain(now)
+
+    def remove_label_entry(self, key: Key, now: float) -> None:
+        """KernelError(ESRCH) when there is none."""
+        self._now = now
+        if not self._node.remove(key):
+            raise KernelError(errno.ESRCH, f"no {key.kind} {' '.join(map(str, key.name))}")
+        if key.kind == "vrf":
+            self._labels.drop_vrf(str(key.name[0]))
+
+    def label_entries(self) -> Sequence[NodeEntry]:
+        return list(self._node.entries())
+
     # Key manager
 
     def acquire_failed(self, sequence: AcquireSequence, errno: int, now: float) -> None:
@@ -299,6 +333,7 @@ class Engine:
             counts[f"drop_{reason.value}"] += number
         counts |= self._bundles.statistics() | self._pending.statistics() | self._acquires.statistics()
         counts |= {f"admission_{name.removeprefix('bundle_')}": number for name, number in self._admissions.statistics().items()}
+        counts |= self._labels.statistics()
         counts |= {"sas": len(self._sad), "policies": len(self._spd), "spd_lookups": self._spd.lookups, "spd_probes": self._spd.probes}
         return counts
 
@@ -360,6 +395,7 @@ class Engine:
             usage.remove(entry.fields)
         usage.add(fields)
         entry.fields = fields
+        self._find_tunnel(entry)
         self._refresh_masks()
 
     def _sa_gone(self, entry: SaEntry) -> None:
@@ -372,12 +408,24 @@ class Engine:
             entry.fields = None
         self._refresh_masks()
 
+    def _labels_changed(self, key: Key) -> None:
+        if key.kind == "tunnel":
+            for entry in self._sad:
+                self._find_tunnel(entry)
+        self._generations.bump_route()
+        if self._labels.refresh_masks():
+            self._outbound.lost(self._pending.rekey(self._outbound.key_of), self._now)
+        self._pending.ready_all()
+
+    def _find_tunnel(self, entry: SaEntry) -> None:
+        sa = entry.sa
+        entry.tunnel = self._node.between(sa.destination, sa.source) if sa.direction is Direction.IN else None
+
     def _refresh_masks(self) -> None:
         outbound = self._spd.fields_read(Direction.OUT)
         if self._out_keys.set_mask(outbound | self._fields[Direction.OUT].mask):
             self._bundles.set_mask(self._out_keys.mask)
-            cut = self._out_keys.cut
-            self._outbound.lost(self._pending.rekey(lambda held: cut(held.frame, virtio.LENGTH)), self._now)
+            self._outbound.lost(self._pending.rekey(self._outbound.key_of), self._now)
         # An inbound flow's fate hangs on the outbound policies as well: they say whether it goes into another tunnel.
         inbound = self._spd.fields_read(Direction.IN) | self._spd.fields_read(Direction.FORWARD) | outbound
         if self._in_keys.set_mask(inbound | self._fields[Direction.IN].mask):

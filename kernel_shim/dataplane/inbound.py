@@ -12,17 +12,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 
+from kernel_shim.dataplane.labels import Inside, Labels, Landing, inside
 from kernel_shim.dataplane.outbound import TAIL_ROOM, Outbound
 from kernel_shim.dataplane.output import Sink
 from kernel_shim.dataplane.traffic import Traffic
 from kernel_shim.esp.rows import Rows, Workspace
 from kernel_shim.esp.wire import HEADER_FORMAT, SEQUENCE_LIMIT, TRAILER, strip
 from kernel_shim.model import Action, Direction, Endpoint, Mode, NewMapping
+from kernel_shim.mpls.encapsulation import NotLabels
+from kernel_shim.mpls.node import Tunnel
 from kernel_shim.packet import virtio
 from kernel_shim.packet.checksum import partial_sum, pseudo_header_sum
 from kernel_shim.packet.coalesce import Format, Joiner, format_of, runs, verifies
@@ -33,9 +37,11 @@ from kernel_shim.packet.ip import (
     PROTOCOL_IPIP,
     PROTOCOL_IPV6,
     PROTOCOL_UDP,
+    Malformed,
     address_bytes,
     build_header,
     decrement_ttl,
+    layout,
 )
 from kernel_shim.packet.segment import CHECKSUM_FIELDS, finish_checksum
 from kernel_shim.policy.bundle import BundleCache
@@ -60,10 +66,23 @@ _VERSION: Final = {PROTOCOL_IPIP: 4, PROTOCOL_IPV6: 6}
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """What becomes of a flow that comes out of an SA. `reason` None lets it in; `onward` sends it into another tunnel."""
+    """What becomes of a flow that comes out of an SA. `reason` None lets it in; `onward` sends it into another tunnel.
+
+    `landing`: it came under labels that lead to a VRF.
+    """
 
     reason: DropReason | None
     onward: bool = False
+    landing: Landing | None = None
+
+
+class Joinable(NamedTuple):
+    """A form, and what stands before it in a row: `before` octets that end with `stack`. Without labels the admission is found run by run."""
+
+    form: Format
+    before: int = 0
+    stack: bytes = b""
+    admission: Admission | None = None
 
 
 class Inbound:
@@ -77,12 +96,13 @@ class Inbound:
         keys: FlowKeys,
         cache: BundleCache[Admission],
         outbound: Outbound,
+        labels: Labels,
         emit: Callable[[NewMapping], None],
         *,
         udp_segmentation: bool,
     ) -> None:
         self._sink, self._traffic, self._spd, self._sad = sink, traffic, spd, sad
-        self._keys, self._cache, self._outbound, self._emit = keys, cache, outbound, emit
+        self._keys, self._cache, self._outbound, self._labels, self._emit = keys, cache, outbound, labels, emit
         self._udp_segmentation = udp_segmentation
         self._buffer: Final = buffer
         self._workspace: Final = Workspace(buffer)
@@ -231,6 +251,13 @@ class Inbound:
 
     def _deliver_packet(self, entry: SaEntry, buffer: memoryview, begin: int, end: int, next_header: int, now: float) -> None:
         """Deliver the packet at `begin` to `end`; there is room for two headers before it and for a trailer behind."""
+        if entry.tunnel is not None:
+            try:
+                labels = inside(entry.tunnel, entry.sa, buffer[begin:end], next_header)
+            except NotLabels:
+                return self._traffic.drop(DropReason.MPLS_ENCAPSULATION)
+            if labels is not None:
+                return self._deliver_labelled(entry, entry.tunnel, buffer, begin, end, next_header, labels, now)
         if entry.sa.mode is Mode.TRANSPORT:
             header = self._prefix(entry, next_header, end - begin)
             begin -= len(header)
@@ -247,57 +274,115 @@ class Inbound:
         buffer[begin - _BEGIN : begin] = virtio.NO_OFFLOAD
         self._write(admission, buffer[begin - _BEGIN :], end - begin + _BEGIN, now)
 
+    def _deliver_labelled(self, entry: SaEntry, tunnel: Tunnel, buffer: memoryview, begin: int, end: int, next_header: int, labels: Inside, now: float) -> None:
+        admission = self._admit_labelled(entry, tunnel, buffer[begin:end], next_header, labels)
+        if admission.reason is not None:
+            return self._traffic.drop(admission.reason)
+        if admission.landing is None:
+            return self._labels.take(tunnel, buffer[begin + labels.stack : begin + labels.end], now)
+        begin, end = begin + labels.inner, begin + labels.end
+        with suppress(Malformed):
+            end = begin + layout(buffer[begin:end]).length
+        buffer[begin - _BEGIN : begin] = virtio.NO_OFFLOAD
+        self._write(admission, buffer[begin - _BEGIN :], end - begin + _BEGIN, now)
+
+    def _admit_labelled(self, entry: SaEntry, tunnel: Tunnel, payload: memoryview, next_header: int, labels: Inside) -> Admission:
+        """The SA's selectors and the SPD see the tunnel's packet, the landing is that of the packet under the labels."""
+        outer = payload
+        if entry.sa.mode is Mode.TRANSPORT:
+            outer = memoryview(self._prefix(entry, next_header, len(payload)) + payload)
+        admission = self._admit(entry, outer)
+        if admission.reason is not None or labels.inner == labels.stack:
+            return admission
+        landing = self._labels.land(tunnel, entry.tag, bytes(payload[labels.stack : labels.inner]), payload[labels.inner : labels.end])
+        return Admission(None, landing=landing)
+
     def _deliver_rows(self, entry: SaEntry, rows: Rows, count: int, tail: tuple[SaEntry, int, int] | None, now: float) -> None:
         """Deliver the first `count` rows, then the packet in `_single` that `tail` tells of."""
         begin, flows = 0, 0
         while begin < count:
-            form = self._format(entry, rows.plaintext_views[begin]) if flows < FLOWS_IN_ROWS else None
-            if form is None:
+            joinable = self._joinable(entry, rows.plaintext_views[begin]) if flows < FLOWS_IN_ROWS else None
+            if joinable is None:
                 self._deliver_row(entry, rows.plaintext_views[begin], now)
                 begin += 1
                 continue
             flows += 1
-            for start, stop in runs(form, rows.plaintext[begin:count], rows.words[begin:count]):
+            form, before, until = joinable.form, joinable.before, count
+            if before:
+                alike = (rows.plaintext[begin:count, :before] == rows.plaintext[begin, :before]).all(1)
+                until = count if alike.all() else begin + int(alike.argmin())
+            for start, stop in runs(form, rows.plaintext[begin:until, before:], rows.words[begin:until, before >> 2 :]):
                 last = tail if begin + stop == count else None
-                if self._deliver_run(entry, form, rows, begin + start, begin + stop, last, now):
+                if self._deliver_run(entry, joinable, rows, begin + start, begin + stop, last, now):
                     tail = None
             begin += stop
         if tail is not None:
             self._deliver_one(*tail, now)
 
-    def _format(self, entry: SaEntry, row: memoryview) -> Format | None:
+    def _joinable(self, entry: SaEntry, row: memoryview) -> Joinable | None:
         stripped = strip(row)
         if stripped is None:
             return None
         length, next_header = stripped
+        form = None
+        if entry.tunnel is not None:
+            try:
+                labels = inside(entry.tunnel, entry.sa, row[:length], next_header)
+            except NotLabels:
+                return None
+            if labels is not None:
+                return self._joinable_labelled(entry, entry.tunnel, row[:length], next_header, labels)
         if entry.sa.mode is Mode.TRANSPORT:
-            return format_of(row, length, self._prefix(entry, next_header, length), udp=self._udp_segmentation)
-        if length and row[0] >> 4 == _VERSION.get(next_header):
-            return format_of(row, length, udp=self._udp_segmentation)
-        return None
+            form = format_of(row, length, self._prefix(entry, next_header, length), udp=self._udp_segmentation)
+        elif length and row[0] >> 4 == _VERSION.get(next_header):
+            form = format_of(row, length, udp=self._udp_segmentation)
+        return Joinable(form) if form is not None else None
 
-    def _deliver_run(self, entry: SaEntry, form: Format, rows: Rows, start: int, stop: int, tail: tuple[SaEntry, int, int] | None, now: float) -> bool:
+    def _joinable_labelled(self, entry: SaEntry, tunnel: Tunnel, payload: memoryview, next_header: int, labels: Inside) -> Joinable | None:
+        packet = payload[labels.inner : labels.end]
+        form = format_of(packet, len(packet), udp=self._udp_segmentation) if len(packet) > IPV4_HEADER and labels.end == len(payload) else None
+        admission = self._admit_labelled(entry, tunnel, payload, next_header, labels) if form is not None else None
+        if form is None or admission is None or admission.landing is None:
+            return None
+        return Joinable(form, labels.inner, bytes(payload[labels.stack : labels.inner]), admission)
+
+    def _deliver_run(self, entry: SaEntry, joinable: Joinable, rows: Rows, start: int, stop: int, tail: tuple[SaEntry, int, int] | None, now: float) -> bool:
         """Join rows to one super-packet, or to the one that waits; whether the packet in `_single` went along."""
-        row = rows.plaintext_views[start][: form.length]
-        admission = self._admit(entry, memoryview(form.prefix + row) if form.prefix else row)
+        form, before, admission = joinable.form, joinable.before, joinable.admission
+        row = rows.plaintext_views[start][before : before + form.length]
+        if admission is None:
+            admission = self._admit(entry, memoryview(form.prefix + row) if form.prefix else row)
         if admission.reason is not None:
             self._traffic.drop(admission.reason, stop - start)
             return False
-        rows_of_run = rows.plaintext[start:stop]
-        begin = _BEGIN + _PREFIX_ROOM
+        rows_of_run = rows.plaintext[start:stop, before:]
         if stop - start == 1 and not verifies(form, row):
             self._deliver_row(entry, rows.plaintext_views[start], now)
             return False
-        if self._open is None or self._open[0] is not entry or not self._joiner.extend(form, rows_of_run):
+        if self._open is None or self._open[0] is not entry or self._open[1].landing != admission.landing or not self._joiner.extend(form, rows_of_run):
             self.flush(now)
             self._joiner.begin(form, rows_of_run)
             self._open = entry, admission
         joined = False
         if tail is not None and tail[0] is entry and tail[2] == rows.plaintext[start, -1]:
-            joined = self._joiner.append(self._single[begin : tail[1]])
+            begin = _BEGIN + _PREFIX_ROOM
+            if before:
+                begin = self._under_same_labels(entry, joinable, begin, tail)
+            joined = begin > 0 and self._joiner.append(self._single[begin : tail[1]])
         if self._joiner.complete:
             self.flush(now)
         return joined
+
+    def _under_same_labels(self, entry: SaEntry, joinable: Joinable, begin: int, tail: tuple[SaEntry, int, int]) -> int:
+        """Where in `_single` the packet under the labels begins; 0 when the labels are others."""
+        assert entry.tunnel is not None
+        payload = self._single[begin : tail[1]]
+        try:
+            labels = inside(entry.tunnel, entry.sa, payload, tail[2])
+        except NotLabels:
+            return 0
+        alike = labels is not None and labels.inner == joinable.before and payload[labels.stack : labels.inner] == joinable.stack
+        return begin + joinable.before if alike else 0
 
     def _deliver_row(self, entry: SaEntry, row: memoryview, now: float) -> None:
         stripped = strip(row)
@@ -356,14 +441,21 @@ class Inbound:
 
     def _write(self, admission: Admission, buffer: memoryview, length: int, now: float) -> None:
         self.flush(now)  # what came before leaves before
-        if not admission.onward:
+        landing, origin = admission.landing, None
+        if landing is not None:
+            self._labels.finish(landing, buffer[_BEGIN:length])
+            if not landing.again:
+                self._traffic.in_writes += 1
+                return self._sink.write_vrf(landing.vrf, buffer[:length])
+            origin = self._labels.vrf(landing.vrf)
+        elif not admission.onward:
             self._traffic.in_writes += 1
             return self._sink.write_tun(buffer[:length])
         if not decrement_ttl(buffer[_BEGIN:length]):
             self._traffic.drop(DropReason.TTL_EXPIRED)
-            return self._outbound.tell_time_exceeded(buffer[:length], now)
+            return self._outbound.tell_time_exceeded(buffer[:length], now, origin)
         self._traffic.hairpinned += 1
-        self._outbound.take(buffer, length, now)
+        self._outbound.take(buffer, length, now, origin)
 
 
 def _inner_length(packet: memoryview, next_header: int) -> int | None:

@@ -1,4 +1,4 @@
-"""What the data plane needs of the world outside: three ways out, and the rules of the buffers that go through them.
+"""What the data plane needs of the world outside: four ways out, and the rules of the buffers that go through them.
 
 A *frame* is what a TUN with IFF_VNET_HDR reads and writes: a `virtio_net_hdr` of 10 bytes (little-endian, TUNSETVNETHDRSZ 10),
 then one IP packet or one super-packet that the header says how to cut.
@@ -28,6 +28,9 @@ class Sink(Protocol):
 
     def write_tun(self, frame: memoryview) -> None:
         """Write one frame to the TUN: a packet for the host, or one that it forwards."""
+
+    def write_vrf(self, vrf: str, frame: memoryview) -> None:
+        """Write one frame to the interface of this VRF."""
 
     def bypass(self, frame: memoryview) -> None:
         """Let a frame that a policy leaves in clear out again, past the capture routes. It is the frame as read from the TUN."""

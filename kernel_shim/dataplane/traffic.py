@@ -20,6 +20,7 @@ class Traffic:
     in_writes: int = 0
     bypassed: int = 0
     hairpinned: int = 0
+    router_alerts: int = 0
     icmp_errors: int = 0
     icmp_suppressed: int = 0
     fragments_made: int = 0

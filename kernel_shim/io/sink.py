@@ -19,6 +19,7 @@ class EdgeSink:
         self._clear: Final = clear
         self._sockets: Final = sockets
         self._counters: Final = counters
+        self.vrfs: Final[dict[str, Tun]] = {}
 
     def send_esp(self, local: Endpoint, remote: Endpoint, buffer: memoryview, segment_size: int, *, whole: bool = True) -> None:
         esp = self._sockets.esp(local)
@@ -29,6 +30,13 @@ class EdgeSink:
 
     def write_tun(self, frame: memoryview) -> None:
         self._write(self._tun, frame, "io.tun.write")
+
+    def write_vrf(self, vrf: str, frame: memoryview) -> None:
+        device = self.vrfs.get(vrf)
+        if device is None:
+            self._counters.add("io.vrf.write.absent")
+            return
+        self._write(device, frame, "io.vrf.write")
 
     def bypass(self, frame: memoryview) -> None:
         self._write(self._clear, frame, "io.bypass.write")

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
-from typing import Final
+from ipaddress import IPv4Network, IPv6Network
+from typing import Final, NamedTuple
 
 from kernel_shim.model import IPAddress, IPNetwork
 from kernel_shim.mpls.labels import FIRST_LABEL, IMPLICIT_NULL, LAST_LABEL, MAX_DEPTH, Label, LabelSet
@@ -19,6 +20,13 @@ MAX_ROUTES: Final = 4 << 20  # in all VRFs together
 MAX_PATHS: Final = 64  # of one group
 
 PLATFORM: Final = ""  # the label space of the whole node (RFC 3031 section 3.14); any other is a peer's or an interface's own
+
+
+class Key(NamedTuple):
+    """What names an entry of a node: its kind, and what is unique within the kind."""
+
+    kind: str
+    name: tuple[object, ...]
 
 
 class TtlModel(Enum):
@@ -105,6 +113,10 @@ class Peer:
     accepts: LabelSet
     space: str = PLATFORM
 
+    @property
+    def key(self) -> Key:
+        return Key("peer", (self.name,))
+
 
 class _Routes:
     """One VRF, one family: a table for each prefix length, longest first."""
@@ -116,24 +128,25 @@ class _Routes:
         self._tables: dict[int, dict[int, Paths]] = {}
         self._lengths: tuple[int, ...] = ()
 
-    def put(self, prefix: IPNetwork, paths: Paths) -> bool:
+    def put(self, prefix: IPNetwork, paths: Paths) -> Paths:
+        """What was there, or ()."""
         table = self._tables.get(prefix.prefixlen)
         if table is None:
             table = self._tables[prefix.prefixlen] = {}
             self._lengths = tuple(sorted(self._tables, reverse=True))
         key = int(prefix.network_address) >> (self._bits - prefix.prefixlen)
-        fresh = key not in table
+        replaced = table.get(key, ())
         table[key] = paths
-        return fresh
+        return replaced
 
-    def take(self, prefix: IPNetwork) -> bool:
+    def take(self, prefix: IPNetwork) -> Paths:
+        """What was there, or ()."""
         table = self._tables.get(prefix.prefixlen, {})
-        if table.pop(int(prefix.network_address) >> (self._bits - prefix.prefixlen), None) is None:
-            return False
-        if not table:
+        paths = table.pop(int(prefix.network_address) >> (self._bits - prefix.prefixlen), ())
+        if paths and not table:
             del self._tables[prefix.prefixlen]
             self._lengths = tuple(sorted(self._tables, reverse=True))
-        return True
+        return paths
 
     def __contains__(self, prefix: IPNetwork) -> bool:
         return int(prefix.network_address) >> (self._bits - prefix.prefixlen) in self._tables.get(prefix.prefixlen, ())
@@ -164,6 +177,7 @@ class Lfib:
         self._ilm: dict[tuple[str, int], Paths] = {}
         self._routes: dict[tuple[str, int], _Routes] = {}
         self._route_count = 0
+        self.spread = 0  # entries that ask for a flow's hash: equal paths and entropy labels
         self._peers: dict[str, Peer] = {}
 
     # ILM
@@ -174,13 +188,18 @@ class Lfib:
             raise ValueError(f"label {label} cannot be bound")
         if (space, label) not in self._ilm and len(self._ilm) >= MAX_LABELS:
             raise ValueError(f"more than {MAX_LABELS} labels")
-        self._ilm[space, label] = _checked(paths)
+        self.spread += _spreads(_checked(paths)) - _spreads(self._ilm.get((space, label), ()))
+        self._ilm[space, label] = paths
         self.generation += 1
 
     def unbind(self, label: Label, space: str = PLATFORM) -> bool:
         """Whether it was bound."""
+        paths = self._ilm.pop((space, label), None)
+        if paths is None:
+            return False
+        self.spread -= _spreads(paths)
         self.generation += 1
-        return self._ilm.pop((space, label), None) is not None
+        return True
 
     def incoming(self, label: Label, space: str = PLATFORM) -> Paths | None:
         return self._ilm.get((space, label))
@@ -194,6 +213,8 @@ class Lfib:
     def route(self, vrf: str, prefix: IPNetwork, paths: Paths) -> None:
         """Packets of `vrf` to `prefix` take one of `paths`; replaces what was there. Raises ValueError."""
         _checked(paths)
+        if vrf != PLATFORM and any(isinstance(path.next_hop, ToPeer) and not path.labels for path in paths):
+            raise ValueError(f"route to {prefix}: without a label its peer cannot tell the VRF")
         if any(isinstance(path.next_hop, ToStack) or path.next_hop == ToVrf(vrf) for path in paths):
             raise ValueError(f"route to {prefix} leads back to where it was looked up")
         routes = self._routes.get((vrf, prefix.version))
@@ -201,15 +222,19 @@ class Lfib:
             raise ValueError(f"more than {MAX_ROUTES} routes")
         if routes is None:
             routes = self._routes[vrf, prefix.version] = _Routes(prefix.max_prefixlen)
-        self._route_count += routes.put(prefix, paths)
+        replaced = routes.put(prefix, paths)
+        self._route_count += not replaced
+        self.spread += _spreads(paths) - _spreads(replaced)
         self.generation += 1
 
     def unroute(self, vrf: str, prefix: IPNetwork) -> bool:
         """Whether there was such a route."""
         routes = self._routes.get((vrf, prefix.version))
-        if routes is None or not routes.take(prefix):
+        paths = routes.take(prefix) if routes is not None else ()
+        if routes is None or not paths:
             return False
         self._route_count -= 1
+        self.spread -= _spreads(paths)
         if not len(routes):
             del self._routes[vrf, prefix.version]
         self.generation += 1
@@ -220,13 +245,13 @@ class Lfib:
         routes = self._routes.get((vrf, destination.version))
         return None if routes is None else routes.find(int(destination))
 
-    def routes(self, vrf: str) -> Iterator[tuple[int, int, int, Paths]]:
-        """IP version, prefix length, network address as an integer, paths."""
+    def routes(self, vrf: str) -> Iterator[tuple[IPNetwork, Paths]]:
+        """Longest prefixes first."""
         for version in (4, 6):
             routes = self._routes.get((vrf, version))
             if routes is not None:
                 for length, address, paths in routes.items():
-                    yield version, length, address, paths
+                    yield IPv4Network((address, length)) if version == 4 else IPv6Network((address, length)), paths
 
     def vrfs(self) -> frozenset[str]:
         """Those that have a route."""
@@ -259,3 +284,7 @@ def _checked(paths: Paths) -> Paths:
     if not 1 <= len(paths) <= MAX_PATHS:
         raise ValueError(f"1 to {MAX_PATHS} paths expected, not {len(paths)}")
     return paths
+
+
+def _spreads(paths: Paths) -> bool:
+    return len(paths) > 1 or any(path.entropy for path in paths)

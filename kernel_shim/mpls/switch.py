@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final, NamedTuple
 from zlib import crc32
 
-from kernel_shim.mpls.forward import Forwarder, Way
+from kernel_shim.mpls.diffserv import ClassMap
+from kernel_shim.mpls.forward import Forwarder
 from kernel_shim.mpls.labels import LARGEST_TTL, Entry, MalformedStack, read_stack, write_stack
 from kernel_shim.mpls.lfib import Nhlfe, Peer, ToInterface, ToPeer, ToVrf
 from kernel_shim.packet.checksum import checksum, partial_sum
@@ -34,10 +36,17 @@ _EXTENSION_VERSION: Final = 2 << 4  # RFC 4884 section 7
 MAX_LOOKUPS: Final = 8  # of one packet, from VRF to VRF
 
 
-class Sent(NamedTuple):
-    """A packet on its way: stack and payload to a peer (IP when no label is left), IP to an interface."""
+@dataclass(frozen=True, slots=True)
+class AsIp:
+    """To a peer, with no label left."""
 
-    next_hop: ToPeer | ToInterface
+    peer: str
+
+
+class Sent(NamedTuple):
+    """A packet on its way: stack and payload to a peer, IP to a peer or an interface."""
+
+    next_hop: ToPeer | AsIp | ToInterface
     packet: bytes
 
 
@@ -87,12 +96,33 @@ def write_dscp(packet: bytearray | memoryview, dscp: int) -> None:
         packet[0], packet[1] = word >> 8, word & 0xFF
 
 
+def bring_to_light(classes: ClassMap, packet: bytearray | memoryview, ttl: int | None, traffic_class: int | None) -> None:
+    """Give an IP packet the TTL and class that the labels above it had; None leaves its own."""
+    if ttl is not None:
+        write_ttl(packet, ttl)
+    # A DSCP that already stands for the class keeps its lower bits.
+    if traffic_class is not None and classes.traffic_class(read_dscp(packet)) != traffic_class:
+        write_dscp(packet, classes.dscp(traffic_class))
+
+
 def stack_extension(stack: tuple[Entry, ...]) -> bytes:
     """The extension structure that shows an incoming stack (RFC 4950 section 3)."""
     labels = write_stack(stack)
     structure = bytearray(struct.pack("!BBHHBB", _EXTENSION_VERSION, 0, 0, 4 + len(labels), _STACK_CLASS, _INCOMING_STACK)) + labels
     structure[2:4] = checksum(partial_sum(structure)).to_bytes(2, "little")
     return bytes(structure)
+
+
+def onward(forwarder: Forwarder, vrf: str, packet: memoryview) -> tuple[ToPeer | ToInterface, Nhlfe] | DropReason:
+    """The path of an IP packet out of `vrf`, through as many VRFs as it leads."""
+    for _ in range(MAX_LOOKUPS):
+        found = forwarder.depart(vrf, destination(packet), lambda: flow_hash(packet))
+        if isinstance(found, DropReason):
+            return found
+        if not isinstance(found.next_hop, ToVrf):
+            return found.next_hop, found.path
+        vrf = found.next_hop.vrf
+    return DropReason.MPLS_NO_ROUTE
 
 
 class LabelSwitch:
@@ -115,7 +145,7 @@ class LabelSwitch:
         except Malformed:
             return Outcome(reason=DropReason.MPLS_PAYLOAD)
         payload = payload[: parsed.length]
-        found = self._resolve(vrf, payload)
+        found = onward(self._forwarder, vrf, payload)
         if isinstance(found, DropReason):
             return self._dead_end(found, IcmpError.HOST_UNREACHABLE, vrf, payload, parsed, stack, now) if errors else Outcome(reason=found)
         hop, path = found
@@ -123,17 +153,6 @@ class LabelSwitch:
             return Outcome((Sent(hop, bytes(payload)),))
         labels = self._forwarder.imposed(path, payload[8 if parsed.version == 4 else 7], read_dscp(payload), lambda: flow_hash(payload))
         return self._fit(hop, labels, payload, parsed, now, lambda error, mtu: self._to_vrf(vrf, error, mtu, payload, parsed, stack, now))
-
-    def _resolve(self, vrf: str, payload: memoryview) -> tuple[ToPeer | ToInterface, Nhlfe] | DropReason:
-        """The path from `vrf`, through as many VRFs as it leads."""
-        for _ in range(MAX_LOOKUPS):
-            found = self._forwarder.depart(vrf, destination(payload), lambda: flow_hash(payload))
-            if isinstance(found, DropReason):
-                return found
-            if not isinstance(found.next_hop, ToVrf):
-                return found.next_hop, found.path
-            vrf = found.next_hop.vrf
-        return DropReason.MPLS_NO_ROUTE
 
     # 2. From a peer
 
@@ -167,7 +186,7 @@ class LabelSwitch:
                 lambda error, mtu: self._answer(peer, error, mtu, payload, parsed, stack, now) if parsed else (),
             )._replace(alert=way.alert)
         assert parsed is not None
-        self._bring_to_light(way, payload)
+        bring_to_light(self._forwarder.classes, payload, way.ttl, way.traffic_class)
         payload = payload[: parsed.length]
         if isinstance(way.next_hop, ToVrf):
             return self._depart_again(way.next_hop.vrf, payload, stack, now)._replace(alert=way.alert)
@@ -175,19 +194,9 @@ class LabelSwitch:
             return self._fit(way.next_hop, b"", payload, parsed, now, lambda error, mtu: self._answer(peer, error, mtu, payload, parsed, stack, now))
         return Outcome((Sent(way.next_hop, bytes(payload)),), alert=way.alert)
 
-    def _bring_to_light(self, way: Way, payload: memoryview) -> None:
-        if way.ttl is not None:
-            write_ttl(payload, way.ttl)
-        if way.traffic_class is not None:
-            dscp = read_dscp(payload)
-            classes = self._forwarder.classes
-            # A DSCP that already stands for the class keeps its lower bits.
-            if classes.traffic_class(dscp) != way.traffic_class:
-                write_dscp(payload, classes.dscp(way.traffic_class))
-
     def _depart_again(self, vrf: str, payload: memoryview, stack: tuple[Entry, ...], now: float) -> Outcome:
         """By IP in a VRF, from the core: to its interface, or on to another peer, which costs a hop here."""
-        found = self._resolve(vrf, payload)
+        found = onward(self._forwarder, vrf, payload)
         if not isinstance(found, DropReason) and isinstance(found[0], ToPeer):
             ttl = payload[8 if payload[0] >> 4 == 4 else 7]
             if ttl <= 1:
@@ -198,9 +207,10 @@ class LabelSwitch:
     # 3. Fit
 
     def _fit(
-        self, hop: ToPeer, labels: bytes, payload: memoryview, parsed: Layout | None, now: float, tell: Callable[[IcmpError, int], tuple[Sent, ...]]
+        self, to: ToPeer, labels: bytes, payload: memoryview, parsed: Layout | None, now: float, tell: Callable[[IcmpError, int], tuple[Sent, ...]]
     ) -> Outcome:
-        limit = self._limit(hop.peer)
+        limit = self._limit(to.peer)
+        hop = to if labels else AsIp(to.peer)
         if len(labels) + len(payload) <= limit:
             return Outcome((Sent(hop, labels + bytes(payload)),))
         room = limit - len(labels)
@@ -239,6 +249,7 @@ class LabelSwitch:
         if isinstance(way, DropReason):
             return ()
         if isinstance(way.next_hop, ToPeer):
-            return (Sent(way.next_hop, way.stack + write_stack(fresh[way.taken // 4 :]) + message),)
+            labels = way.stack + write_stack(fresh[way.taken // 4 :])
+            return (Sent(way.next_hop if labels else AsIp(way.next_hop.peer), labels + message),)
         vrf = way.next_hop.vrf
         return self._depart(vrf, memoryview(bytearray(message)), now, (), errors=False).sent

@@ -7,6 +7,7 @@ from typing import Final, NamedTuple
 from kernel_shim.esp.cipher import EspCipher
 from kernel_shim.esp.wire import EXTENDED_SEQUENCE_LIMIT, SEQUENCE_LIMIT
 from kernel_shim.model import NO_PORT, Direction, Endpoint, Lifetime, SaState, SaStatus, SecurityAssociation, UdpEncapsulation
+from kernel_shim.mpls.node import Tunnel
 from kernel_shim.policy.flowkey import FieldMask
 from kernel_shim.sa.replay import ReplayWindow
 
@@ -57,6 +58,7 @@ class SaEntry:
         "soft_sequence",
         "state",
         "tag",
+        "tunnel",
         "used",
         "waiting",
         "waiting_octets",
@@ -72,6 +74,7 @@ class SaEntry:
         self.sequence = 0
         self.state = SaState.LARVAL if cipher is None else SaState.MATURE
         self.cipher = cipher
+        self.tunnel: Tunnel | None = None  # of labels, whose packets it may carry
         self.fields: FieldMask | None = None  # what the SA's selectors read, while that is counted
         self.window = ReplayWindow(sa.replay_window, sa.esn)
         self.mapped_at = float("-inf")

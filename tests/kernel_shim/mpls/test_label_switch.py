@@ -13,7 +13,7 @@ from scapy.packet import Packet, Raw
 from kernel_shim.mpls.forward import Forwarder
 from kernel_shim.mpls.labels import ENTROPY_INDICATOR, MAX_DEPTH, Entry, Label, LabelRange, LabelSet, read_stack, write_stack
 from kernel_shim.mpls.lfib import PLATFORM, Lfib, Nhlfe, Peer, ToInterface, ToPeer, ToStack, ToVrf, TtlModel
-from kernel_shim.mpls.switch import LabelSwitch, Outcome
+from kernel_shim.mpls.switch import AsIp, LabelSwitch, Outcome
 from kernel_shim.reasons import DropReason
 
 UNIFORM, PIPE, SHORT = TtlModel.UNIFORM, TtlModel.PIPE, TtlModel.SHORT_PIPE
@@ -100,7 +100,7 @@ def test_penultimate_hop_popping_down_to_ip(node: Node) -> None:
     node.bind(100, path("p2"))
     hop, packet = node.one(stack((100, 6, 50)) + ip4(ttl=60, dscp=10))
     seen = IP(packet)
-    assert (hop, seen.ttl, seen.tos >> 2, seen.tos & 3) == (ToPeer("p2"), 49, 48, 1)
+    assert (hop, seen.ttl, seen.tos >> 2, seen.tos & 3) == (AsIp("p2"), 49, 48, 1)
     checksum = seen.chksum
     del seen.chksum
     assert IP(bytes(seen)).chksum == checksum

@@ -38,9 +38,7 @@ def test_the_longest_match_wins(changes: list[tuple[str, IPNetwork, bool]], addr
         else:
             assert lfib.unroute(vrf, prefix) == (model.pop((vrf, prefix), None) is not None)
     for vrf in ("red", "blue"):
-        assert {(version, length, address) for version, length, address, _ in lfib.routes(vrf)} == {
-            (prefix.version, prefix.prefixlen, int(prefix.network_address)) for owner, prefix in model if owner == vrf
-        }
+        assert {prefix: path for prefix, (path,) in lfib.routes(vrf)} == {prefix: path for (owner, prefix), path in model.items() if owner == vrf}
         inside = [prefix.network_address for owner, prefix in model if owner == vrf]
         for address in addresses + inside:
             matching = [(prefix.prefixlen, path) for (owner, prefix), path in model.items() if owner == vrf and address in prefix]

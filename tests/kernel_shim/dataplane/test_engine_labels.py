@@ -1,0 +1,349 @@
+"""Two engines as PE routers: packets of a VRF come out in that VRF and nowhere else, the first one too."""
+
+from __future__ import annotations
+
+import random
+from ipaddress import ip_address, ip_network
+
+import pytest
+from dataplane_pair import OUTER, Gateway, Pair, packets_of, policy_pair
+from scapy.contrib.mpls import MPLS
+from scapy.layers.inet import ICMP, IP, TCP, UDP
+from scapy.layers.inet6 import IPv6
+from scapy.layers.l2 import GRE
+from scapy.packet import Raw
+
+from kernel_shim.model import Mode
+from kernel_shim.mpls.encapsulation import UDP_PORT, Encapsulation
+from kernel_shim.mpls.labels import Entry, Label, LabelRange, LabelSet, write_stack
+from kernel_shim.mpls.lfib import Nhlfe, Peer, ToInterface, ToPeer, ToVrf, TtlModel
+from kernel_shim.mpls.node import LabelBinding, Tunnel, Vrf, VrfRoute
+from kernel_shim.packet import virtio
+from kernel_shim.packet.virtio import VnetHeader
+
+RED, BLUE, OTHERS = 100, 200, 900
+HERE, THERE = "10.0.0.0/24", "10.0.1.0/24"
+
+
+def allowed(*labels: int) -> LabelSet:
+    return LabelSet(LabelRange(Label(label), Label(label)) for label in labels)
+
+
+def packet(number: int = 0, size: int = 64, left: bool = True, version: int = 4, ttl: int = 60, dscp: int = 0, df: bool = True) -> bytes:
+    body = Raw(number.to_bytes(4, "big") + random.Random(number).randbytes(size))
+    upper = UDP(sport=1000, dport=2000) / body
+    if version == 6:
+        source, destination = ("2001:db8:a::1", "2001:db8:b::1") if left else ("2001:db8:b::1", "2001:db8:a::1")
+        return bytes(IPv6(src=source, dst=destination, hlim=ttl, tc=dscp << 2) / upper)
+    source, destination = ("10.0.0.5", "10.0.1.5") if left else ("10.0.1.5", "10.0.0.5")
+    return bytes(IP(src=source, dst=destination, ttl=ttl, tos=dscp << 2, flags="DF" if df else 0) / upper)
+
+
+class Pes(Pair):
+    """Both have the VRFs red and blue, with the same addresses in each."""
+
+    def __init__(self, encapsulation: Encapsulation = Encapsulation.GRE, mode: Mode = Mode.TRANSPORT, outer: int = 4, ttl: TtlModel = TtlModel.PIPE) -> None:
+        super().__init__(outer=outer, mode=Mode.TRANSPORT)
+        if mode is Mode.TUNNEL:
+            super().__init__(outer=outer, policies=False)
+            self.nets = OUTER[outer]
+            hosts = tuple(f"{address}/{32 if outer == 4 else 128}" for address in OUTER[outer])
+            self.protect(hosts)
+        self.ttl = ttl
+        for gateway, (local, remote), (mine, theirs), peer in (
+            (self.left, OUTER[outer], (HERE, THERE), "right"),
+            (self.right, OUTER[outer][::-1], (THERE, HERE), "left"),
+        ):
+            put = gateway.engine.put_label_entry
+            put(Tunnel(peer, ip_address(local), ip_address(remote), encapsulation), self.now)
+            put(Peer(peer, allowed(RED, BLUE)), self.now)
+            for vrf, label in (("red", RED), ("blue", BLUE)):
+                put(Vrf(vrf, f"vpn-{vrf}"), self.now)
+                put(LabelBinding(Label(label), (Nhlfe(ToVrf(vrf), ttl=ttl),)), self.now)
+                put(VrfRoute(vrf, ip_network(mine), (Nhlfe(ToInterface(vrf)),)), self.now)
+                put(VrfRoute(vrf, ip_network(theirs), (Nhlfe(ToPeer(peer), (Label(label),), ttl),)), self.now)
+                for prefix, hop in (("2001:db8:a::/48", peer == "right"), ("2001:db8:b::/48", peer == "left")):
+                    path = Nhlfe(ToInterface(vrf)) if hop else Nhlfe(ToPeer(peer), (Label(label),), ttl)
+                    put(VrfRoute(vrf, ip_network(prefix), (path,)), self.now)
+
+    def protect(self, hosts: tuple[str, ...]) -> None:
+        for gateway, (mine, theirs), (here, there) in (
+            (self.left, hosts, OUTER[self.outer]),
+            (self.right, hosts[::-1], OUTER[self.outer][::-1]),
+        ):
+            for policy in policy_pair(mine, theirs, here, there):
+                gateway.engine.add_policy(policy, self.now)
+
+    def put(self, vrf: str, *frames: bytes, left: bool = True, raw: bool = False) -> None:
+        engine = (self.left if left else self.right).engine
+        for frame in frames:
+            frame = frame if raw else virtio.NO_OFFLOAD + frame
+            engine.outbound_buffer[: len(frame)] = frame
+            engine.from_vrf(vrf, len(frame), self.now)
+        engine.flush(self.now)
+
+    def plaintext(self, gateway: Gateway) -> list[bytes]:
+        """What is in the ESP packets that left sent."""
+        cipher = self.cipher(True)
+        out = []
+        for item in gateway.sink.esp:
+            for datagram in item.datagrams():
+                buffer = bytearray(len(datagram) - cipher.shape.overhead)
+                assert cipher.open(int.from_bytes(datagram[4:8], "big"), memoryview(datagram), memoryview(buffer))
+                out.append(bytes(buffer[: len(buffer) - 2 - buffer[-2]]))
+        return out
+
+
+MODES = [(encapsulation, mode) for encapsulation in Encapsulation for mode in Mode]
+
+
+@pytest.mark.parametrize(("encapsulation", "mode"), MODES)
+@pytest.mark.parametrize("version", [4, 6])
+def test_each_vrf_gets_its_own_packets(encapsulation: Encapsulation, mode: Mode, version: int) -> None:
+    pair = Pes(encapsulation, mode)
+    pair.connect()
+    red, blue, back = packet(1, version=version), packet(2, version=version), packet(3, left=False, version=version)
+    pair.put("red", red)
+    pair.put("blue", blue)
+    pair.put("blue", back, left=False)
+    pair.pass_on()
+    assert pair.right.landed("red") == [red]
+    assert pair.right.landed("blue") == [blue]
+    assert pair.left.landed("blue") == [back]
+    assert pair.left.landed("red") == pair.right.received() == pair.left.received() == []
+
+
+@pytest.mark.parametrize("outer", [4, 6])
+@pytest.mark.parametrize(("encapsulation", "mode"), MODES)
+def test_super_packets_stay_super(encapsulation: Encapsulation, mode: Mode, outer: int) -> None:
+    pair = Pes(encapsulation, mode, outer)
+    pair.connect()
+    payload = random.Random(5).randbytes(50_123)
+    whole = bytes(IP(src="10.0.0.5", dst="10.0.1.5", flags="DF", ttl=60) / TCP(sport=5, dport=6, seq=1000, flags="PA") / Raw(payload))
+    frame = VnetHeader(virtio.NEEDS_CHECKSUM, virtio.GSO_TCPV4, 0, 1300, 20, 16).pack() + whole
+    pair.put("red", frame, raw=True)
+    assert len(pair.left.sink.esp) <= 2
+    pair.pass_on()
+    pair.right.engine.flush(pair.now)
+    frames = pair.right.sink.vrfs["red"]
+    assert len(frames) == 1
+    assert packets_of(frames[0]) == packets_of(frame)
+
+
+def test_the_wire_holds_what_rfc_4023_says() -> None:
+    pair = Pes(ttl=TtlModel.UNIFORM)
+    pair.connect()
+    pair.put("red", packet(7, ttl=33, dscp=46))
+    (plain,) = pair.plaintext(pair.left)
+    gre = GRE(plain)
+    assert (gre.proto, gre.version) == (0x8847, 0)
+    top = MPLS(plain[4:])
+    assert (top.label, top.cos, top.s, top.ttl) == (RED, 5, 1, 33)
+    assert plain[8:] == packet(7, ttl=33, dscp=46)
+
+
+def test_udp_ports_tell_flows_apart() -> None:
+    pair = Pes(Encapsulation.UDP)
+    pair.connect()
+    flows = [bytes(IP(src="10.0.0.5", dst="10.0.1.5", flags="DF") / UDP(sport=port, dport=9) / Raw(b"x")) for port in range(1000, 1040)]
+    pair.put("red", *flows)
+    headers = [UDP(plain) for plain in pair.plaintext(pair.left)]
+    assert {header.dport for header in headers} == {UDP_PORT}
+    assert len({header.sport for header in headers}) > 30
+
+
+def test_the_first_packets_wait_and_go_in_order() -> None:
+    pair = Pes()
+    packets = [packet(number) for number in range(20)]
+    pair.put("red", *packets)
+    assert pair.left.sent() == []
+    (acquire,) = pair.left.acquires()
+    assert acquire.flow is not None
+    assert (str(acquire.flow.source), str(acquire.flow.destination), acquire.flow.protocol) == (*OUTER[4], 47)
+    pair.connect()
+    pair.settle()
+    assert pair.right.landed("red") == packets
+    assert pair.left.count("pending_packets") == 0
+
+
+def test_a_refused_tunnel_is_told_to_the_customer_alone() -> None:
+    pair = Pes()
+    pair.put("red", packet())
+    (acquire,) = pair.left.acquires()
+    pair.left.engine.acquire_failed(acquire.sequence, 111, pair.now)
+    (error,) = pair.left.landed("red")
+    assert IP(error)[ICMP].type == 3
+    assert pair.left.received() == []
+
+
+def test_a_flow_of_a_vrf_costs_one_probe_once_it_is_known() -> None:
+    pair = Pes()
+    pair.connect()
+    pair.put("red", packet(0))
+    before = pair.left.engine.statistics()
+    pair.put("red", *[packet(number) for number in range(50)])
+    after = pair.left.engine.statistics()
+    assert after["bundle_hits"] - before["bundle_hits"] == 50
+    assert after["spd_lookups"] == before["spd_lookups"]
+
+
+def test_new_routes_count_for_the_next_packet() -> None:
+    pair = Pes()
+    pair.connect()
+    pair.put("red", packet(1))
+    pair.left.engine.put_label_entry(VrfRoute("red", ip_network(THERE), (Nhlfe(ToPeer("right"), (Label(BLUE),)),)), pair.now)
+    pair.put("red", packet(2))
+    pair.pass_on()
+    assert pair.right.landed("red") == [packet(1)]
+    assert len(pair.right.landed("blue")) == 1
+
+
+@pytest.mark.parametrize(("df", "version"), [(True, 4), (True, 6)])
+def test_too_big_is_told_to_the_customer(df: bool, version: int) -> None:
+    pair = Pes()
+    pair.connect()
+    pair.put("red", packet(1, size=1460, version=version))
+    assert pair.left.sent() == []
+    (error,) = pair.left.landed("red")
+    assert pair.left.count("drop_too_big") == 1
+    mtu = IP(error)[ICMP].nexthopmtu if version == 4 else int.from_bytes(error[44:48], "big")
+    fitting = packet(1, size=mtu - (32 if version == 4 else 52), version=version)
+    assert len(fitting) == mtu
+    pair.put("red", fitting)
+    pair.pass_on()
+    assert pair.right.landed("red") == [fitting]
+
+
+def test_what_may_be_fragmented_arrives_in_fragments() -> None:
+    pair = Pes()
+    pair.connect()
+    pair.put("red", packet(1, size=3000, df=False))
+    pair.pass_on()
+    pieces = pair.right.landed("red")
+    assert len(pieces) == 3
+    assert b"".join(bytes(IP(piece).payload) for piece in pieces) == packet(1, size=3000)[20:]
+
+
+def test_no_route_is_told_to_the_customer() -> None:
+    pair = Pes()
+    pair.connect()
+    pair.put("red", bytes(IP(src="10.0.0.5", dst="172.16.0.1") / UDP() / Raw(b"x")))
+    (error,) = pair.left.landed("red")
+    assert (IP(error)[ICMP].type, IP(error)[ICMP].code) == (3, 1)
+    assert pair.left.count("drop_mpls_no_route") == 1
+
+
+# ---------------------------------------------------------------- what may not come in
+
+
+def forge(pair: Pes, payload: bytes) -> None:
+    """The left peer, with its keys, sends this GRE payload."""
+    frame = bytes(IP(src=OUTER[4][0], dst=OUTER[4][1], proto=47) / Raw(bytes.fromhex("00008847") + payload))
+    pair.send(frame)
+    pair.pass_on()
+
+
+def labelled(*labels: int, ttl: int = 64) -> bytes:
+    return write_stack([Entry(Label(label), 0, ttl) for label in labels]) + packet()
+
+
+def test_a_forged_label_goes_nowhere() -> None:
+    pair = Pes()
+    pair.connect()
+    pair.right.engine.put_label_entry(Vrf("green", "vpn-green"), pair.now)
+    pair.right.engine.put_label_entry(LabelBinding(Label(OTHERS), (Nhlfe(ToInterface("green")),)), pair.now)
+    forge(pair, labelled(OTHERS))
+    forge(pair, labelled(RED, OTHERS))
+    forge(pair, labelled(500))
+    for name in ("red", "blue", "green"):
+        assert pair.right.landed(name) == []
+    assert pair.right.count("drop_mpls_label_forbidden") == 2
+    assert pair.right.count("drop_mpls_not_bottom") == 1
+    forge(pair, labelled(RED))
+    assert pair.right.landed("red") == [packet()]
+
+
+def test_broken_stacks_are_counted() -> None:
+    pair = Pes()
+    pair.connect()
+    for payload in (b"", labelled(RED)[:3], bytes.fromhex("00064040") * 40, bytes.fromhex("00064040") * 3):
+        forge(pair, payload)
+    forge(pair, labelled(RED) + b"")
+    assert pair.right.count("drop_mpls_no_bottom") == 3
+    assert pair.right.count("drop_mpls_too_deep") == 1
+    pair.send(bytes(IP(src=OUTER[4][0], dst=OUTER[4][1], proto=47) / Raw(bytes.fromhex("00000800") + packet())))
+    pair.pass_on()
+    assert pair.right.count("drop_mpls_encapsulation") == 1
+    assert pair.right.received() == []
+
+
+def test_a_peer_that_is_dismissed_sends_no_more() -> None:
+    pair = Pes()
+    pair.connect()
+    pair.put("red", packet())
+    pair.pass_on()
+    assert pair.right.landed("red")
+    pair.right.engine.remove_label_entry(Peer("left", allowed()).key, pair.now)
+    pair.put("red", packet())
+    pair.pass_on()
+    assert pair.right.landed("red") == []
+    assert pair.right.count("drop_mpls_peer_unknown") == 1
+
+
+def test_labels_never_leave_without_protection() -> None:
+    pair = Pair(mode=Mode.TRANSPORT, policies=False)
+    engine = pair.left.engine
+    local, remote = (ip_address(address) for address in OUTER[4])
+    engine.put_label_entry(VrfRoute("red", ip_network(THERE), (Nhlfe(ToPeer("right"), (Label(RED),)),)), pair.now)
+    for managed in (False, True):
+        engine.put_label_entry(Tunnel("right", local, remote, Encapsulation.GRE, managed), pair.now)
+        frame = virtio.NO_OFFLOAD + packet()
+        engine.outbound_buffer[: len(frame)] = frame
+        engine.from_vrf("red", len(frame), pair.now)
+        engine.flush(pair.now)
+        if not managed:
+            assert pair.left.sink.clear == []
+            assert pair.left.count("drop_policy_discard") == 1
+    (clear,) = pair.left.sink.clear
+    outer = IP(clear[virtio.LENGTH :])
+    assert (outer.src, outer.dst, outer.proto) == (*OUTER[4], 47)
+    assert bytes(outer.payload)[8:] == packet()
+    assert outer.chksum == IP(bytes(outer)).chksum
+
+
+# ---------------------------------------------------------------- through a node
+
+
+def test_a_label_is_swapped_on_its_way_back() -> None:
+    """The right one is a P router for this label: out by the tunnel that it came from."""
+    pair = Pes()
+    pair.connect()
+    pair.right.engine.put_label_entry(LabelBinding(Label(RED), (Nhlfe(ToPeer("left"), (Label(BLUE),)),)), pair.now)
+    pair.left.engine.put_label_entry(LabelBinding(Label(BLUE), (Nhlfe(ToInterface("blue"), ttl=TtlModel.PIPE),)), pair.now)
+    pair.put("red", packet(2))
+    pair.pass_on()
+    pair.pass_on()
+    assert pair.left.landed("blue") == [packet(2)]
+
+
+def test_a_hub_sends_whole_batches_on() -> None:
+    pair = Pes()
+    pair.connect()
+    pair.right.engine.put_label_entry(VrfRoute("red", ip_network(THERE), (Nhlfe(ToPeer("left"), (Label(BLUE),), TtlModel.PIPE),)), pair.now)
+    pair.left.engine.put_label_entry(LabelBinding(Label(BLUE), (Nhlfe(ToInterface("blue"), ttl=TtlModel.PIPE),)), pair.now)
+    pair.put("red", *[packet(number, ttl=60) for number in range(30)])
+    pair.pass_on()
+    pair.pass_on()
+    assert pair.left.landed("blue") == [packet(number, ttl=59) for number in range(30)]
+    assert pair.right.count("hairpinned") > 0
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_uniform_ttl_and_class_reach_the_customer(many: bool) -> None:
+    pair = Pes(ttl=TtlModel.UNIFORM)
+    pair.connect()
+    pair.put("red", *[packet(number, ttl=20, dscp=46) for number in range(12 if many else 1)])
+    pair.pass_on()
+    out = [IP(piece) for piece in pair.right.landed("red")]
+    assert {(it.ttl, it.tos >> 2) for it in out} == {(20, 46)}
+    assert len(out) == (12 if many else 1)
