@@ -1,0 +1,16 @@
+"""Two of our gateways with key exchanges that no other peer of the laboratory knows."""
+
+from __future__ import annotations
+
+import pytest
+from lab.pairing import OURS, carries_a_little, pair
+from lab.tunnel import Tunnel
+
+pytestmark = [pytest.mark.pair, pytest.mark.timeout(180)]
+
+
+@pytest.mark.parametrize("ike", ["aes256gcm16-sha384-x25519-ke1_mlkem768", "aes128-sha256-ecp256-ke1_mlkem1024-ke2_x448", "default"])
+def test_post_quantum_key_exchange(ike: str) -> None:
+    with pair(OURS, OURS, Tunnel(proposals=ike)) as link:
+        link.a.initiate()
+        carries_a_little(link)
