@@ -26,6 +26,7 @@ from vpnd.ike.effects import (
     SendKeepalive,
 )
 from vpnd.ike.exchanges import create_child_sa, ike_auth, ike_intermediate, ike_sa_init, informational, rekey_ike
+from vpnd.ike.followup import Followup
 from vpnd.ike.fragments import Outgoing
 from vpnd.ike.session import Session, Steps, Task
 from vpnd.ike.state import MAX_TASKS, Child, ChildSaState, IkeSaState
@@ -421,6 +422,8 @@ class IkeSa(Transport):
                 if key in self.postponed:
                     del self.postponed[key]
                     self.queue.append(key)
+            elif isinstance(key, Followup):
+                self.forget_followup(key)
             elif isinstance(key, SaId):
                 del self.lingering[key]
                 self.emit(RemoveSa(key))

@@ -29,6 +29,7 @@ from vpnd.ike.effects import (
     Reason,
     RemoveSa,
 )
+from vpnd.ike.followup import Followup
 from vpnd.ike.iana import FIRST_STATUS_NOTIFY, CertEncoding, NotifyType, name_of
 from vpnd.ike.identity import Identity
 from vpnd.ike.intermediate import Intermediate
@@ -189,7 +190,9 @@ class Session:
         self.overtaken = False  # the peer uses the IKE SA that its own rekeying made
         self.postponed: dict[Task, None] = {}
         self.lingering: dict[SaId, None] = {}  # inbound SAs of rekeyed CHILD_SAs, for packets that are under way
-        self.later: Deadlines[int | SaId | Task] = Deadlines()  # CHILD_SAs to rekey, lingering SAs to remove, postponed exchanges to begin
+        # CHILD_SAs to rekey, lingering SAs to remove, postponed exchanges to begin, requests whose key exchanges do not come
+        self.later: Deadlines[int | SaId | Task | Followup] = Deadlines()
+        self.followups: dict[bytes, Followup] = {}  # by link: requests of the peer's that wait for their key exchanges
         self.tokens = 0
         self.effects: list[Effect] = []
 
@@ -285,6 +288,7 @@ class Session:
         self.close_reason = reason
         self.predecessor = None
         self.state = IkeSaState.DESTROYING
+        self.forget_followups()
         for sa_id in sorted(self.held):
             self.emit(RemoveSa(sa_id))
         self.held.clear()
@@ -299,6 +303,16 @@ class Session:
         self.queue.clear()
         self.postponed.clear()
         self.emit(IkeClosed(reason, detail))
+
+    def forget_followups(self) -> None:
+        """The requests of the peer's that wait for key exchanges are answered with STATE_NOT_FOUND from now on."""
+        for followup in list(self.followups.values()):
+            self.forget_followup(followup)
+
+    def forget_followup(self, followup: Followup) -> None:
+        self.later.set(followup, None)
+        if self.followups.pop(followup.link, None) is not None:
+            followup.give_up()
 
     def wind_up(self, reason: Reason) -> None:
         """Delete the IKE SA on the wire."""
@@ -323,6 +337,7 @@ class Session:
         self.rekey_at = None
         heir.reauth_at, heir.reauth_end = self.reauth_at, self.reauth_end
         self.reauth_at = None
+        self.forget_followups()
         heir.state, heir.undecided, heir.ends_at = IkeSaState.ESTABLISHED, None, None
         heir.children, self.children = self.children, {}
         heir.later, self.later = self.later, Deadlines()

@@ -14,7 +14,7 @@ from vpnd.config.model import ConnectionConfig, Fragmentation
 from vpnd.ike.context import IkeContext
 from vpnd.ike.crypto.sk import open_chain
 from vpnd.ike.effects import AllocateSpi, ChildClosed, ChildEstablished, Effect, InstallSa, Reason, RemoveSa, Send
-from vpnd.ike.exchanges import create_child_sa, ike_auth, ike_intermediate, informational
+from vpnd.ike.exchanges import create_child_sa, ike_auth, ike_followup_ke, ike_intermediate, informational
 from vpnd.ike.fragments import SMALLEST_PACKET, Inner, Outgoing, Reassembly, packet_limit, refit, seal
 from vpnd.ike.iana import Exchange, NotifyType, ProtocolId
 from vpnd.ike.session import Ask, IkeCrypto, KeepWaiting, Response, Session, Steps, Task, Tell
@@ -36,6 +36,7 @@ RESPONDERS: Final[dict[tuple[bool, int], Responder]] = {
     (False, Exchange.IKE_INTERMEDIATE): ike_intermediate.respond,
     (False, Exchange.IKE_AUTH): ike_auth.respond,
     (True, Exchange.CREATE_CHILD_SA): create_child_sa.respond,
+    (True, Exchange.IKE_FOLLOWUP_KE): ike_followup_ke.respond,
     (True, Exchange.INFORMATIONAL): informational.respond,
 }
 
@@ -86,8 +87,10 @@ class Transport(Session):
     def _may_start(self) -> bool:
         if self.active is not None or not self.queue or self.state not in (IkeSaState.ESTABLISHED, IkeSaState.DELETING):
             return False
-        # RFC 7296 section 2.25.2: while the peer makes a CHILD_SA, the IKE SA is not rekeyed
-        return self._serving is None or self.queue[0].name != "IKE_REKEY"
+        # RFC 7296 section 2.25.2: while the peer makes a CHILD_SA, the IKE SA is not rekeyed; while it rekeys the IKE SA, nothing is made on it
+        if any(followup.of_ike for followup in self.followups.values()):
+            return self.queue[0].name in ("IKE_DELETE", "IKE_DPD")
+        return (self._serving is None and not self.followups) or self.queue[0].name != "IKE_REKEY"
 
     def _start_next(self) -> None:
         # a step that installs SAs may be cut short by the kernel, so nothing else hangs on it

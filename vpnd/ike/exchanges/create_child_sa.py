@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
+from dataclasses import replace
 from typing import Final
 
+from kernel_shim.model import SaId
 from kernel_shim.secret import Secret
 from vpnd.ike.child import SPI_LENGTH, Agreed, Asked, ChildRefused, Keying, Offer, allocation, answer_payloads, build, choose, make_offer, read_answer
 from vpnd.ike.context import ChildRequest
@@ -11,7 +14,9 @@ from vpnd.ike.cookie import NONCE_MAXIMUM, NONCE_MINIMUM
 from vpnd.ike.crypto.groups import group, implemented_groups
 from vpnd.ike.effects import ChildDenied, Reason, RekeyFailed
 from vpnd.ike.exchanges import rekey_ike
+from vpnd.ike.exchanges.ike_followup_ke import PASSING, KeyExchangeFailed, follow_up, room, wait_for
 from vpnd.ike.exchanges.informational import delete_child, delete_spi
+from vpnd.ike.followup import Followup
 from vpnd.ike.iana import Exchange, NotifyType, ProtocolId
 from vpnd.ike.session import NONCE_LENGTH, Ask, Response, Rival, Session, Steps, Task, allocate, ask, error_name, first_error, reason_of
 from vpnd.ike.state import MAX_CHILDREN, Child, ChildSaState, IkeSaState
@@ -34,7 +39,7 @@ def create_child(session: Session, task: Task) -> Steps[None]:
     except ChildRefused as refused:
         session.give_back(offer.spi if offer else None)
         # RFC 7296 section 2.25: the peer is about something that will be done soon, unless it made the CHILD_SA and deleted it again
-        if refused.answer == NotifyType.TEMPORARY_FAILURE and not session.early_deletes and session.postpone(task, CREATE_RETRIES):
+        if refused.answer in PASSING and not session.early_deletes and session.postpone(task, CREATE_RETRIES):
             return
         session.fail_child(task, refused.reason, refused.detail)
         return
@@ -86,7 +91,7 @@ def _not_rekeyed(session: Session, task: Task, old: Child, refused: ChildRefused
     if task.rival is not None and task.rival.child_id in session.children:
         old.state = ChildSaState.REKEYED
         return
-    if refused.answer == NotifyType.TEMPORARY_FAILURE:
+    if refused.answer in PASSING:
         if session.postpone(task):
             session.emit(RekeyFailed(old.sa.id, refused.reason, refused.detail))
             return
@@ -138,8 +143,7 @@ def _negotiate(session: Session, offer: Offer, *first: Payload) -> Steps[tuple[A
     error = first_error(response)
     if error is not None:
         raise ChildRefused(reason_of(error), 0, detail=f"peer answered with {error_name(error)}", answer=error.type)
-    if any(proposal.spi in session.early_deletes for payload in response.all(SaPayload) for proposal in payload.proposals):
-        raise ChildRefused(Reason.PEER_DELETED, 0, detail="the peer deleted it before its answer came")
+    _check_early_delete(session, response)
     try:
         agreed = read_answer(session, offer, response)
         nonce_r, ke = response.first(NoncePayload), response.first(KePayload)
@@ -153,11 +157,22 @@ def _negotiate(session: Session, offer: Offer, *first: Payload) -> Steps[tuple[A
                 shared = (exchange.complete(ke.data),)
             except MalformedMessage as invalid:
                 raise ChildRefused(Reason.INVALID_SYNTAX, invalid.notify, detail="invalid public value") from invalid
-    except ChildRefused:
+        try:
+            shared += yield from follow_up(session, agreed.proposal.additional, response)
+        except KeyExchangeFailed as failed:
+            raise ChildRefused(failed.reason, 0, detail=failed.detail, answer=failed.answer) from failed
+    except ChildRefused as refused:
         # RFC 7296 section 2.9: the peer thinks that it stands, so it is deleted on the wire
-        delete_spi(session, offer.spi.spi)
+        if not refused.answer:
+            delete_spi(session, offer.spi.spi)
         raise
+    _check_early_delete(session, response)
     return agreed, Keying(nonce, nonce_r.data, True, shared)
+
+
+def _check_early_delete(session: Session, response: Message) -> None:
+    if any(proposal.spi in session.early_deletes for payload in response.all(SaPayload) for proposal in payload.proposals):
+        raise ChildRefused(Reason.PEER_DELETED, 0, detail="the peer deleted it before its answer came")
 
 
 def finish(session: Session, task: Task, agreed: Agreed, offer: Offer, keying: Keying) -> None:
@@ -174,12 +189,8 @@ def respond(session: Session, request: Message) -> Steps[Response]:
     sa = request.first(SaPayload)
     if sa is not None and any(proposal.protocol == ProtocolId.IKE for proposal in sa.proposals):
         return rekey_ike.respond(session, request)
-    # RFC 7296 section 2.25.2: no new SAs while the IKE SA is being rekeyed or deleted
-    if session.state is not IkeSaState.ESTABLISHED:
-        return Response((NotifyPayload(NotifyType.TEMPORARY_FAILURE),))
-    if len(session.children) >= MAX_CHILDREN:
-        return Response((NotifyPayload(NotifyType.NO_ADDITIONAL_SAS),))
     try:
+        _check_room(session)
         return (yield from _respond(session, request))
     except ChildRefused as refused:
         session.emit(ChildDenied(refused.reason, refused.detail))
@@ -194,7 +205,11 @@ def _respond(session: Session, request: Message) -> Steps[Response]:
     if nonce_i is None or not NONCE_MINIMUM <= len(nonce_i.data) <= NONCE_MAXIMUM:
         raise ChildRefused(Reason.INVALID_SYNTAX, NotifyType.INVALID_SYNTAX, detail="no nonce")
     asked = choose(session, request, key_exchange=True, ke_group=ke.group if ke else None, like=replaced)
-    groups = asked.agreed.proposal.groups
+    groups, additional = asked.agreed.proposal.groups, asked.agreed.proposal.additional
+    if additional and not groups:
+        raise ChildRefused(Reason.NO_PROPOSAL_CHOSEN, NotifyType.NO_PROPOSAL_CHOSEN, detail="additional key exchanges without a first one")
+    if additional and not room(session):
+        raise ChildRefused(Reason.TEMPORARY_FAILURE, NotifyType.TEMPORARY_FAILURE, detail="too many requests wait for key exchanges")
     shared: tuple[Secret, ...] = ()
     key_exchange = []
     if groups:
@@ -204,17 +219,46 @@ def _respond(session: Session, request: Message) -> Steps[Response]:
         public, secret = group(groups[0]).respond(ke.data, session.context.entropy)
         shared, key_exchange = (secret,), [KePayload(groups[0], public)]
     nonce_r = session.context.entropy(NONCE_LENGTH)
-    child, payloads = yield from bring_up(session, asked, Keying(nonce_i.data, nonce_r, False, shared), replaced)
-    if replaced is not None:
+    spi = yield from _reserve(session, asked.agreed)
+    sa, *rest = answer_payloads(asked, spi)
+    answer: list[Payload] = [sa, NoncePayload(nonce_r), *key_exchange, *rest]
+
+    def complete(secrets: tuple[Secret, ...]) -> Response:
         try:
-            # while the kernel thought, it may have gone, or our own rekeying of it may have come to its end
-            _rekeyed(session, request)
+            # while the kernel thought, or the peer, it may have gone, or our own rekeying of it may have come to its end
+            if replaced is not None:
+                _rekeyed(session, request)
+            if additional:
+                _check_room(session)
         except ChildRefused:
-            session.give_back(child.sa.inbound.id)
+            session.give_back(spi)
             raise
-        _note_rekeying(session, replaced, Rival(min(nonce_i.data, nonce_r), child.sa.id))
-    sa, *rest = payloads
-    return Response((sa, NoncePayload(nonce_r), *key_exchange, *rest), child, (NotifyPayload(NotifyType.TEMPORARY_FAILURE),))
+        child = build(session, asked.agreed, spi, Keying(nonce_i.data, nonce_r, False, secrets), replaced)
+        if replaced is not None:
+            _note_rekeying(session, replaced, Rival(child.lowest, child.sa.id))
+        return Response((), child, (NotifyPayload(NotifyType.TEMPORARY_FAILURE),))
+
+    if not additional:
+        return replace(complete(shared), payloads=tuple(answer))
+
+    def finish(secrets: tuple[Secret, ...]) -> Steps[Response]:
+        yield from ()
+        try:
+            return complete(secrets)
+        except ChildRefused as refused:
+            session.emit(ChildDenied(refused.reason, refused.detail))
+            return Response((refused.payload,))
+
+    followup = Followup(deque(additional), list(shared), finish, lambda: session.give_back(spi))
+    return Response((*answer, wait_for(session, followup)))
+
+
+def _check_room(session: Session) -> None:
+    # RFC 7296 section 2.25.2: no new SAs while the IKE SA is being rekeyed or deleted
+    if session.state is not IkeSaState.ESTABLISHED:
+        raise ChildRefused(Reason.TEMPORARY_FAILURE, NotifyType.TEMPORARY_FAILURE)
+    if len(session.children) >= MAX_CHILDREN:
+        raise ChildRefused(Reason.NO_ADDITIONAL_SAS, NotifyType.NO_ADDITIONAL_SAS)
 
 
 def _ours_in_place_of(session: Session, old: Child) -> Child | None:
@@ -239,13 +283,17 @@ def _note_rekeying(session: Session, old: Child, rival: Rival) -> None:
         session.later.set(old.sa.id, None)
 
 
-def bring_up(session: Session, asked: Asked, keying: Keying, replaces: Child | None = None) -> Steps[tuple[Child, list[Payload]]]:
+def bring_up(session: Session, asked: Asked, keying: Keying) -> Steps[tuple[Child, list[Payload]]]:
     """Reserve our SPI and build the SAs; with the payloads of the answer. Raises ChildRefused."""
-    agreed = asked.agreed
+    spi = yield from _reserve(session, asked.agreed)
+    return build(session, asked.agreed, spi, keying), answer_payloads(asked, spi)
+
+
+def _reserve(session: Session, agreed: Agreed) -> Steps[SaId]:
     spi = yield from allocate(session, allocation(session, agreed.config, agreed.reqid))
     if spi is None:
         raise ChildRefused(Reason.KERNEL_REFUSED, NotifyType.TEMPORARY_FAILURE, detail="no SPI")
-    return build(session, agreed, spi, keying, replaces), answer_payloads(asked, spi)
+    return spi
 
 
 def _rekeyed(session: Session, request: Message) -> Child | None:

@@ -6,12 +6,16 @@ two new ones stand for a moment: the one that was made with the lowest of the fo
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Sequence
 from typing import Final
 
 from kernel_shim.secret import Secret
 from vpnd.ike.cookie import NONCE_MAXIMUM, NONCE_MINIMUM
 from vpnd.ike.crypto.groups import group, implemented_groups
 from vpnd.ike.effects import IkeOpened, Reason, RekeyFailed
+from vpnd.ike.exchanges.ike_followup_ke import PASSING, KeyExchangeFailed, follow_up, room, wait_for
+from vpnd.ike.followup import Followup
 from vpnd.ike.iana import Exchange, NotifyType, ProtocolId
 from vpnd.ike.keymat import IkeSuite, ike_keys, rekey_skeyseed
 from vpnd.ike.proposal import Proposal, accept, number_proposals, select
@@ -33,7 +37,7 @@ from vpnd.ike.session import (
 from vpnd.ike.state import IkeSaState
 from vpnd.ike.wire.errors import MalformedMessage
 from vpnd.ike.wire.message import Message
-from vpnd.ike.wire.payloads import KePayload, NoncePayload, NotifyPayload, SaPayload
+from vpnd.ike.wire.payloads import KePayload, NoncePayload, NotifyPayload, Payload, SaPayload
 
 SPI_LENGTH: Final = 8  # RFC 7296 section 3.3.1: of an IKE SA in a proposal
 
@@ -118,7 +122,11 @@ def _negotiate(session: Session, new: Session, nonce: bytes) -> Steps[bytes]:
         shared, suite = exchange.complete(ke.data), IkeSuite.of(chosen)
     except (MalformedMessage, ValueError) as error:
         raise _Refused(Reason.INVALID_SYNTAX, "invalid public value") from error
-    _derive(session, new, chosen, suite, shared, nonce, nonce_r.data)
+    try:
+        additional = yield from follow_up(session, chosen.additional, response)
+    except KeyExchangeFailed as failed:
+        raise _Refused(failed.reason, failed.detail, answer=failed.answer) from failed
+    _derive(session, new, chosen, suite, (shared, *additional), nonce, nonce_r.data)
     return min(nonce, nonce_r.data)
 
 
@@ -131,7 +139,7 @@ def _not_rekeyed(session: Session, task: Task, refused: _Refused) -> None:
     if session.state is not IkeSaState.REKEYING:
         return
     session.state = IkeSaState.ESTABLISHED
-    if refused.answer == NotifyType.TEMPORARY_FAILURE:
+    if refused.answer in PASSING:
         # RFC 7296 section 2.25: after several minutes the two sides are out of step
         if not session.postpone(task):
             session.wind_up(Reason.TEMPORARY_FAILURE)
@@ -145,13 +153,9 @@ def _not_rekeyed(session: Session, task: Task, refused: _Refused) -> None:
 
 def respond(session: Session, request: Message) -> Response:
     """The peer's rekeying; it needs nothing from the kernel."""
-    task = session.active
-    # RFC 7296 section 2.25.2: not while a CHILD_SA is being created, rekeyed or closed, nor on an IKE SA that is going away
-    busy = task is not None and task.name in OF_CHILDREN
-    gone = session.state not in (IkeSaState.ESTABLISHED, IkeSaState.REKEYING) or session.heir is not None
     # a peer that never deletes what it rekeyed would make us keep any number of IKE SAs
     early = session.predecessor is not None and not session.predecessor.closed
-    if busy or gone or early or (task is not None and task.rival is not None):
+    if early or not _possible(session):
         return Response((NotifyPayload(NotifyType.TEMPORARY_FAILURE),))
     sa, ke, nonce_i = request.first(SaPayload), request.first(KePayload), request.first(NoncePayload)
     if sa is None or ke is None or nonce_i is None or not NONCE_MINIMUM <= len(nonce_i.data) <= NONCE_MAXIMUM:
@@ -163,36 +167,63 @@ def respond(session: Session, request: Message) -> Response:
     # RFC 7296 section 1.3: the group that we chose, in two octets
     if ke.group != chosen.groups[0]:
         return Response((NotifyPayload(NotifyType.INVALID_KE_PAYLOAD, chosen.groups[0].to_bytes(2, "big")),))
+    if chosen.additional and not room(session):
+        return Response((NotifyPayload(NotifyType.TEMPORARY_FAILURE),))
     try:
         suite = IkeSuite.of(chosen)
-        public, shared = group(ke.group).respond(ke.data, session.context.entropy)
+        public, first = group(ke.group).respond(ke.data, session.context.entropy)
     except MalformedMessage as error:
         return Response((NotifyPayload(error.notify, error.data),))
     except (KeyError, ValueError):
         return Response((NotifyPayload(NotifyType.NO_PROPOSAL_CHOSEN),))
     nonce_r = session.context.entropy(NONCE_LENGTH)
     new = session.successor(initiator=False)
-    _derive(session, new, chosen, suite, shared, nonce_i.data, nonce_r)
-    new.stand()
-    session.emit(IkeOpened(new))  # type: ignore[arg-type]
-    if session.state is IkeSaState.REKEYING and task is not None:
-        # RFC 7296 section 2.8.2: which one takes over is decided when our own request is answered
-        task.rival = Rival(min(nonce_i.data, nonce_r), ike=new)
-        new.state, new.undecided = IkeSaState.REKEYED, session
-    else:
-        await_deletion(session, new)
     answer = chosen.with_spi(new.spi_local.to_bytes(SPI_LENGTH, "big"))
-    return Response((SaPayload((answer,)), NoncePayload(nonce_r), KePayload(ke.group, public)))
+    payloads: tuple[Payload, ...] = SaPayload((answer,)), NoncePayload(nonce_r), KePayload(ke.group, public)
+
+    def complete(shared: Sequence[Secret]) -> None:
+        _derive(session, new, chosen, suite, shared, nonce_i.data, nonce_r)
+        new.stand()
+        session.emit(IkeOpened(new))  # type: ignore[arg-type]
+        task = session.active
+        if session.state is IkeSaState.REKEYING and task is not None:
+            # RFC 7296 section 2.8.2: which one takes over is decided when our own request is answered
+            task.rival = Rival(min(nonce_i.data, nonce_r), ike=new)
+            new.state, new.undecided = IkeSaState.REKEYED, session
+        else:
+            await_deletion(session, new)
+
+    if not chosen.additional:
+        complete((first,))
+        return Response(payloads)
+
+    def finish(shared: tuple[Secret, ...]) -> Steps[Response]:
+        yield from ()
+        # RFC 7296 section 2.8.2: ours came to its end first
+        if not _possible(session):
+            return Response((NotifyPayload(NotifyType.TEMPORARY_FAILURE),))
+        complete(shared)
+        return Response()
+
+    return Response((*payloads, wait_for(session, Followup(deque(chosen.additional), [first], finish, lambda: None, of_ike=True))))
+
+
+def _possible(session: Session) -> bool:
+    task = session.active
+    # RFC 7296 section 2.25.2: not while a CHILD_SA is being created, rekeyed or closed, nor on an IKE SA that is going away
+    busy = task is not None and task.name in OF_CHILDREN
+    gone = session.state not in (IkeSaState.ESTABLISHED, IkeSaState.REKEYING) or session.heir is not None
+    return not (busy or gone or (task is not None and task.rival is not None))
 
 
 # Both
 
 
-def _derive(session: Session, new: Session, chosen: Proposal, suite: IkeSuite, shared: Secret, nonce_i: bytes, nonce_r: bytes) -> None:
+def _derive(session: Session, new: Session, chosen: Proposal, suite: IkeSuite, shared: Sequence[Secret], nonce_i: bytes, nonce_r: bytes) -> None:
     new.proposal = chosen.with_spi(b"")
     new.spi_remote = int.from_bytes(chosen.spi, "big")
     # RFC 7296 section 2.18: the old SA's PRF makes the seed, the new one's the keys
-    seed = rekey_skeyseed(session.keys.suite.prf, session.keys.keys.d, (shared,), nonce_i, nonce_r)
+    seed = rekey_skeyseed(session.keys.suite.prf, session.keys.keys.d, shared, nonce_i, nonce_r)
     keys = ike_keys(suite, seed, nonce_i, nonce_r, new.wire_spi_i, new.wire_spi_r)
     new.crypto = IkeCrypto.of(suite, keys, new.initiator)
 
