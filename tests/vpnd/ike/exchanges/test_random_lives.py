@@ -7,6 +7,7 @@ import random
 import pytest
 from lab.ike_pair import Datagram, Pair, agree, child, connection, mirrored, psk
 
+from vpnd.config.model import ChildConfig
 from vpnd.ike.context import IkeSettings, Retransmission
 from vpnd.ike.effects import Reason
 from vpnd.ike.exchanges.rekey_ike import REPLACED_TIMEOUT
@@ -16,7 +17,16 @@ from vpnd.ike.transport import RESPONDERS
 
 pytestmark = pytest.mark.property
 
-CHILDREN = [child(f"c{number}", f"10.{number}.0.0/16", f"172.16.{number}.0/24", "aes128gcm16-x25519" if number % 2 else "aes128gcm16") for number in range(4)]
+IKE = "aes128-sha256-x25519"
+ADDITIONAL = "-ke1_mlkem768-ke2_ecp256"
+
+
+def children_of(additional: str) -> list[ChildConfig]:
+    esp = [f"aes128gcm16-x25519{additional}" if number % 2 else "aes128gcm16" for number in range(4)]
+    return [child(f"c{number}", f"10.{number}.0.0/16", f"172.16.{number}.0/24", esp[number]) for number in range(4)]
+
+
+CHILDREN = children_of("")
 
 
 class Weather:
@@ -42,18 +52,19 @@ class Weather:
         return False
 
 
-@pytest.mark.parametrize("seed", range(100))
-def test_both_sides_end_with_the_same_sas(seed: int) -> None:
+@pytest.mark.parametrize(("seed", "additional"), [*((seed, "") for seed in range(100)), *((seed, ADDITIONAL) for seed in range(1000, 1100))])
+def test_both_sides_end_with_the_same_sas(seed: int, additional: str) -> None:
     rng = random.Random(seed)
+    children = children_of(additional)
     pair = Pair(
-        connection("to-b", psk("a"), psk("b"), CHILDREN, dpd_delay=rng.choice([0.0, 30.0])),
-        connection("to-a", psk("b"), psk("a"), [mirrored(config) for config in CHILDREN], dpd_delay=rng.choice([0.0, 20.0])),
+        connection("to-b", psk("a"), psk("b"), children, IKE + additional, dpd_delay=rng.choice([0.0, 30.0])),
+        connection("to-a", psk("b"), psk("a"), [mirrored(config) for config in children], IKE + additional, dpd_delay=rng.choice([0.0, 20.0])),
         nat_a=rng.choice([None, "198.51.100.7"]),
     )
     weather = Weather(pair, rng)
     for peer in pair.peers:
         peer.settings = IkeSettings(retransmission=Retransmission(timeout=1.0, base=1.0, tries=90, jitter=0.3), half_open_timeout=600.0)
-    pair.a.start(pair._outside(pair.b.endpoint), pair.now, CHILDREN[0])
+    pair.a.start(pair._outside(pair.b.endpoint), pair.now, children[0])
     pair.wait(100.0, weather)
     assert pair.a.established()
     assert pair.b.established()
