@@ -116,7 +116,16 @@ class FakeBackend:
         return lambda: self.listeners.remove(listener)
 
     def stats(self) -> DaemonStats:
-        return DaemonStats(uptime=300.0, since=1.7e9, ike_total=len(self.sas), ike_half_open=1, policies=len(self.policies), counters={"ike.sent": 5})
+        return DaemonStats(
+            uptime=300.0,
+            since=1.7e9,
+            ike_total=len(self.sas),
+            ike_half_open=1,
+            policies=len(self.policies),
+            counters={"ike.sent": 5},
+            kernel="userspace",
+            kernel_reasons=["userspace: works"],
+        )
 
     async def list_sas(
         self, *, ike: str | None = None, ike_id: int | None = None, child: str | None = None, child_id: int | None = None

@@ -8,12 +8,15 @@ import math
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 import structlog
 
+from kernel_shim.channel import af_key, xfrm
+from kernel_shim.channel.af_key import AfKeyChannel
 from kernel_shim.channel.api import ChannelClosed, KernelChannel
 from kernel_shim.channel.pfkey import PfKeyChannel
 from kernel_shim.channel.sysctl import Sysctls
@@ -34,7 +37,8 @@ from vpnd.gate import GateSettings
 from vpnd.ike.context import IkeSettings, Retransmission
 from vpnd.ike.effects import Reason
 from vpnd.io.addresses import local_addresses, path_mtu, watch_addresses
-from vpnd.io.ike_sockets import open_ike_sockets
+from vpnd.io.ike_sockets import Bypass, open_ike_sockets
+from vpnd.io.kernel_choice import Verdict, choose
 from vpnd.io.shim import ShimStartError, shim_listens, start_shim
 from vpnd.io.systemd import notify
 from vpnd.io.udp import IkeSockets
@@ -92,7 +96,8 @@ class SocketTable:
 class Daemon:
     """One key manager with its kernel, sockets and control server."""
 
-    def __init__(self, loaded: LoadedConfiguration) -> None:
+    def __init__(self, loaded: LoadedConfiguration, verdicts: Sequence[Verdict] = ()) -> None:
+        """`verdicts`: why this kernel, where `kernel = auto` was to find one."""
         config = loaded.daemon
         self._config = config
         self._configuration = loaded.configuration
@@ -110,7 +115,7 @@ class Daemon:
         self._manager = Manager(self._kernel, self._sockets, CredentialStore.of(loaded.configuration), settings, gate, self._counters, _path_mtu)
         self._demands = Demands(self._manager, SOCKET_MARK)
         self._interfaces = Interfaces()
-        self._operations = Operations(self._manager, self._demands, config, self._interfaces)
+        self._operations = Operations(self._manager, self._demands, config, self._interfaces, [str(verdict) for verdict in verdicts])
         self._control = ControlServer(self._operations, config)
         self._addresses_task: asyncio.Task[None] | None = None
         self._addresses_changed = asyncio.Event()
@@ -141,8 +146,8 @@ class Daemon:
         await self._sockets.clear()
         if config.kernel is KernelChoice.XFRM:
             return await self._opened(XfrmChannel(acquire_seconds=_negotiation_seconds(config), settings_file=_settings_file(config)))
-        if config.kernel is not KernelChoice.USERSPACE:
-            raise StartError(f"kernel = {config.kernel.value} is not implemented yet; use kernel = userspace or xfrm")
+        if config.kernel is KernelChoice.PFKEY:
+            return await self._opened(AfKeyChannel(acquire_seconds=_negotiation_seconds(config), settings_file=_settings_file(config)))
         if not shim_listens(config.shim_socket):
             if not config.start_shim:
                 raise ConnectionRefusedError(errno.ECONNREFUSED, f"no userspace kernel listens at {config.shim_socket}")
@@ -151,6 +156,9 @@ class Daemon:
             log.info("starting the userspace kernel", socket=str(config.shim_socket))
             self._shim = await start_shim(config.shim_socket, [])
         return await self._opened(PfKeyChannel(config.shim_socket))
+
+    def _bypass(self) -> Bypass:
+        return af_key.bypass_policies if self._config.kernel is KernelChoice.PFKEY else xfrm.bypass_policies
 
     async def _opened(self, channel: KernelChannel) -> KernelChannel:
         await channel.open()
@@ -181,7 +189,7 @@ class Daemon:
             if address in self._sockets.addresses:
                 continue
             try:
-                descriptors = await channel.bind(address) if channel.capabilities().binds_ike_sockets else open_ike_sockets(address)
+                descriptors = await channel.bind(address) if channel.capabilities().binds_ike_sockets else open_ike_sockets(address, self._bypass())
             except KernelError as error:
                 log.warning("no IKE sockets on an address", address=str(address), error=error.detail)
                 continue
@@ -264,13 +272,29 @@ def _negotiation_seconds(config: DaemonConfig) -> int:
     return max(MINIMUM_ACQUIRE, math.ceil(min(sum(waits), MAXIMUM_ACQUIRE)))
 
 
+async def _with_kernel(loaded: LoadedConfiguration) -> tuple[LoadedConfiguration, Sequence[Verdict]]:
+    """With `kernel = auto` replaced by the kernel that it means here. StartError when there is none."""
+    if loaded.daemon.kernel is not KernelChoice.AUTO:
+        return loaded, ()
+    verdicts = await choose(loaded.daemon, loaded.configuration)
+    for verdict in verdicts:
+        log.info("kernel chosen" if verdict.usable else "kernel passed over", kernel=verdict.kernel.value, reason=verdict.reason)
+    if not verdicts[-1].usable:
+        raise StartError("kernel = auto finds no kernel: " + "; ".join(map(str, verdicts)))
+    return replace(loaded, daemon=replace(loaded.daemon, kernel=verdicts[-1].kernel)), verdicts
+
+
 async def _serve(loaded: LoadedConfiguration) -> int:
     loop = asyncio.get_running_loop()
     ended = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ended.set)
     try:
-        daemon = Daemon(loaded)
+        loaded, verdicts = await _with_kernel(loaded)
+        daemon = Daemon(loaded, verdicts)
+    except StartError as error:
+        log.error("cannot start", error=str(error))
+        return 1
     except CredentialError as error:
         log.error("configuration refused", error=str(error))
         return 1

@@ -11,6 +11,7 @@ from typing import Final
 from kernel_shim.algorithms import EncryptionId, EspAlgorithm, IntegrityId
 from kernel_shim.channel.sysctl import Sysctls
 from kernel_shim.model import Action, Capabilities, Direction, IPAddress, KernelError, Policy, Unresolved
+from kernel_shim.pfkey.af_key import AF_KEY as AF_KEY
 
 ACQUIRE_SECONDS: Final = 165  # how long a larval SA stands: as long as a negotiation may take with the default retransmissions
 MAX_ACQUIRES: Final = 65536  # remembered, so that their larval SAs can be removed; beyond it the oldest expire by themselves

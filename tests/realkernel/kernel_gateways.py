@@ -17,15 +17,16 @@ from lab.topology import WAN
 from lab.tunnel import Side, Tunnel
 
 
-class XfrmGateway(Gateway):
-    """vpnd on NETLINK_XFRM; no shim runs."""
+class KernelGateway(Gateway):
+    """vpnd on the host's own kernel, by the channel `choice`; no shim runs."""
 
+    choice = "xfrm"
     kind = "vpnd on xfrm"
 
     def start(self) -> None:
         self._write_main_config()
         text = self.main_config.read_text()
-        self.main_config.write_text(text.replace("kernel = userspace", "kernel = xfrm"))
+        self.main_config.write_text(text.replace("kernel = userspace", f"kernel = {self.choice}"))
         self.start_vpnd()
 
     def kernel(self, *arguments: str) -> str:
@@ -42,6 +43,17 @@ class XfrmGateway(Gateway):
         return [(name, self.namespace.call(Path("/proc/sys/net/core", name).read_text).strip(), value) for name, value in fresh.items()]
 
 
+class XfrmGateway(KernelGateway):
+    """On NETLINK_XFRM."""
+
+
+class PfKeyGateway(KernelGateway):
+    """On AF_KEY."""
+
+    choice = "pfkey"
+    kind = "vpnd on AF_KEY"
+
+
 class KernelStrongSwan(StrongSwan):
     """charon with kernel-netlink: ESP is the kernel's."""
 
@@ -55,6 +67,10 @@ class KernelStrongSwan(StrongSwan):
 
 def xfrm(namespace: Namespace, config: Path) -> XfrmGateway:
     return XfrmGateway(namespace, config)
+
+
+def pfkey(namespace: Namespace, config: Path) -> PfKeyGateway:
+    return PfKeyGateway(namespace, config)
 
 
 def strongswan(namespace: Namespace, config: Path) -> KernelStrongSwan:

@@ -142,6 +142,8 @@ def _status(options: argparse.Namespace) -> int:
         "ikesas": _numbers(stats.section("ikesas")),
         "connections": len(connections),
         "children": {"total": len(children), "up": sum(child["up"] for child in children)},
+        "kernel": more.text("kernel"),
+        "kernel-reasons": more.plain().get("kernel-reasons") or [],
         "policies": int(more.text("policies") or 0),
         "counters": _numbers(more.section("counters")),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +14,9 @@ import shtab
 from vpnd.config import ConfigErrors, load
 from vpnd.config.capabilities import EXPECTED, beyond
 from vpnd.config.errors import ConfigError
-from vpnd.config.model import LoadedConfiguration
+from vpnd.config.model import KernelChoice, LoadedConfiguration
 from vpnd.control.vici.formats import metadata_version
+from vpnd.io.kernel_choice import choose
 
 DEFAULT_CONFIG: Final = Path("/etc/vpnd/vpnd.conf")
 
@@ -63,7 +65,13 @@ def _check(path: Path) -> int:
         return _complain(invalid.errors)
     for warning in loaded.warnings:
         print(f"{warning} (warning)", file=sys.stderr)
-    if complaints := beyond(loaded.configuration, EXPECTED[loaded.daemon.kernel], loaded.tree):
+    if loaded.daemon.kernel is KernelChoice.AUTO:
+        verdicts = asyncio.run(choose(loaded.daemon, loaded.configuration))
+        for verdict in verdicts:
+            print(f"{path}: kernel = auto: {verdict}", file=sys.stdout if verdict.usable else sys.stderr)
+        if not verdicts[-1].usable:
+            return EXIT_FAILED
+    elif complaints := beyond(loaded.configuration, EXPECTED[loaded.daemon.kernel], loaded.tree):
         return _complain(complaints)
     print(f"{path}: ok, {_summary(loaded)}")
     return EXIT_OK

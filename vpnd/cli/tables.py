@@ -48,6 +48,7 @@ def status(report: Row) -> None:
     _add(table, "running", f"{uptime.get('running')}, since {uptime.get('since')}")
     _add(table, "IKE SAs", f"{report['ikesas'].get('total', 0)}, {report['ikesas'].get('half-open', 0)} of them half-open")
     _add(table, "children", f"{children['up']} of {children['total']} up, in {report['connections']} connections")
+    _add(table, "kernel", "\n".join((report["kernel"] or "", *report["kernel-reasons"])))
     _add(table, "policies", report["policies"])
     for name, value in report["counters"].items():
         _add(table, name, value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
-from kernel_shim.channel.linux import XFRM
+from kernel_shim.channel.linux import AF_KEY, XFRM
 from kernel_shim.channel.userspace import USERSPACE
 from kernel_shim.model import NO_MARK, Action, Capabilities
 from vpnd.config.errors import ConfigError, Position
@@ -17,8 +17,9 @@ from vpnd.ike.proposal import Proposal, within
 EXPECTED: Final[Mapping[KernelChoice, Capabilities]] = {
     KernelChoice.USERSPACE: USERSPACE,
     KernelChoice.XFRM: XFRM,
+    KernelChoice.PFKEY: AF_KEY,
 }
-"""What `vpnd check` measures against. A running daemon asks its kernel, whose answer counts."""
+"""What `vpnd check` measures against where the kernel is named. A running daemon asks its kernel, whose answer counts."""
 
 
 def beyond(configuration: Configuration, capabilities: Capabilities, tree: Section | None = None) -> Sequence[ConfigError]:
@@ -57,6 +58,8 @@ def impossible(child: ChildConfig, capabilities: Capabilities) -> Iterator[tuple
             yield option, f"has no {'interface ids' if option.startswith('if_id') else 'marks'} in its policies and SAs"
     if child.action is not Action.PROTECT:
         return
+    if child.reqid > capabilities.maximum_reqid:
+        yield "reqid", f"has reqids of at most {capabilities.maximum_reqid}"
     if not within(child.esp_proposals, capabilities):
         yield "esp_proposals", "has none of its ESP algorithms"
     if child.mode not in capabilities.modes:

@@ -166,6 +166,7 @@ class KernelChoice(Enum):
     USERSPACE = "userspace"
     XFRM = "xfrm"
     PFKEY = "pfkey"
+    AUTO = "auto"  # the first that works and can do all that is asked
 
 
 class LogFormat(Enum):

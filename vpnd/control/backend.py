@@ -151,6 +151,8 @@ class DaemonStats:
     ike_half_open: int
     policies: int
     counters: Mapping[str, int]
+    kernel: str = ""
+    kernel_reasons: Sequence[str] = ()  # why it was chosen, and others not
 
 
 class ControlBackend(Protocol):

@@ -309,4 +309,4 @@ class KernelSide:
     def reqid_for(self, outbound: Selector | None) -> ReqId:
         """The reqid of the standing policy of this selector, so that an earlier run's SAs still serve it; else one that is free."""
         standing = self._policies.standing_reqid(outbound) if outbound is not None else None
-        return standing if standing is not None else self._reqids.fresh()
+        return standing if standing is not None else self._reqids.fresh(self.capabilities().maximum_reqid)

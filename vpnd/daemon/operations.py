@@ -29,8 +29,16 @@ QUEUED_LINES: Final = 1000  # log lines kept for one slow control client
 class Operations:
     """The control server's backend."""
 
-    def __init__(self, manager: Manager, demands: Demands, settings: DaemonConfig | None = None, interfaces: Interfaces | None = None) -> None:
+    def __init__(
+        self,
+        manager: Manager,
+        demands: Demands,
+        settings: DaemonConfig | None = None,
+        interfaces: Interfaces | None = None,
+        kernel_reasons: Sequence[str] = (),
+    ) -> None:
         settings = settings or DaemonConfig()
+        self._kernel_reasons = kernel_reasons
         self._manager = manager
         self._demands = demands
         self._started = time.time()
@@ -53,6 +61,8 @@ class Operations:
             ike_half_open=self._manager.registry.half_open_total,
             policies=len(self._demands.traps.installed),
             counters=self._manager.counters.snapshot(),
+            kernel=self._manager.capabilities.name,
+            kernel_reasons=self._kernel_reasons,
         )
 
     async def list_sas(

@@ -216,8 +216,7 @@ def test_a_whole_daemon_section(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("kernel = pfkey", "kernel: the kernel 'pfkey' is not implemented yet"),
-        ("kernel = linux", "kernel: 'linux' is not one of userspace, xfrm, pfkey"),
+        ("kernel = linux", "kernel: 'linux' is not one of userspace, xfrm, pfkey, auto"),
         ("kernell = xfrm", "kernell: unknown option 'kernell', did you mean 'kernel'?"),
         ("control_socket = vici.sock", "control_socket: 'vici.sock' is not an absolute path of at most 107 bytes"),
         ("control_mode = 0999", "control_mode: '0999' is not a file mode, such as 0660"),

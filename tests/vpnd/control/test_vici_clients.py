@@ -378,7 +378,8 @@ def test_our_client(served: ServedBackend) -> None:
         served.backend.sas.append(ike_status())
         (event,) = client.streamed("list-sas", "list-sa")
         assert event.section("gw")
-        assert client.request("x-stats").plain() == {"policies": "0", "counters": {"ike.sent": "5"}}
+        expected = {"kernel": "userspace", "kernel-reasons": ["userspace: works"], "policies": "0", "counters": {"ike.sent": "5"}}
+        assert client.request("x-stats").plain() == expected
         client.request("x-wait", {"child": "net", "timeout": 1000})
         with pytest.raises(CommandFailed, match="not up"):
             client.request("x-wait", {"child": "bad"})

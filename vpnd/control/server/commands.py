@@ -143,7 +143,9 @@ class Commands:
     async def _counters(self, _request: Section, _stream: Stream) -> Section:
         """Ours: every counter of the daemon and its kernel, by name."""
         figures = self._backend.stats()
-        return Section.of({"policies": figures.policies, "counters": dict(figures.counters)})
+        return Section.of(
+            {"kernel": figures.kernel, "kernel-reasons": list(figures.kernel_reasons), "policies": figures.policies, "counters": dict(figures.counters)}
+        )
 
     async def _list_sas(self, request: Section, stream: Stream) -> Section:
         sas = await self._backend.list_sas(
