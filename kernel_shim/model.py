@@ -33,6 +33,7 @@ PORT_IKE: Final = 500
 PORT_NAT_T: Final = 4500
 NO_PORT: Final = 0  # of an endpoint that sends ESP without UDP
 SOCKET_MARK: Final = 0x49500000  # SO_MARK of IKE and ESP sockets: keeps their packets off the capture routes
+ROUTE_PROTOCOL: Final = 178  # RTPROT_ of our routes and rules; unassigned in rtnetlink.h and /etc/iproute2/rt_protos
 
 
 class KernelError(Exception):

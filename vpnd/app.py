@@ -36,7 +36,7 @@ from vpnd.daemon.operations import Operations
 from vpnd.gate import GateSettings
 from vpnd.ike.context import IkeSettings, Retransmission
 from vpnd.ike.effects import Reason
-from vpnd.io.addresses import local_addresses, path_mtu, watch_addresses
+from vpnd.io.addresses import local_addresses, path_mtu, source_towards, watch_addresses
 from vpnd.io.ike_sockets import Bypass, open_ike_sockets
 from vpnd.io.kernel_choice import Verdict, choose
 from vpnd.io.shim import ShimStartError, shim_listens, start_shim
@@ -93,6 +93,22 @@ class SocketTable:
             sockets.send_keepalive(remote)
 
 
+class HostView:
+    """Addresses with sockets of ours, and the host's routes as our own packets take them; implements `vpnd.daemon.manager.Host`."""
+
+    def __init__(self, sockets: SocketTable) -> None:
+        self._sockets = sockets
+
+    def addresses(self) -> Sequence[IPAddress]:
+        return sorted(self._sockets.addresses, key=lambda address: (address.version, address))
+
+    def source_towards(self, remote: IPAddress) -> IPAddress | None:
+        return source_towards(remote, SOCKET_MARK)
+
+    def path_mtu(self, local: IPAddress, remote: IPAddress) -> int:
+        return path_mtu(local, remote, SOCKET_MARK)
+
+
 class Daemon:
     """One key manager with its kernel, sockets and control server."""
 
@@ -112,7 +128,7 @@ class Daemon:
             fragment_size=config.fragment_size,
         )
         gate = GateSettings(config.cookie_threshold, config.cookie_threshold_ip, config.block_threshold, config.half_open_limit)
-        self._manager = Manager(self._kernel, self._sockets, CredentialStore.of(loaded.configuration), settings, gate, self._counters, _path_mtu)
+        self._manager = Manager(self._kernel, self._sockets, CredentialStore.of(loaded.configuration), settings, gate, self._counters, HostView(self._sockets))
         self._demands = Demands(self._manager, SOCKET_MARK)
         self._interfaces = Interfaces()
         self._operations = Operations(self._manager, self._demands, config, self._interfaces, [str(verdict) for verdict in verdicts])
@@ -205,6 +221,7 @@ class Daemon:
                 self._addresses_changed.clear()
                 try:
                     await self._bind(self._kernel.channel)
+                    self._manager.addresses_changed()
                 except ChannelClosed:
                     continue  # the reconnection binds them
                 except (OSError, KernelError) as error:
@@ -255,10 +272,6 @@ class Daemon:
         if self._shim is not None and self._shim.poll() is None:
             self._shim.terminate()
             await asyncio.get_running_loop().run_in_executor(None, self._shim.wait)
-
-
-def _path_mtu(local: IPAddress, remote: IPAddress) -> int:
-    return path_mtu(local, remote, SOCKET_MARK)
 
 
 def _settings_file(config: DaemonConfig) -> Path:

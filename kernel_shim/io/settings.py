@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from kernel_shim.model import SOCKET_MARK
+from kernel_shim.model import ROUTE_PROTOCOL, SOCKET_MARK
 
 DEFAULT_SOCKET: Final = Path("/run/vpnd/shim.sock")
 DEFAULT_TUN: Final = "vpn0"
@@ -17,7 +17,7 @@ DEFAULT_EGRESS_MTU: Final = 1500
 
 TABLES: Final = 64  # routing tables from `table` on that are ours
 PRIORITIES: Final = 100  # rule priorities from `rule_priority` on that are ours
-PROTOCOL_NUMBER: Final = 178  # RTPROT_ of our routes and rules; unassigned in rtnetlink.h and /etc/iproute2/rt_protos
+PROTOCOL_NUMBER: Final = ROUTE_PROTOCOL
 
 TRANSMIT_QUEUE: Final = 16_384  # frames; many times one pending queue's bound, as a TUN cannot push back, and 0.4 s of small packets
 SOCKET_BUFFER: Final = 8 << 20  # bytes, each way

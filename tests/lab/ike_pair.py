@@ -28,6 +28,7 @@ from vpnd.ike.effects import (
     IkeEstablished,
     IkeOpened,
     InstallSa,
+    MigrateSa,
     Reason,
     RemoveSa,
     Send,
@@ -101,8 +102,10 @@ class Peer:
     waiting: list[tuple[IkeSa, AllocateSpi]] = field(default_factory=list)
     refuse_install: Callable[[SecurityAssociation], bool] = lambda sa: False
     local_port: int = 500
+    refuse_migration: bool = False
     contacts: bool = True
     reassembly: ReassemblyBudget = field(default_factory=ReassemblyBudget)
+    further_addresses: list[str] = field(default_factory=list)
     narrowest: int = 0  # path MTU that is known
     _init: dict[tuple[bytes, Endpoint], IkeSa] = field(default_factory=dict)
     _ids: int = 0
@@ -112,6 +115,12 @@ class Peer:
         self.random = random.Random(f"{self.name}{self.seed}")
 
     # IkeContext
+
+    def addresses(self) -> Sequence[IPAddress]:
+        return [ip_address(address) for address in (self.address, *self.further_addresses)]
+
+    def source_towards(self, remote: IPAddress) -> IPAddress | None:
+        return next((address for address in self.addresses() if address.version == remote.version), None)
 
     def path_mtu(self, local: IPAddress, remote: IPAddress) -> int:
         return self.narrowest
@@ -197,6 +206,13 @@ class Peer:
                     assert association.direction is Direction.OUT or association.id in self.larval
                     self.larval.discard(association.id)
                     self.sad[association.id] = association
+                case MigrateSa(child_id, old, new):
+                    assert sa is not None
+                    if self.sad.pop(old.id, None) is None or self.refuse_migration:
+                        self.run(sa, sa.migrate_failed(child_id, now), now)
+                    else:
+                        assert new.id not in self.sad
+                        self.sad[new.id] = new
                 case RemoveSa(sa_id):
                     self.sad.pop(sa_id, None)
                     self.larval.discard(sa_id)
@@ -376,11 +392,11 @@ def selectors(text: str) -> tuple[TrafficSelector, ...]:
     return found  # type: ignore[return-value]
 
 
-def psk_pair(config: ChildConfig | None = None, **options: object) -> Pair:
+def psk_pair(config: ChildConfig | None = None, *, mobike: bool = True, **options: object) -> Pair:
     """Two gateways with one CHILD_SA between 10.1.0.0/16 (`a`) and 10.2.0.0/16 (`b`)."""
     config = config or child()
-    a = connection("to-b", psk("a.example"), psk("b.example"), [config])
-    b = connection("to-a", psk("b.example"), psk("a.example"), [mirrored(config)])
+    a = connection("to-b", psk("a.example"), psk("b.example"), [config], mobike=mobike)
+    b = connection("to-a", psk("b.example"), psk("a.example"), [mirrored(config)], mobike=mobike)
     return Pair(a, b, **options)  # type: ignore[arg-type]
 
 

@@ -129,16 +129,18 @@ async def test_when_both_sides_ask_at_once_one_child_remains(standing: bool, mon
     assert len(a.manager) == len(b.manager) == 1
 
 
-async def test_a_nat_that_gives_the_peer_another_port_is_followed() -> None:
-    a, b, _ = await pair()
+async def test_a_nat_that_gives_the_peer_another_port_or_address_is_followed() -> None:
+    a, b, _ = await pair(connection="mobike = no")
     await a.up()
     await until(lambda: mirrored(a, b))
     inbound = next(sa for sa in b.kernel.sas.values() if sa.direction is Direction.IN)
     outbound = next(sa for sa in b.kernel.sas.values() if sa.direction is Direction.OUT)
     for port, address in ((61000, A), (62000, A), (63000, ip_address("127.0.0.99"))):
         b.channels[-1].event(NewMapping(inbound.id, inbound.reqid, Endpoint(A, 4500), Endpoint(address, port)))
-        await until(lambda port=port, address=address: address != A or b.kernel.sas[outbound.id].encapsulation.destination_port == port)
-    assert b.kernel.sas[outbound.id].encapsulation == replace(outbound.encapsulation, destination_port=62000), "another address is not taken on its word"
+        moved = replace(outbound, destination=address, encapsulation=replace(outbound.encapsulation, destination_port=port))
+        await until(lambda moved=moved: b.kernel.sas.get(moved.id) == moved)
+    assert len(b.kernel.sas) == 2
+    assert {policy.templates[0].destination for policy in b.kernel.policies.values() if policy.direction is Direction.OUT} == {moved.destination}
 
 
 async def test_half_open_limits_ask_for_cookies_and_then_refuse() -> None:

@@ -130,6 +130,7 @@ class ConnectionConfig:
     over_time: float = 1440.0  # the IKE SA is closed this long after `rekey_time`, or `reauth_time` should that come first
     rand_time: float = 1440.0
     fragmentation: Fragmentation = Fragmentation.YES
+    mobike: bool = True
     send_cert: str = "ifasked"
     send_certreq: bool = True
 

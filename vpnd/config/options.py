@@ -16,7 +16,6 @@ CONNECTION: Final[Mapping[str, Harmless]] = {
     "vips": never,
     "pools": never,
     "dscp": is_zero,
-    "mobike": is_no,
     "childless": one_of("allow", "never"),  # none is made unless a peer says that it supports it
     "ocsp": one_of("reply", "never"),  # a reply is sent only when there is one
     "ppk_id": never,

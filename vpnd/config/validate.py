@@ -71,6 +71,7 @@ def _connection(reader: Reader, name: str) -> ConnectionConfig:
         over_time=lifetime.over,
         rand_time=lifetime.rand,
         fragmentation=reader.choice("fragmentation", Fragmentation.YES, _FRAGMENTATION),
+        mobike=reader.boolean("mobike", True),
         send_cert=reader.choice("send_cert", "ifasked", {value: value for value in ("ifasked", "always", "never")}),
         send_certreq=reader.boolean("send_certreq", True),
     )

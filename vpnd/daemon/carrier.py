@@ -32,9 +32,11 @@ from vpnd.ike.effects import (
     IkeClosed,
     IkeEstablished,
     IkeHandedOver,
+    IkeMoved,
     IkeOpened,
     InitialContact,
     InstallSa,
+    MigrateSa,
     Reason,
     ReauthenticationDue,
     RekeyFailed,
@@ -100,7 +102,7 @@ class Carrier:
         while entry.steps:
             step = entry.steps[0]
             while step:
-                if isinstance(step[0], AllocateSpi | InstallSa | RemoveSa):
+                if isinstance(step[0], AllocateSpi | InstallSa | MigrateSa | RemoveSa):
                     entry.task = asyncio.get_running_loop().create_task(self._continue(entry))
                     return
                 self._carry_out(entry, step.popleft())
@@ -169,6 +171,13 @@ class Carrier:
                     step.clear()
                     self._release(entry.current, child_id)
                     answer = entry.sa.install_failed(child_id, sa.direction, asyncio.get_running_loop().time())
+            case MigrateSa(child_id, old, new):
+                try:
+                    await self._migrate(entry, child_id, old, new)
+                except KERNEL_ERRORS as error:
+                    self._news.say(f"kernel did not move the {new.direction.name.lower()}bound SA {new.spi:08x}: {error}", entry, group="KNL", warning=True)
+                    self._installed(entry.current, child_id)
+                    answer = entry.sa.migrate_failed(child_id, asyncio.get_running_loop().time())
             case RemoveSa(sa_id):
                 self._registry.disown(sa_id)
                 await self._kernel.remove(sa_id)
@@ -182,17 +191,37 @@ class Carrier:
         """Policies in all directions stand before the first SA: what is sent before the SA out stands waits for it in the kernel, and is not sent in clear."""
         inbound = sa.direction is Direction.IN
         if inbound:
-            local_ts, remote_ts = sa.destination_selectors, sa.source_selectors
-            known = self._reqids.child(sa.reqid)
-            spec = PolicySpec.of_child(known[1] if known else None, sa.mode, sa.reqid, sa.destination, sa.source)
-            entry.current.owners.add(child_id)
-            entry.current.installing[child_id] = sa.reqid
-            self._installing[sa.reqid] += 1
-            await self._kernel.claim(("child", child_id), list(policies_for(spec, local_ts, remote_ts)))
+            self._begin_installing(entry.current, child_id, sa)
+            await self._claim_policies(child_id, sa)
         await self._kernel.install(sa)
         self._registry.own(sa.id, entry, child_id)
         if not inbound:
             self._installed(entry.current, child_id)
+
+    async def _migrate(self, entry: Entry, child_id: int, old: SecurityAssociation, new: SecurityAssociation) -> None:
+        """The SA in first, so that nothing that arrives is lost; an ACQUIRE between the policies and the SA out is answered by that."""
+        inbound = new.direction is Direction.IN
+        if inbound:
+            self._begin_installing(entry.current, child_id, new)
+        await self._kernel.migrate(old, new)
+        self._registry.disown(old.id)
+        self._registry.own(new.id, entry, child_id)
+        if inbound:
+            await self._claim_policies(child_id, new)
+        else:
+            self._installed(entry.current, child_id)
+
+    async def _claim_policies(self, child_id: int, inbound: SecurityAssociation) -> None:
+        known = self._reqids.child(inbound.reqid)
+        spec = PolicySpec.of_child(known[1] if known else None, inbound.mode, inbound.reqid, inbound.destination, inbound.source)
+        policies = policies_for(spec, inbound.destination_selectors, inbound.source_selectors)
+        await self._kernel.claim(("child", child_id), list(policies))
+
+    def _begin_installing(self, entry: Entry, child_id: int, sa: SecurityAssociation) -> None:
+        entry.owners.add(child_id)
+        if child_id not in entry.installing:
+            entry.installing[child_id] = sa.reqid
+            self._installing[sa.reqid] += 1
 
     def _installed(self, entry: Entry, child_id: int) -> None:
         reqid = entry.installing.pop(child_id, None)
@@ -233,6 +262,12 @@ class Carrier:
                         self.listener.child_established(entry, child)
                     else:
                         self.listener.child_rekeyed(entry, replaces, child)
+            case IkeMoved(local, remote):
+                entry = entry.current
+                for child_id in list(entry.installing):  # of one that sends not yet, the SA out did not move
+                    self._installed(entry, child_id)
+                self._counters.add("ike_moved")
+                self._news.say(f"IKE_SA {entry.sa.connection.name}[{entry.sa.unique_id}] is between {local} and {remote} now", entry)
             case RekeyFailed(child_id, reason, detail):
                 entry = entry.current
                 self._counters.add("rekey_failed")

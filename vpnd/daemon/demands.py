@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import errno
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Final
 
 import structlog
@@ -26,7 +26,6 @@ from kernel_shim.model import (
     KernelEvent,
     NewMapping,
     TrafficSelector,
-    UdpEncapsulation,
 )
 from vpnd.config.model import ChildConfig, ConnectionConfig, StartAction
 from vpnd.control.backend import ControlError
@@ -276,22 +275,9 @@ class Demands:
                     self._manager.run(entry, entry.sa.rekey_child(child_id, asyncio.get_running_loop().time()))
             case NewMapping():
                 self._manager.counters.add("nat_mappings_changed")
-                self._background.start(self._follow_mapping(event))
-
-    async def _follow_mapping(self, event: NewMapping) -> None:
-        """RFC 3948 section 4: a NAT gave the peer another port, and the SA out follows it. Another address waits for IKE to say so, too."""
-        found = self._manager.child_with(event.sa)
-        known = found[0].sa.children.get(found[1]) if found is not None else None
-        if known is None or known.sa.outbound.encapsulation is None or event.new.address != known.sa.outbound.destination:
-            return
-        outbound = known.sa.outbound
-        moved = replace(outbound, encapsulation=UdpEncapsulation(known.sa.outbound.encapsulation.source_port, event.new.port))
-        try:
-            await self._manager.kernel.channel.update_sa(moved)
-        except (KernelError, TimeoutError, ChannelClosed) as error:
-            log.warning("NAT mapping not followed", spi=f"{outbound.spi:08x}", error=str(error))
-            return
-        known.sa = replace(known.sa, outbound=moved)
+                found = self._manager.child_with(event.sa)
+                if found is not None:
+                    self._manager.run(found[0], found[0].sa.mapping_changed(event.new, asyncio.get_running_loop().time()))
 
     def _acquire(self, event: Acquire) -> None:
         self._manager.counters.add("acquires")

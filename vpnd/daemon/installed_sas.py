@@ -75,6 +75,23 @@ class InstalledSas:
         self._ours[sa.id] = sa
         self._doomed.done(sa.id)
 
+    async def migrate(self, old: SecurityAssociation, new: SecurityAssociation) -> None:
+        """Give an SA other addresses or UDP encapsulation. After an error it may be gone: it is deleted under both names, and its owner makes another."""
+        self._installing[new.id] = None
+        try:
+            await self._channel().migrate_sa(old, new)
+        except BaseException as error:
+            if isinstance(error, TimeoutError):
+                self._counters.add("kernel_requests_unanswered")
+            self._ours.pop(old.id, None)
+            for sa in dict.fromkeys((old.id, new.id)):
+                self._doomed.failed(sa)
+            raise
+        finally:
+            self._installing.pop(new.id, None)
+        self._ours.pop(old.id, None)
+        self._ours[new.id] = new
+
     async def remove(self, sa: SaId) -> None:
         """That it is gone already is no error. What the kernel does not do now it is asked for again, also when it was away."""
         self._ours.pop(sa, None)

@@ -290,6 +290,9 @@ class KernelSide:
         if sa.direction is Direction.OUT:
             await self._sas.remove_all(self._orphans.superseded(sa))
 
+    async def migrate(self, old: SecurityAssociation, new: SecurityAssociation) -> None:
+        await self._sas.migrate(old, new)
+
     async def remove(self, sa: SaId) -> None:
         await self._sas.remove(sa)
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
-from typing import Final
+from typing import Final, Protocol
 
 from kernel_shim.model import Capabilities, Endpoint, IPAddress, SaId
 from vpnd.auth.credentials import CredentialStore
@@ -40,6 +40,27 @@ REFUSALS_AT_ONCE: Final = 20  # log lines about IKE_SA_INITs that were refused; 
 REFUSALS_A_SECOND: Final = 1.0
 
 
+class Host(Protocol):
+    """What IKE SAs want to know of addresses and routes."""
+
+    def addresses(self) -> Sequence[IPAddress]: ...
+    def source_towards(self, remote: IPAddress) -> IPAddress | None: ...
+    def path_mtu(self, local: IPAddress, remote: IPAddress) -> int: ...
+
+
+class Nowhere:
+    """A host of which nothing is known."""
+
+    def addresses(self) -> Sequence[IPAddress]:
+        return ()
+
+    def source_towards(self, remote: IPAddress) -> IPAddress | None:
+        return None
+
+    def path_mtu(self, local: IPAddress, remote: IPAddress) -> int:
+        return 0
+
+
 class Manager:
     """Implements `vpnd.ike.context.IkeContext` for the cores that it drives."""
 
@@ -51,14 +72,14 @@ class Manager:
         settings: IkeSettings,
         gate: GateSettings,
         counters: Counters,
-        path_mtu: Callable[[IPAddress, IPAddress], int] = lambda local, remote: 0,
+        host: Host | None = None,
     ) -> None:
         self.kernel: Final = kernel
         self.counters: Final = counters
         self.credentials: CredentialStore = credentials
         self._settings = settings
         self._sockets = sockets
-        self._path_mtu = path_mtu
+        self._host: Host = host or Nowhere()
         self._reassembly = ReassemblyBudget()
         self._gate = Gate(gate, os.urandom)
         self.connections: Final = Connections()
@@ -99,8 +120,14 @@ class Manager:
     def reassembly(self) -> ReassemblyBudget:
         return self._reassembly
 
+    def addresses(self) -> Sequence[IPAddress]:
+        return self._host.addresses()
+
+    def source_towards(self, remote: IPAddress) -> IPAddress | None:
+        return self._host.source_towards(remote)
+
     def path_mtu(self, local: IPAddress, remote: IPAddress) -> int:
-        return self._path_mtu(local, remote)
+        return self._host.path_mtu(local, remote)
 
     def entropy(self, octets: int) -> bytes:
         return os.urandom(octets)
@@ -181,6 +208,12 @@ class Manager:
             self._initial(local, remote, data)
         else:
             self.counters.add("ike_unknown_spi")
+
+    def addresses_changed(self) -> None:
+        """The host's addresses or routes changed."""
+        for entry in self.entries():
+            if entry.sa.mobike:
+                self.run(entry, entry.sa.addresses_changed(self._now()))
 
     def _initial(self, local: Endpoint, remote: Endpoint, data: bytes) -> None:
         now = self._now()

@@ -228,7 +228,9 @@ def build(session: Session, agreed: Agreed, spi_in: SaId, keying: Keying, replac
     first, second = (keys.initiator_encryption, keys.initiator_integrity), (keys.responder_encryption, keys.responder_integrity)
     own, peers = (first, second) if keying.initiator else (second, first)
     soft, hard = _lifetimes(session, config)
-    local, remote, encapsulated = session.local, session.remote, session.encapsulated
+    # its SPI is that of the address which was ours when the exchange began; should we have moved, the SA does so as soon as it stands
+    local = session.local._replace(address=spi_in.destination)
+    remote, encapsulated = session.remote, session.encapsulated
 
     def one(direction: Direction, spi: Spi, pair: tuple[Secret, Secret]) -> SecurityAssociation:
         inbound = direction is Direction.IN

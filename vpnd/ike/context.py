@@ -76,6 +76,12 @@ class IkeContext(Protocol):
     @property
     def reassembly(self) -> ReassemblyBudget: ...
 
+    def addresses(self) -> Sequence[IPAddress]:
+        """Our own addresses, on which a peer can reach us."""
+
+    def source_towards(self, remote: IPAddress) -> IPAddress | None:
+        """The address of ours by which the host's routing reaches `remote`; None without a route."""
+
     def path_mtu(self, local: IPAddress, remote: IPAddress) -> int:
         """What is known of the longest IP packet, in octets, that passes from `local` to `remote`; 0: nothing is."""
 

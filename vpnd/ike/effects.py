@@ -45,6 +45,8 @@ class Reason(Enum):
     REAUTHENTICATION = "reauthentication"
     INACTIVE = "inactivity"
     NOT_UNIQUE = "another IKE SA of this peer stands"
+    ADDRESS_CHANGED = "its address changed"
+    ADDRESS_REFUSED = "peer refuses our addresses"
     KERNEL_LOST = "kernel side lost the SA"
     SHUTDOWN = "shutdown"
 
@@ -103,6 +105,15 @@ class InstallSa:
 
 
 @dataclass(frozen=True, slots=True)
+class MigrateSa:
+    """Give an installed SA other addresses or UDP encapsulation, with all its state. Whoever cannot calls `IkeSa.migrate_failed(child_id, now)`."""
+
+    child_id: int
+    old: SecurityAssociation
+    new: SecurityAssociation
+
+
+@dataclass(frozen=True, slots=True)
 class RemoveSa:
     """Take an SA out of the kernel; that it is gone already is no error. `sa` may be larval (an SPI that was never used)."""
 
@@ -142,6 +153,14 @@ class IkeHandedOver:
 @dataclass(frozen=True, slots=True)
 class ReauthenticationDue:
     """It has stood long enough: the peers are to prove anew who they are, on an IKE SA of its own (RFC 7296 section 2.8.3)."""
+
+
+@dataclass(frozen=True, slots=True)
+class IkeMoved:
+    """The IKE SA and its CHILD_SAs have these addresses now (RFC 4555, or a NAT's new mapping)."""
+
+    local: Endpoint
+    remote: Endpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +226,8 @@ Effect = (
     | SendKeepalive
     | AllocateSpi
     | InstallSa
+    | MigrateSa
+    | IkeMoved
     | RemoveSa
     | IkeEstablished
     | IkeClosed

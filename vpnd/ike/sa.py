@@ -25,7 +25,7 @@ from vpnd.ike.effects import (
     RemoveSa,
     SendKeepalive,
 )
-from vpnd.ike.exchanges import create_child_sa, ike_auth, ike_intermediate, ike_sa_init, informational, rekey_ike
+from vpnd.ike.exchanges import create_child_sa, ike_auth, ike_intermediate, ike_sa_init, informational, mobike, rekey_ike
 from vpnd.ike.followup import Followup
 from vpnd.ike.fragments import Outgoing
 from vpnd.ike.session import Session, Steps, Task
@@ -215,6 +215,30 @@ class IkeSa(Transport):
         self.now = now
         if self.state is IkeSaState.ESTABLISHED and self.active is None and not self.queue:
             self._enqueue(Task("IKE_DPD", informational.probe))
+        return self._done()
+
+    def addresses_changed(self, now: float) -> list[Effect]:
+        """The host's addresses or routes changed. With MOBIKE the IKE SA may move, or tell its peer."""
+        self.now = now
+        if not self.closed:
+            mobike.look_around(self)
+            self._start_next()
+        return self._done()
+
+    def mapping_changed(self, remote: Endpoint, now: float) -> list[Effect]:
+        """Authenticated ESP of a CHILD_SA came from another UDP address of the peer than before (RFC 3948 section 4)."""
+        self.now = now
+        if not self.closed and self._follows_mappings and remote != self.remote:
+            self.remote = remote
+            mobike.move_children(self)
+        return self._done()
+
+    def migrate_failed(self, child_id: int, now: float) -> list[Effect]:
+        """The kernel could not move an SA of that CHILD_SA: a new one takes its place."""
+        self.now = now
+        if child_id not in self.children and self.heir is not None:
+            return self.heir.migrate_failed(child_id, now)
+        self._rekey_child(child_id)
         return self._done()
 
     def spi_allocated(self, token: int, spi: Spi | None, now: float) -> list[Effect]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Self, TypeVar
 
-from kernel_shim.model import Endpoint, SaId, Spi
+from kernel_shim.model import Endpoint, IPAddress, SaId, Spi
 from vpnd.config.model import ConnectionConfig
 from vpnd.ike.context import ChildRequest, IkeContext
 from vpnd.ike.crypto.sk import SkCipher
@@ -172,6 +172,12 @@ class Session:
         self.nonce_r = b""
         self.fragmentation = False  # both sides know IKE fragmentation, and we are to use it
         self.intermediate = Intermediate()
+        self.original_initiator = initiator  # of the first of the IKE SAs that followed each other by rekeying
+        self.mobike = False  # both sides know MOBIKE
+        self.peer_addresses: tuple[IPAddress, ...] = ()  # besides the one that is in use
+        self.told_addresses: tuple[IPAddress, ...] = ()  # ours that the peer was told
+        self.mapping_hash = b""  # what the peer last saw as our address, hashed
+        self.arrived = (local, remote)  # the way of the datagram that is being dealt with
         self.peer_hashes: tuple[int, ...] = ()  # the peer's SIGNATURE_HASH_ALGORITHMS
         self.peer_asks_certificate = False
         self.peer_authorities: frozenset[bytes] = frozenset()  # SHA-1 of the public keys that its CERTREQ names
@@ -318,6 +324,10 @@ class Session:
         """Delete the IKE SA on the wire."""
         raise NotImplementedError
 
+    def repeat_request(self) -> None:
+        """Send the request that is under way again, over the path that is the present one."""
+        raise NotImplementedError
+
     # Succession
 
     def successor(self, *, initiator: bool) -> Self:
@@ -329,6 +339,8 @@ class Session:
         new.local_id, new.remote_id = self.local_id, self.remote_id
         new.nat_local, new.nat_remote, new.nat_fake, new.nat_supported = self.nat_local, self.nat_remote, self.nat_fake, self.nat_supported
         new.peer_hashes, new.fragmentation = self.peer_hashes, self.fragmentation
+        new.original_initiator, new.mobike, new.mapping_hash = self.original_initiator, self.mobike, b""
+        new.peer_addresses, new.told_addresses = self.peer_addresses, self.told_addresses
         return new
 
     def hand_over(self, heir: Self) -> None:

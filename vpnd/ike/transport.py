@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from kernel_shim.model import Endpoint, IPAddress, SaId, Spi
+from kernel_shim.model import Direction, Endpoint, IPAddress, SaId, Spi
 from vpnd.config.model import ConnectionConfig, Fragmentation
 from vpnd.ike.context import IkeContext
 from vpnd.ike.crypto.sk import open_chain
 from vpnd.ike.effects import AllocateSpi, ChildClosed, ChildEstablished, Effect, InstallSa, Reason, RemoveSa, Send
-from vpnd.ike.exchanges import create_child_sa, ike_auth, ike_followup_ke, ike_intermediate, informational
+from vpnd.ike.exchanges import create_child_sa, ike_auth, ike_followup_ke, ike_intermediate, informational, mobike
 from vpnd.ike.fragments import SMALLEST_PACKET, Inner, Outgoing, Reassembly, packet_limit, refit, seal
 from vpnd.ike.iana import Exchange, NotifyType, ProtocolId
 from vpnd.ike.session import Ask, IkeCrypto, KeepWaiting, Response, Session, Steps, Task, Tell
@@ -141,12 +141,20 @@ class Transport(Session):
         )
         self._send(message, self.local, self.remote)
 
+    def repeat_request(self) -> None:
+        if self._outstanding is not None:
+            self._repeat(self._outstanding)
+
     def _repeat(self, outstanding: Outstanding) -> None:
-        """Send a request again, in smaller fragments should the path have turned out narrower (RFC 7383 section 2.5.2)."""
+        """Send a request again, in smaller fragments should the path have turned out narrower (RFC 7383 section 2.5.2), and over every path in the end."""
         if not outstanding.plain:
             limit = self._limit(self.local, self.remote, narrow=outstanding.copies >= NARROW_COPY)
             outstanding.message = refit(outstanding.message, self.keys.send, self.context.entropy, limit)
         self._send(outstanding.message, self.local, self.remote)
+        # RFC 4555 section 3.10: the path that the answer comes by works
+        if self.mobike and self.original_initiator and outstanding.copies >= mobike.PROBE_COPY:
+            for local, remote in mobike.candidates(self):
+                self._send(outstanding.message, local, remote)
 
     def _wait_for_spi(self, request: AllocateSpi, task: Task | None) -> None:
         self._waits[request.token] = _SpiWait(task, request.local.address, self.now + SPI_TIMEOUT)
@@ -187,6 +195,9 @@ class Transport(Session):
             return
         if opened is not None:
             self._heard(local, remote)
+            probed = self.mobike and self.original_initiator and outstanding.copies >= mobike.PROBE_COPY
+            if probed and (local, remote) != (self.local, self.remote) and mobike.is_candidate(self, local, remote):
+                mobike.move_to(self, local, remote)
             self._run(task, opened)
             self._start_next()
 
@@ -286,9 +297,18 @@ class Transport(Session):
 
     def _heard(self, local: Endpoint, remote: Endpoint) -> None:
         self._heard_at = self.now
-        # RFC 7296 section 2.23: a peer behind a NAT is where its last message came from; IKE_AUTH may move to port 4500
-        if self.established_at is None or (self.nat_remote and not self.nat_local):
+        self.arrived = local, remote
+        # RFC 7296 section 2.23: IKE_AUTH may move to port 4500
+        if self.established_at is None:
             self.local, self.remote = local, remote
+        elif (local, remote) != (self.local, self.remote) and self._follows_mappings:
+            self.local, self.remote = local, remote
+            mobike.move_children(self)
+
+    @property
+    def _follows_mappings(self) -> bool:
+        """RFC 7296 section 2.23: a peer behind a NAT is where its last message came from; with MOBIKE it says so itself (RFC 4555 section 3.8)."""
+        return self.nat_remote and not self.nat_local and not self.mobike
 
     def _revoke(self, child_id: int) -> Serving | None:
         """A CHILD_SA that our last answer gave goes: a peer that missed the answer gets a refusal instead of an SA without a twin."""
@@ -369,6 +389,10 @@ class Transport(Session):
         for at, effect in enumerate(effects):
             if isinstance(effect, InstallSa) and (child := self.children.get(effect.child_id)) is not None:
                 child.at_risk = tuple(later for later in effects[at + 1 :] if isinstance(later, RemoveSa | ChildClosed))
+                if effect.sa.direction is Direction.IN and effect.sa.destination != self.local.address:
+                    mobike.move_child(self, child)
+        effects += self.effects
+        self.effects = []
         if self.closed:
             self.active = self._outstanding = self._serving = self._answering = self._fallback = None
             self._fragments_of_request.clear()

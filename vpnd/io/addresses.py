@@ -12,10 +12,10 @@ from typing import Final
 from pyroute2 import AsyncIPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
-from kernel_shim.model import PORT_IKE, IPAddress
+from kernel_shim.model import PORT_IKE, ROUTE_PROTOCOL, IPAddress
 
 MAXIMUM_ADDRESSES: Final = 256  # sockets are opened for each one
-RTMGRP_ADDRESSES: Final = 0x10 | 0x100  # RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR
+RTMGRP_WATCHED: Final = 0x01 | 0x10 | 0x40 | 0x100 | 0x400  # RTMGRP_LINK, RTMGRP_IPV4_IFADDR, IPV4_ROUTE, IPV6_IFADDR, IPV6_ROUTE
 IFA_F_UNUSABLE: Final = 0x08 | 0x40 | 0x20  # DADFAILED | TENTATIVE | DEPRECATED
 RT_SCOPE_LINK: Final = 253
 IP_MTU: Final = 14  # linux/in.h
@@ -50,12 +50,16 @@ async def local_addresses() -> list[IPAddress]:
 
 
 async def watch_addresses(changed: Callable[[], None]) -> None:
-    """Call `changed` for every change of the host's addresses, until cancelled. Messages are only a hint to look again. OSError when some were lost."""
+    """Call `changed` for every change of the host's addresses, links and routes (but those of ours), until cancelled.
+
+    Messages are only a hint to look again. OSError when some were lost.
+    """
     async with _netlink() as route:
-        await route.bind(RTMGRP_ADDRESSES)
+        await route.bind(RTMGRP_WATCHED)
         while True:
-            async for _message in route.get():
-                changed()
+            async for message in route.get():
+                if message.get("proto") != ROUTE_PROTOCOL:
+                    changed()
 
 
 def source_towards(remote: IPAddress, mark: int) -> IPAddress | None:

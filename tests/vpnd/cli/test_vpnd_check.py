@@ -23,9 +23,9 @@ def test_a_good_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 def test_complaints_come_with_their_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "vpnd.conf"
-    file.write_text("connections { gw {\n  mobike = yes\n  children { net {\n esp_proposals = aes128ccm16 } }\n} }\n")
+    file.write_text("connections { gw {\n  mediation = yes\n  children { net {\n esp_proposals = aes128ccm16 } }\n} }\n")
     assert main(["check", str(file)]) == 1
-    assert capsys.readouterr().err == f"{file}:2:3: connections.gw.mobike: the option 'mobike' (yes) is not implemented yet\n"
+    assert capsys.readouterr().err == f"{file}:2:3: connections.gw.mediation: the option 'mediation' (yes) is not implemented yet\n"
     file.write_text("a {")
     assert main(["check", str(file)]) == 1
     assert capsys.readouterr().err == f"{file}:1:1: section 'a' is not closed\n"

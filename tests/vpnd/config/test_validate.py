@@ -152,7 +152,7 @@ def test_lifetimes_follow_from_each_other(options: dict[str, str], rekey: float,
         ({"xyzzy": "x"}, "connections.gw.xyzzy: unknown option 'xyzzy'"),
         ({"xyzzy": {}}, "connections.gw.xyzzy: unknown section 'xyzzy'"),
         ({"version": "1"}, "connections.gw.version: IKEv1 is not implemented; 0 and 2 are IKEv2"),
-        ({"mobike": "yes"}, "connections.gw.mobike: the option 'mobike' (yes) is not implemented yet"),
+        ({"mediation": "yes"}, "connections.gw.mediation: the option 'mediation' (yes) is not implemented yet"),
         ({"vips": ["0.0.0.0"]}, "connections.gw.vips: the option 'vips' is not implemented yet"),
         ({"reauth_time": "1y"}, "connections.gw.reauth_time: '1y' is not a time, such as 90s, 15m, 4h or 1d"),
         ({"dpd_delay": "5 x"}, "connections.gw.dpd_delay: '5 x' is not a time, such as 90s, 15m, 4h or 1d"),
@@ -277,12 +277,12 @@ def test_names_fit_the_control_protocol() -> None:
 
 
 def test_complaints_about_a_file_say_where(tmp_path: Path) -> None:
-    lines = ["connections {", "  gw {", "    mobike = yes", "    children {", "      net {"]
+    lines = ["connections {", "  gw {", "    mediation = yes", "    children {", "      net {"]
     lines += ["        remote_ts = 10.0.0.0/8, 1.2.3", "        modee = tunnel", "      }", "    }", "  }", "}"]
     with pytest.raises(ConfigErrors) as caught:
         load_text("\n".join(lines), tmp_path, "f")
     assert str(caught.value).split("\n") == [
-        "f:3:5: connections.gw.mobike: the option 'mobike' (yes) is not implemented yet",
+        "f:3:5: connections.gw.mediation: the option 'mediation' (yes) is not implemented yet",
         "f:6:21: connections.gw.children.net.remote_ts: '1.2.3' is not a prefix, an address range or 'dynamic'",
         "f:7:9: connections.gw.children.net.modee: unknown option 'modee', did you mean 'mode'?",
     ]

@@ -301,8 +301,8 @@ def test_swanctl_load_all(served: ServedBackend, tmp_path: Path) -> None:
     assert served.backend.shared["ike-1"].data == b"very secret"
     assert list(served.backend.shared) == ["ike-1"]
     assert "loaded connection 'gw'" in swanctl(served, "--load-conns", "--file", str(config))
-    config.write_text(CONFIG.replace("dpd_delay = 30s", "mobike = yes"))
-    assert "'mobike' (yes) is not implemented yet" in swanctl(served, "--load-conns", "--file", str(config), status=22)
+    config.write_text(CONFIG.replace("dpd_delay = 30s", "mediation = yes"))
+    assert "'mediation' (yes) is not implemented yet" in swanctl(served, "--load-conns", "--file", str(config), status=22)
 
 
 @needs_swanctl

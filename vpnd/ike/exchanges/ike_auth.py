@@ -7,6 +7,7 @@ from vpnd.ike.authenticate import NoCredentials, PeerRefused, check, expected_id
 from vpnd.ike.child import ChildRefused, Keying, Offer, choose, make_offer, read_answer
 from vpnd.ike.context import ChildRequest
 from vpnd.ike.effects import AuthenticationRejected, ChildDenied, IkeClosed, InitialContact, Reason
+from vpnd.ike.exchanges import mobike
 from vpnd.ike.exchanges.create_child_sa import bring_up, finish
 from vpnd.ike.exchanges.ike_sa_init import certificate_requests
 from vpnd.ike.exchanges.informational import delete_spi
@@ -60,7 +61,7 @@ def initiate(session: Session, task: Task) -> Steps[None]:
         payloads.append(NotifyPayload(NotifyType.INITIAL_CONTACT))
     payloads += certificate_requests(session.context, (connection,))
     payloads += [IdrPayload(expected)] if expected else []
-    payloads += [auth, *(offer.payloads() if offer else ())]
+    payloads += [auth, *(offer.payloads() if offer else ()), *mobike.announcement(session)]
     response = yield from ask(Ask(Exchange.IKE_AUTH, tuple(payloads)))
 
     idr, error_notify = response.first(IdrPayload), first_error(response)
@@ -81,6 +82,7 @@ def initiate(session: Session, task: Task) -> Steps[None]:
         yield Tell(Exchange.INFORMATIONAL, (NotifyPayload(NotifyType.AUTHENTICATION_FAILED),))
         session.close(Reason.AUTHENTICATION_FAILED, f"{session.describe()}: {error}")
         return
+    mobike.notice(session, response)
     session.established()
     reauthentication.plan(session)
     reauthentication.heed(session, response)
@@ -137,11 +139,13 @@ def respond(session: Session, request: Message) -> Steps[Response]:
     except PeerRefused as error:
         return _refuse(session, connection.name, idi.identity, Reason.AUTHENTICATION_FAILED, str(error))
     session.candidates = (connection,)
+    mobike.notice(session, request)
     session.established()
     reauthentication.plan(session)
     if request.notify(NotifyType.INITIAL_CONTACT) is not None:
         session.emit(InitialContact(own.identity, idi.identity))
-    base: tuple[Payload, ...] = (IdrPayload(own.identity), *certificates, own_auth, *reauthentication.lifetime_payloads(session))
+    told = (*(mobike.announcement(session) if session.mobike else ()), *reauthentication.lifetime_payloads(session))
+    base: tuple[Payload, ...] = (IdrPayload(own.identity), *certificates, own_auth, *told)
 
     # RFC 6023: an IKE SA without a CHILD_SA
     if request.first(SaPayload) is None and request.first(TsiPayload) is None and request.first(TsrPayload) is None:

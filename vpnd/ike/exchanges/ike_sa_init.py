@@ -129,8 +129,8 @@ def _complete(session: Session, proposals: Sequence[Proposal], exchange: KeyExch
     _features(session, response, session.local, session.remote, response.header.responder_spi)
     session.init_response = session.received
     session.notice_certificate_requests(response)
-    # RFC 7296 section 2.23: a NAT, real or pretended, moves us to port 4500
-    if session.nat_local or session.nat_remote or session.nat_fake:
+    # RFC 7296 section 2.23: a NAT, real or pretended, moves us to port 4500; RFC 4555 section 3.3: so does the wish for MOBIKE
+    if session.nat_local or session.nat_remote or session.nat_fake or (session.nat_supported and session.connection.mobike):
         session.local, session.remote = floated(session.local), floated(session.remote)
     return None
 

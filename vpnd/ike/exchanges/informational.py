@@ -8,6 +8,7 @@ from typing import Final
 from kernel_shim.model import Spi
 from vpnd.ike import reauthentication
 from vpnd.ike.effects import IkeClosed, Reason
+from vpnd.ike.exchanges import mobike
 from vpnd.ike.iana import Exchange, NotifyType, ProtocolId
 from vpnd.ike.session import MAX_EARLY_DELETES, Ask, Response, Session, Steps, Task, ask
 from vpnd.ike.state import MAX_TASKS, Child, ChildSaState, IkeSaState
@@ -22,7 +23,8 @@ DELETE_TRIES: Final = 2  # copies of a DELETE: our side is torn down anyway, so 
 
 def probe(session: Session, _task: Task) -> Steps[None]:
     """RFC 7296 section 2.4: an empty request; any answer is a sign of life, and no answer closes the IKE SA."""
-    yield from ask(Ask(Exchange.INFORMATIONAL))
+    response = yield from ask(Ask(Exchange.INFORMATIONAL, mobike.probe(session)))
+    mobike.notice_mapping(session, response)
 
 
 def delete_child(spi: Spi, child_id: int, reason: Reason) -> Task:
@@ -76,7 +78,7 @@ def respond(session: Session, request: Message) -> Steps[Response]:
     answer = list(_delete(session, (spi for payload in deletes if payload.protocol == ProtocolId.ESP for spi in payload.spis)))
     payloads: tuple[Payload, ...] = (DeletePayload(ProtocolId.ESP, tuple(answer)),) if answer else ()
     # RFC 7296 section 1.4: what is not known is ignored, and the answer may be empty
-    return Response(payloads)
+    return Response((*payloads, *mobike.answer(session, request)))
 
 
 def _delete(session: Session, spis: Iterable[bytes]) -> Iterable[bytes]:

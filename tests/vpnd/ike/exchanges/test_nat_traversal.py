@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from ipaddress import ip_address
+from typing import Any
 
 import pytest
 from lab.ike_pair import Datagram, Pair, Peer, agree, child, psk_pair, selectors
@@ -17,10 +18,11 @@ def encapsulations(peer: Peer) -> dict[Direction, UdpEncapsulation | None]:
     return {sa.direction: sa.encapsulation for sa in peer.sad.values()}
 
 
-def test_without_nat_ike_stays_on_port_500_and_esp_goes_bare() -> None:
-    pair = psk_pair()
+@pytest.mark.parametrize(("mobike", "port"), [(False, 500), (True, 4500)])
+def test_without_nat_esp_goes_bare(mobike: bool, port: int) -> None:
+    pair = psk_pair(mobike=mobike)
     pair.connect()
-    assert {sa.local.port for sa in (pair.a.sa, pair.b.sa)} == {500}
+    assert {sa.local.port for sa in (pair.a.sa, pair.b.sa)} == {port}
     assert encapsulations(pair.a) == {Direction.IN: None, Direction.OUT: None}
     assert not any((pair.a.sa.nat_local, pair.a.sa.nat_remote, pair.a.sa.nat_fake))
 
@@ -102,7 +104,7 @@ def test_a_connection_says_whether_esp_goes_in_udp(encap: bool | None, required:
 
 
 def test_a_peer_that_moves_behind_its_nat_is_followed() -> None:
-    pair = psk_pair(nat_a="198.51.100.7")
+    pair = psk_pair(nat_a="198.51.100.7", mobike=False)
     pair.connect()
     pair._nat_a = "198.51.100.200"
     pair.a.run(pair.a.sa, pair.a.sa.probe(pair.now), pair.now)
@@ -111,6 +113,31 @@ def test_a_peer_that_moves_behind_its_nat_is_followed() -> None:
     pair.b.run(pair.b.sa, pair.b.sa.probe(pair.now), pair.now)
     pair.settle()
     assert pair.b.sa.tasks_active == ()
+    agree(pair, 1)
+    assert {str(sa.destination) for sa in pair.b.sad.values()} == {"198.51.100.200", "192.0.2.2"}
+    (known,) = pair.b.sa.children.values()
+    assert {known.sa.inbound.id, known.sa.outbound.id} == {*pair.b.sad}
+
+
+def test_esp_from_another_mapping_moves_the_peer() -> None:
+    pair = psk_pair(nat_a="198.51.100.7", mobike=False)
+    pair.connect()
+    pair._nat_a = "198.51.100.200"
+    pair.b.run(pair.b.sa, pair.b.sa.mapping_changed(Endpoint(ip_address("198.51.100.200"), 24500), pair.now), pair.now)
+    assert {str(sa.destination) for sa in pair.b.sad.values()} == {"198.51.100.200", "192.0.2.2"}
+    pair.b.run(pair.b.sa, pair.b.sa.probe(pair.now), pair.now)
+    pair.settle()
+    assert pair.b.sa.tasks_active == ()
+
+
+@pytest.mark.parametrize("options", [{"mobike": False}, {"nat_a": "198.51.100.7"}])
+def test_a_mapping_that_there_cannot_be_is_not_followed(options: dict[str, Any]) -> None:
+    """Without a NAT, and with MOBIKE, where the peer says so itself (RFC 4555 section 3.8)."""
+    pair = psk_pair(**options)
+    pair.connect()
+    before = pair.b.sa.remote, set(pair.b.sad)
+    assert pair.b.sa.mapping_changed(Endpoint(ip_address("203.0.113.66"), 666), pair.now) == []
+    assert (pair.b.sa.remote, set(pair.b.sad)) == before
 
 
 def test_an_attacker_cannot_move_a_peer_by_repeating_its_messages() -> None:
@@ -124,7 +151,7 @@ def test_an_attacker_cannot_move_a_peer_by_repeating_its_messages() -> None:
 
 
 def test_without_nat_nobody_is_followed() -> None:
-    pair = psk_pair()
+    pair = psk_pair(mobike=False)
     pair.connect()
     pair.a.run(pair.a.sa, pair.a.sa.probe(pair.now), pair.now)
     probe = pair.take()
