@@ -104,6 +104,7 @@ class Peer:
     local_port: int = 500
     refuse_migration: bool = False
     contacts: bool = True
+    admitting: bool = True
     reassembly: ReassemblyBudget = field(default_factory=ReassemblyBudget)
     further_addresses: list[str] = field(default_factory=list)
     narrowest: int = 0  # path MTU that is known
@@ -149,6 +150,9 @@ class Peer:
 
     def first_contact(self, connection: ConnectionConfig) -> bool:
         return self.contacts
+
+    def admits(self, connection: ConnectionConfig, local: Identity, remote: Identity, address: IPAddress) -> bool:
+        return self.admitting
 
     # The manager's part
 

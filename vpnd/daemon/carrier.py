@@ -15,6 +15,7 @@ import structlog
 
 from kernel_shim.channel.api import ChannelClosed
 from kernel_shim.model import Direction, Endpoint, KernelError, ReqId, SecurityAssociation, SpiRequest
+from vpnd.daemon import uniqueness
 from vpnd.daemon.background import Background
 from vpnd.daemon.entry import Entry, Listener
 from vpnd.daemon.kernel_side import KernelSide
@@ -297,10 +298,9 @@ class Carrier:
                     f"authentication of peer '{peer or '%any'}' at {entry.sa.remote} for connection '{connection or '?'}' failed: {why}", entry, warning=True
                 )
             case InitialContact(local_id, remote_id):
-                for other in self._registry.of_peer((local_id, remote_id)):
-                    if other is not entry:
-                        other.superseded = True
-                        self.run(other, other.sa.abort(asyncio.get_running_loop().time(), Reason.REPLACED))
+                for other in uniqueness.after_initial_contact(self._registry, entry, (local_id, remote_id)):
+                    other.superseded = True
+                    self.run(other, other.sa.abort(asyncio.get_running_loop().time(), Reason.REPLACED))
             case _:
                 raise AssertionError(f"{effect} needs the kernel")
 
@@ -313,6 +313,11 @@ class Carrier:
         )
         if self.listener:
             self.listener.ike_established(entry)
+        uniqueness.replace(self._registry, entry, self._delete_replaced)
+
+    def _delete_replaced(self, entry: Entry) -> None:
+        self._news.say(f"deleting IKE_SA {entry.sa.connection.name}[{entry.sa.unique_id}]: its peer has another one, and unique says one", entry)
+        self.run(entry, entry.sa.delete(asyncio.get_running_loop().time(), Reason.REPLACED))
 
     def _closed(self, entry: Entry, effect: IkeClosed) -> None:
         sa = entry.sa

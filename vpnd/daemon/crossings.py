@@ -1,4 +1,4 @@
-"""Two peers that bring up the same CHILD_SA at the same moment end with one of it, not two.
+"""Two peers that bring up the same CHILD_SA at the same moment end with one of it, not two; and one peer does not make it twice.
 
 Both sides see both results and judge them alike; who made the superfluous one deletes it, after a while in which packets under way arrive.
 """
@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
+from vpnd.config.model import ChildConfig
 from vpnd.ike.effects import ChildSa
+from vpnd.ike.narrowing import resolve
 from vpnd.ike.sa import IkeSa
 from vpnd.ike.state import Child, ChildSaState
 
@@ -29,6 +31,22 @@ def superfluous_child(ike: IkeSa, child: ChildSa) -> Child | None:
         loser = new if new.initiator != ike.initiator else other
         return loser if loser.initiator else None
     return None
+
+
+def standing_child(ike: IkeSa, config: ChildConfig) -> Child | None:
+    """The CHILD_SA that has all that its configuration can ask for: another one would be its double."""
+    wanted = set(resolve(config.local_ts, ike.local.address)), set(resolve(config.remote_ts, ike.remote.address))
+    usable = (child for child in ike.children.values() if child.config == config and child.state in (ChildSaState.INSTALLED, ChildSaState.REKEYING))
+    return next((child for child in usable if (set(child.sa.local_ts), set(child.sa.remote_ts)) == wanted), None)
+
+
+def doubled_child(ike: IkeSa, child: ChildSa) -> Child | None:
+    """An older CHILD_SA of ours that turns out to be the same, for the peer narrowed both alike; the newer one stays, for it is what both send by."""
+    new = ike.children.get(child.id)
+    if new is None or not new.initiator or new.replaces:
+        return None
+    alike = (other for other in ike.children.values() if other is not new and other.initiator and other.state is ChildSaState.INSTALLED)
+    return next((other for other in alike if same(other.sa, child)), None)
 
 
 def superfluous_ike(ike: IkeSa, others: Iterable[IkeSa]) -> IkeSa | None:

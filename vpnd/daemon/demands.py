@@ -30,15 +30,17 @@ from kernel_shim.model import (
 from vpnd.config.model import ChildConfig, ConnectionConfig, StartAction
 from vpnd.control.backend import ControlError
 from vpnd.daemon.background import Background
-from vpnd.daemon.crossings import SETTLE, superfluous_child, superfluous_ike
+from vpnd.daemon.crossings import SETTLE, doubled_child, standing_child, superfluous_child, superfluous_ike
 from vpnd.daemon.endpoints import Endpoints, backoff
 from vpnd.daemon.ends import Ends
 from vpnd.daemon.entry import ChildKey, Entry
 from vpnd.daemon.manager import Manager
 from vpnd.daemon.traps import Traps
 from vpnd.ike.effects import NO_ACQUIRE, ChildFailed, ChildSa, IkeClosed, Reason
+from vpnd.ike.sa import ChildSaState
 
 MAXIMUM_WAITING: Final = 1024  # ACQUIREs that wait for one demand; the kernel repeats those beyond
+JUST_NOW: Final = 1.0  # s; longer than an event waits to be read
 
 log = structlog.get_logger("child")
 
@@ -128,6 +130,10 @@ class Demands:
                 demand.connection, Endpoint(local, demand.connection.local_port), Endpoint(remote, demand.connection.remote_port)
             )
             self._manager.say(f"initiating IKE_SA {name}[{entry.sa.unique_id}] to {remote}", entry)
+        elif not demand.acquires and not self.ends.succession_of(key) and (child := standing_child(entry.sa, demand.child)) is not None:
+            self._manager.say(f"CHILD_SA {child.sa.name}{{{child.sa.id}}} stands already", entry)
+            self._settle(key, demand, child.sa)
+            return
         demand.entry = entry
         acquire = next(iter(demand.acquires), NO_ACQUIRE)
         reqid = self._manager.reqid(demand.connection, demand.child)
@@ -196,10 +202,7 @@ class Demands:
         demand = self._demands.get(key)
         if demand is None or demand.entry is not entry:
             return
-        del self._demands[key]
-        for future in demand.waiters:
-            if not future.done():
-                future.set_result(child)
+        self._settle(key, demand, child)
         left = {sequence: flow for sequence, flow in demand.acquires.items() if flow is not None and not covers(child, flow)}
         if left:
             sequence, flow = next(iter(left.items()))
@@ -210,6 +213,12 @@ class Demands:
             following = self.demand(demand.connection, demand.child, flow=flow, acquire=sequence)
             following.acquires.update(left)
 
+    def _settle(self, key: ChildKey, demand: Demand, child: ChildSa) -> None:
+        del self._demands[key]
+        for future in demand.waiters:
+            if not future.done():
+                future.set_result(child)
+
     def ike_rekeyed(self, old: Entry, new: Entry) -> None:
         for demand in self._demands.values():
             if demand.entry is old:
@@ -218,7 +227,7 @@ class Demands:
     def _settle_crossing(self, entry: Entry, child: ChildSa) -> None:
         """Both sides may have brought it up at once: ours goes when theirs stays."""
         loop = asyncio.get_running_loop()
-        extra = superfluous_child(entry.sa, child)
+        extra = superfluous_child(entry.sa, child) or doubled_child(entry.sa, child)
         if extra is not None:
             loop.call_later(SETTLE, self.ends.end, entry, extra.sa.id)
             return
@@ -286,7 +295,7 @@ class Demands:
         if known is None or connection is None or self._stopping:
             self._background.start(self._refuse([event.sequence]))
             return
-        if self._manager.installing(event.reqid):
+        if self._manager.installing(event.reqid) or (event.flow is not None and self._covered(connection.name, known[1].name, event.flow)):
             return  # the kernel asks again should that SA not cover the flow
         key = (connection.name, known[1].name)
         if not self.traps.trapped(*key) and key not in self._demands and not self.ends.succession_of(key):
@@ -295,6 +304,15 @@ class Demands:
             return
         self._manager.say(f"creating acquire job for policy {event.flow or event.selector} with reqid {{{event.reqid}}}", group="KNL")
         self.demand(connection, known[1], flow=event.flow, acquire=event.sequence)
+
+    def _covered(self, connection: str, child: str, flow: Flow) -> bool:
+        """Whether an SA for the flow came up while its ACQUIRE was on its way. An older one the kernel has lost, or it would not ask."""
+        now = asyncio.get_running_loop().time()
+        return any(
+            one.sa.name == child and one.state is ChildSaState.INSTALLED and now - one.installed_at < JUST_NOW and covers(one.sa, flow)
+            for entry in self._manager.registry.of_connection(connection)
+            for one in entry.sa.children.values()
+        )
 
     # End
 

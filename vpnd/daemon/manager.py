@@ -15,7 +15,8 @@ from typing import Final, Protocol
 
 from kernel_shim.model import Capabilities, Endpoint, IPAddress, SaId
 from vpnd.auth.credentials import CredentialStore
-from vpnd.config.model import ChildConfig, ConnectionConfig
+from vpnd.config.model import ChildConfig, ConnectionConfig, UniquePolicy
+from vpnd.daemon import uniqueness
 from vpnd.daemon.carrier import Carrier, Sockets
 from vpnd.daemon.entry import Entry, Listener
 from vpnd.daemon.kernel_side import KernelSide
@@ -27,6 +28,7 @@ from vpnd.ike.context import IkeSettings
 from vpnd.ike.effects import AuthenticationRejected, Effect, Send
 from vpnd.ike.fragments import ReassemblyBudget
 from vpnd.ike.iana import Exchange
+from vpnd.ike.identity import Identity
 from vpnd.ike.sa import IkeSa
 from vpnd.ike.wire.header import FLAG_INITIATOR, FLAG_RESPONSE, HEADER_LENGTH
 from vpnd.peers import Connections
@@ -156,7 +158,10 @@ class Manager:
         return self.reqids.of(connection, child)
 
     def first_contact(self, connection: ConnectionConfig) -> bool:
-        return not self.registry.in_contact(connection.name)
+        return connection.unique is not UniquePolicy.NEVER and not self.registry.in_contact(connection.name)
+
+    def admits(self, connection: ConnectionConfig, local: Identity, remote: Identity, address: IPAddress) -> bool:
+        return uniqueness.admits(self.registry, connection, local, remote, address)
 
     # Looking
 

@@ -12,6 +12,7 @@ from vpnd.auth.credentials import CredentialStore
 from vpnd.config.model import ChildConfig, ConnectionConfig
 from vpnd.ike.effects import NO_ACQUIRE, ChildSa
 from vpnd.ike.fragments import ReassemblyBudget
+from vpnd.ike.identity import Identity
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,9 @@ class IkeContext(Protocol):
 
     def first_contact(self, connection: ConnectionConfig) -> bool:
         """Whether no other IKE SA stands with the peer of this connection, so that INITIAL_CONTACT may be said."""
+
+    def admits(self, connection: ConnectionConfig, local: Identity, remote: Identity, address: IPAddress) -> bool:
+        """Whether the peer, who proved to be `remote` and is at `address`, may have this IKE SA beside those that stand."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -138,6 +138,8 @@ def respond(session: Session, request: Message) -> Steps[Response]:
         return _refuse(session, connection.name, idi.identity, Reason.NO_CREDENTIALS, f"cannot authenticate ourselves: {error}")
     except PeerRefused as error:
         return _refuse(session, connection.name, idi.identity, Reason.AUTHENTICATION_FAILED, str(error))
+    if not session.context.admits(connection, own.identity, idi.identity, session.remote.address):
+        return _refuse(session, connection.name, idi.identity, Reason.NOT_UNIQUE, f"unique = {connection.unique.value}: {Reason.NOT_UNIQUE.value}")
     session.candidates = (connection,)
     mobike.notice(session, request)
     session.established()
