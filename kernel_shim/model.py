@@ -389,6 +389,23 @@ class UdpEncapsulation:
     destination_port: int = PORT_NAT_T
 
 
+@dataclass(frozen=True, slots=True)
+class HeaderCopies:
+    """Which fields of the inner and the outer IP header follow each other in tunnel mode (RFC 4301 section 5.1.2, RFC 6040).
+
+    Without `ecn` the outer header says Not-ECT and is not looked at; without `df` the outer packet may travel in fragments.
+    """
+
+    dscp_out: bool = True  # from the inner header into the outer one
+    dscp_in: bool = False  # and back
+    ecn: bool = True
+    df: bool = True
+
+
+DEFAULT_COPIES: Final = HeaderCopies()
+TFC_TO_MTU: Final = 0xFFFFFFFF  # a `tfc_padding` as long as the path allows
+
+
 class SaId(NamedTuple):
     """What names an SA on the wire (RFC 4301 section 4.1)."""
 
@@ -428,6 +445,8 @@ class SecurityAssociation:
     mark: Mark = NO_MARK  # only packets with this mark find it
     set_mark: Mark = NO_MARK  # what its packets are marked with once they went through it
     labels: Labels = NO_LABELS
+    copies: HeaderCopies = DEFAULT_COPIES
+    tfc_padding: int = 0  # outbound tunnel packets are padded to this many bytes, as far as the path carries them (RFC 4303 section 2.7)
     offload: str = ""  # the device that encrypts (packets of another device are then encrypted by the kernel); empty is none
 
     @property
@@ -528,6 +547,7 @@ class Capabilities:
     sa_selectors: bool = True
     acquire_flow: bool = True
     unresolved_modes: frozenset[Unresolved] = frozenset({Unresolved.QUEUE})
+    tfc_padding: bool = False  # it pads, and takes padding away
     if_ids: bool = False  # policies and SAs of one xfrm interface
     marks: bool = False
     offload: bool = False

@@ -53,6 +53,7 @@ class DropReason(Enum):
     REPLAYED = "replayed"
     ICV_MISMATCH = "icv_mismatch"
     DUMMY = "dummy"  # RFC 4303 section 2.6
+    ECN_INVALID = "ecn_invalid"  # RFC 6040 section 4.2: congestion was marked on a packet that knows no ECN
     SELECTOR_MISMATCH = "selector_mismatch"  # the SA's own selectors do not cover it
 
     # Labelled packets.

@@ -58,6 +58,7 @@ class Sent:
     data: bytes
     segment: int
     whole: bool = True  # False: may travel in fragments
+    traffic_class: int = 0
 
     def datagrams(self) -> list[bytes]:
         return [self.data[i : i + self.segment] for i in range(0, len(self.data), self.segment)]
@@ -72,10 +73,10 @@ class MemorySink:
     clear: list[bytes] = field(default_factory=list)
     vrfs: dict[str, list[bytes]] = field(default_factory=dict)
 
-    def send_esp(self, local: Endpoint, remote: Endpoint, buffer: memoryview, segment_size: int, *, whole: bool = True) -> None:
+    def send_esp(self, local: Endpoint, remote: Endpoint, buffer: memoryview, segment_size: int, *, whole: bool = True, traffic_class: int = 0) -> None:
         assert 0 < len(buffer) <= 65507
         assert -(-len(buffer) // segment_size) <= 64
-        self.esp.append(Sent(local, remote, bytes(buffer), segment_size, whole))
+        self.esp.append(Sent(local, remote, bytes(buffer), segment_size, whole, traffic_class))
 
     def write_tun(self, frame: memoryview) -> None:
         self.frames.append(bytes(frame))
@@ -121,7 +122,7 @@ class Gateway:
 
     def take(self, sent: list[Sent], now: float) -> None:
         for item in sent:
-            self.engine.receive(item.remote, item.local, item.data, item.segment, now)
+            self.engine.receive(item.remote, item.local, item.data, item.segment, now, item.traffic_class)
         self.engine.flush(now)
 
     def acquires(self) -> list[Acquire]:

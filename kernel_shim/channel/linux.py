@@ -38,6 +38,7 @@ XFRM: Final = Capabilities(
     maximum_replay_window=MAX_REPLAY_WINDOW,
     port_ranges=False,  # ports are under a mask
     address_ranges=False,
+    tfc_padding=True,
     if_ids=True,
     marks=True,
     offload=True,

@@ -11,6 +11,7 @@ USERSPACE: Final = Capabilities(
     name="userspace",
     algorithms=ALGORITHMS,
     encapsulation_preferred=True,
+    tfc_padding=True,
     unresolved_modes=frozenset(Unresolved),
     binds_ike_sockets=True,
 )

@@ -14,16 +14,16 @@ OPEN_BATCHES: Final = 64
 
 
 class Batch:
-    __slots__ = ("buffer", "count", "end", "entry", "segment")
+    __slots__ = ("buffer", "count", "end", "entry", "segment", "traffic_class")
 
     def __init__(self) -> None:
         self.buffer: Final = memoryview(bytearray(MAX_DATAGRAMS))
         self.entry: SaEntry
-        self.end = self.count = self.segment = 0
+        self.end = self.count = self.segment = self.traffic_class = 0
 
 
 class Batches:
-    """One open batch for each SA. A batch holds datagrams of one size, the last may be shorter (UDP_SEGMENT).
+    """One open batch for each SA. A batch holds datagrams of one size and traffic class, the last may be shorter (UDP_SEGMENT).
 
     An SA's packets leave in the order of their sequence numbers: a batch of the SA is sent before anything else of it is.
     """
@@ -33,10 +33,16 @@ class Batches:
         self._open: dict[int, Batch] = {}
         self._free: list[Batch] = []
 
-    def slot(self, entry: SaEntry, length: int) -> memoryview:
+    def slot(self, entry: SaEntry, length: int, traffic_class: int = 0) -> memoryview:
         """Where the next packet of `entry`, of `length` bytes, is to be sealed."""
         batch = self._open.get(entry.serial)
-        if batch is not None and (batch.count == MAX_ROWS or length > batch.segment or batch.end % batch.segment or batch.end + length > MAX_DATAGRAMS):
+        if batch is not None and (
+            batch.count == MAX_ROWS
+            or length > batch.segment
+            or batch.end % batch.segment
+            or batch.end + length > MAX_DATAGRAMS
+            or traffic_class != batch.traffic_class
+        ):
             self._send(batch)
             batch.end = batch.count = 0
         elif batch is None:
@@ -46,7 +52,7 @@ class Batches:
             batch.entry = entry
             self._open[entry.serial] = batch
         if not batch.count:
-            batch.segment = length
+            batch.segment, batch.traffic_class = length, traffic_class
         begin = batch.end
         batch.end = begin + length
         batch.count += 1
@@ -74,4 +80,5 @@ class Batches:
     def _send(self, batch: Batch, *, whole: bool = True) -> None:
         entry = batch.entry
         self._traffic.out_sends += 1
-        self._sink.send_esp(entry.local, entry.remote, batch.buffer[: batch.end], batch.segment, whole=whole)
+        whole = whole and entry.sa.copies.df
+        self._sink.send_esp(entry.local, entry.remote, batch.buffer[: batch.end], batch.segment, whole=whole, traffic_class=batch.traffic_class)

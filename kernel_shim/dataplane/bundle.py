@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
 from kernel_shim.dataplane.mtu import PathMtus
+from kernel_shim.esp.rows import MAX_DATAGRAMS
 from kernel_shim.model import Action, Mode, Policy
 from kernel_shim.packet.ip import IPV4_HEADER, IPV6_HEADER, UDP_HEADER, Buffer
 from kernel_shim.sa.entry import SaEntry
@@ -29,13 +30,14 @@ class Cover(Protocol):
 
 
 class Bundle:
-    """`limit` is the longest inner packet that fits the path. Without `entry` the packet is bypassed or discarded.
+    """`limit` is the longest inner packet that fits the path, `padded` how long one is made with TFC padding.
 
+    Without `entry` the packet is bypassed or discarded.
     `transport`: the SA takes the packet's own IP header for its outer one. Not with a `cover`, under which the packet goes whole.
     `landing`: it goes to the interface of this VRF.
     """
 
-    __slots__ = ("action", "cover", "entry", "landing", "limit", "policy", "transport")
+    __slots__ = ("action", "cover", "entry", "landing", "limit", "padded", "policy", "transport")
 
     def __init__(
         self,
@@ -45,6 +47,7 @@ class Bundle:
         limit: int = 0,
         cover: Cover | None = None,
         landing: str | None = None,
+        padded: int = 0,
     ) -> None:
         self.action: Final = action
         self.policy: Final = policy
@@ -53,6 +56,17 @@ class Bundle:
         self.cover: Final = cover
         self.landing: Final = landing
         self.transport: Final = cover is None and entry is not None and entry.sa.mode is Mode.TRANSPORT
+        self.padded: Final = padded
+
+
+def protect(policy: Policy, entry: SaEntry, paths: PathMtus, inner_version: int) -> Bundle:
+    """The bundle for packets of one IP version that go into `entry`."""
+    limit = inner_limit(entry, paths, inner_version)
+    padded = min(entry.sa.tfc_padding, limit) if entry.sa.mode is Mode.TUNNEL else 0
+    if not entry.sa.copies.df:
+        assert entry.cipher is not None
+        limit = entry.cipher.shape.largest_payload(MAX_DATAGRAMS)
+    return Bundle(Action.PROTECT, policy, entry, limit, padded=padded)
 
 
 def payload_limit(entry: SaEntry, paths: PathMtus) -> int:

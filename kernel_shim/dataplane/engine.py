@@ -144,24 +144,25 @@ class Engine:
         self._now = now
         self._outbound.take(self._frame, length, now, self._labels.vrf(vrf))
 
-    def inbound(self, local: Endpoint, remote: Endpoint, length: int, segment_size: int, now: float) -> None:
+    def inbound(self, local: Endpoint, remote: Endpoint, length: int, segment_size: int, now: float, traffic_class: int = 0) -> None:
         """Take `length` bytes of ESP from `inbound_buffer`: datagrams of `segment_size` bytes, the last may be shorter.
 
         `segment_size` is what UDP_GRO says, `length` when it says nothing. `local` is the address and port it was received on; port 0 without UDP.
+        `traffic_class` is that of their IP headers.
         Never raises.
         """
         self._now = now
-        self._inbound.take(local, remote, length, segment_size, now)
+        self._inbound.take(local, remote, length, segment_size, now, traffic_class)
 
     def send(self, frame: bytes, now: float) -> None:
         """`outbound` of a frame that is elsewhere."""
         self.outbound_buffer[: len(frame)] = frame
         self.outbound(len(frame), now)
 
-    def receive(self, local: Endpoint, remote: Endpoint, datagrams: bytes, segment_size: int, now: float) -> None:
+    def receive(self, local: Endpoint, remote: Endpoint, datagrams: bytes, segment_size: int, now: float, traffic_class: int = 0) -> None:
         """`inbound` of datagrams that are elsewhere."""
         self.inbound_buffer[: len(datagrams)] = datagrams
-        self.inbound(local, remote, len(datagrams), segment_size, now)
+        self.inbound(local, remote, len(datagrams), segment_size, now, traffic_class)
 
     def flush(self, now: float) -> None:
         """Send every batch that is open: the end of one wake-up."""
@@ -357,7 +358,7 @@ class Engine:
             self._inbound.waiting_octets -= entry.waiting_octets
             waiting, entry.waiting, entry.waiting_octets = entry.waiting, [], 0
             for early in waiting:
-                self._inbound.take_one(early.local, early.remote, memoryview(early.packet), now)
+                self._inbound.take_one(early.local, early.remote, memoryview(early.packet), now, early.traffic_class)
             self.flush(now)
             return status
         sa = entry.sa

@@ -4,9 +4,10 @@
 2. `_find`        SPI and destination -> SA; a larval SA keeps the packet until its keys come
 3. `_open_rows`, `_open_one`  replay check, opening, replay update; rows with consecutive fresh numbers all at once
 4. `_authentic`   counters, lifetimes, the peer's new address
-5. `_deliver_rows`, `_deliver_one`  padding, next header; in transport mode a new IP header
-6. `_admit`       the SA's own selectors and the inbound SPD, remembered by flow and SA
-7. `_write`       joined with its neighbours to the TUN, or straight into another tunnel
+5. `_look_outside`  ECN and, where that is asked for, DSCP of the outer header go into the inner one
+6. `_deliver_rows`, `_deliver_one`  padding, next header; in transport mode a new IP header
+7. `_admit`       the SA's own selectors and the inbound SPD, remembered by flow and SA
+8. `_write`       joined with its neighbours to the TUN, or straight into another tunnel
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from kernel_shim.packet.ip import (
     layout,
 )
 from kernel_shim.packet.segment import CHECKSUM_FIELDS, finish_checksum
+from kernel_shim.packet.traffic_class import DSCP, ECN, decapsulated_ecn, set_traffic_class, traffic_class
 from kernel_shim.policy.bundle import BundleCache
 from kernel_shim.policy.flowkey import FlowKeys, flow_of_key
 from kernel_shim.policy.spd import SecurityPolicyDatabase
@@ -111,12 +113,14 @@ class Inbound:
         self._joiner: Final = Joiner(TAIL_ROOM)
         self.waiting_octets = 0  # of larval SAs; who takes the packets out subtracts them
         self._open: tuple[SaEntry, Admission] | None = None  # whose packets the joiner holds
+        self._outer = 0  # traffic class of what is being taken
 
     # 1. Take
 
-    def take(self, local: Endpoint, remote: Endpoint, length: int, segment: int, now: float) -> None:
+    def take(self, local: Endpoint, remote: Endpoint, length: int, segment: int, now: float, traffic_class: int = 0) -> None:
         """Datagrams at the start of the buffer that this pipeline was made with."""
         buffer, done = self._buffer, 0
+        self._outer = traffic_class
         if not 0 < segment <= length:
             segment = max(length, 1)
         while length - done >= ROWS_FROM * segment:
@@ -127,9 +131,10 @@ class Inbound:
             if not done:
                 break
         for begin in range(done, length, segment):
-            self.take_one(local, remote, buffer[begin : min(begin + segment, length)], now)
+            self.take_one(local, remote, buffer[begin : min(begin + segment, length)], now, traffic_class)
 
-    def take_one(self, local: Endpoint, remote: Endpoint, packet: memoryview, now: float) -> None:
+    def take_one(self, local: Endpoint, remote: Endpoint, packet: memoryview, now: float, traffic_class: int = 0) -> None:
+        self._outer = traffic_class
         opened = self._open_one(local, remote, packet, now)
         if opened is not None:
             self._deliver_one(*opened, now)
@@ -146,7 +151,7 @@ class Inbound:
         return None
 
     def _hold(self, entry: SaEntry, local: Endpoint, remote: Endpoint, packet: memoryview) -> None:
-        if self.waiting_octets + len(packet) > MAX_LARVAL_OCTETS or not entry.hold(Waiting(local, remote, bytes(packet))):
+        if self.waiting_octets + len(packet) > MAX_LARVAL_OCTETS or not entry.hold(Waiting(local, remote, bytes(packet), self._outer)):
             return self._traffic.drop(DropReason.LARVAL_OVERFLOW)
         self.waiting_octets += len(packet)
 
@@ -196,6 +201,13 @@ class Inbound:
         if 0 < length - begin < segment:
             end = length
             tail = self._open_one(local, remote, self._buffer[begin:length], now)
+        if entry.looks_outside and (self._outer & ECN or entry.sa.copies.dscp_in):
+            passed = [self._look_outside(entry, view) for view in rows.plaintext_views[:count]]
+            if not all(passed):
+                for row in range(count):
+                    if passed[row]:
+                        self._deliver_row(entry, rows.plaintext_views[row], now)
+                count = 0
         self._deliver_rows(entry, rows, count, tail, now)
         return end
 
@@ -227,6 +239,8 @@ class Inbound:
         self._authentic(entry, remote, newest, 1, stripped[0] if stripped else 0, now)
         if stripped is None:
             return drop(DropReason.ESP_MALFORMED)
+        if entry.looks_outside and (self._outer & ECN or entry.sa.copies.dscp_in) and not self._look_outside(entry, plaintext):
+            return None
         return entry, begin + stripped[0], stripped[1]
 
     # 4. Authentic
@@ -240,7 +254,28 @@ class Inbound:
             self._emit(NewMapping(entry.sa.id, entry.sa.reqid, old, remote))
         self._sad.charge(entry, packets, octets, now)
 
-    # 5. Deliver
+    # 5. Look outside
+
+    def _look_outside(self, entry: SaEntry, packet: memoryview) -> bool:
+        """RFC 6040 section 4.2 for one opened packet, trailer included; False when it is to be dropped."""
+        if len(packet) < IPV4_HEADER or packet[0] >> 4 != _VERSION.get(packet[-1]):
+            return True  # nothing tunnelled, or damaged: to be found out further on
+        copies, inner = entry.sa.copies, traffic_class(packet)
+        result = inner
+        if copies.dscp_in:
+            result = self._outer & DSCP | result & ECN
+        if copies.ecn:
+            ecn, alarm = decapsulated_ecn(inner, self._outer)
+            self._traffic.ecn_alarms += alarm
+            if ecn is None:
+                self._traffic.drop(DropReason.ECN_INVALID)
+                return False
+            result = result & DSCP | ecn
+        if result != inner:
+            set_traffic_class(packet, result)
+        return True
+
+    # 6. Deliver
 
     def _deliver_one(self, entry: SaEntry, end: int, next_header: int, now: float) -> None:
         """Deliver what `_open_one` left in `_single`, up to `end`."""
@@ -398,9 +433,9 @@ class Inbound:
     def _prefix(self, entry: SaEntry, next_header: int, length: int) -> bytes:
         """The IP header of a transport mode packet: the addresses of the SA, for those of the outer header may be a NAT's."""
         sa = entry.sa
-        return build_header(sa.source.version, sa.source.packed, sa.destination.packed, next_header, length)
+        return build_header(sa.source.version, sa.source.packed, sa.destination.packed, next_header, length, traffic_class=self._outer)
 
-    # 6. Admit
+    # 7. Admit
 
     def _admit(self, entry: SaEntry, packet: memoryview) -> Admission:
         """RFC 4301 section 5.2 step 4, for one flow out of one SA."""
@@ -430,7 +465,7 @@ class Inbound:
             return Admission(None, onward=True)
         return Admission(None)
 
-    # 7. Write
+    # 8. Write
 
     def flush(self, now: float) -> None:
         """Write the super-packet that waits for its flow to go on."""

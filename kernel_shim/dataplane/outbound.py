@@ -19,7 +19,7 @@ from typing import Final
 import numpy as np
 
 from kernel_shim.dataplane.batch import Batches
-from kernel_shim.dataplane.bundle import Bundle, Cover, Held, inner_limit, payload_limit
+from kernel_shim.dataplane.bundle import Bundle, Cover, Held, payload_limit, protect
 from kernel_shim.dataplane.mtu import PathMtus
 from kernel_shim.dataplane.origin import LARGEST_COVER, Carried, LabelCover, Origin
 from kernel_shim.dataplane.output import Sink
@@ -35,6 +35,7 @@ from kernel_shim.packet.icmp import IcmpError, RateLimit, error_packet
 from kernel_shim.packet.ip import IPV4_HEADER, IPV6_HEADER, IPV6_SMALLEST_MTU, PROTOCOL_IPIP, PROTOCOL_IPV6, Malformed, fragmented, layout
 from kernel_shim.packet.reassembly import Reassembler
 from kernel_shim.packet.segment import SuperPacket, complete_checksum, fill_rows, read_super, segment, segments
+from kernel_shim.packet.traffic_class import DSCP, traffic_class
 from kernel_shim.packet.virtio import VnetHeader
 from kernel_shim.policy.acquire import AcquireTable, Need
 from kernel_shim.policy.bundle import BundleCache
@@ -89,6 +90,7 @@ class Outbound:
         self._errors: Final = RateLimit()
         self._scratch: Final = memoryview(bytearray(_BEGIN + 65535 + TAIL_ROOM))
         self._piece: Final = memoryview(bytearray(65535 + LARGEST_COVER + TAIL_ROOM))
+        self._padded: Final = memoryview(bytearray(65535 + TAIL_ROOM))
         self._apart: Final = Reassembler()
 
     # 1. Take
@@ -152,7 +154,7 @@ class Outbound:
             entry = self.select(template, flow)
             if entry is None:
                 return Wanted(policy, template, flow)
-            bundle = Bundle(Action.PROTECT, policy, entry, inner_limit(entry, self._paths, flow.source.version))
+            bundle = protect(policy, entry, self._paths, flow.source.version)
         self._cache.put(key, bundle)
         return bundle
 
@@ -290,7 +292,11 @@ class Outbound:
         if not entry.room(big.segments if big else 1):
             self._sad.expire_hard(entry)
             return self.take(frame, length, now, origin)
-        if big:
+        if big and bundle.padded > big.segment_length:
+            for piece in segments(big):
+                if not self._seal_piece(bundle, piece, now):
+                    return
+        elif big:
             self._seal_super(bundle, entry, big, now)
         elif bundle.cover is not None:
             self._seal_piece(bundle, frame[_BEGIN:length], now)
@@ -347,7 +353,15 @@ class Outbound:
     def _seal_one(self, bundle: Bundle, entry: SaEntry, frame: memoryview, begin: int, end: int, now: float) -> None:
         cipher = entry.cipher
         assert cipher is not None
+        if bundle.padded > end - begin:
+            frame, begin, end = self._pad(frame[begin:end], bundle.padded)
         first = frame[begin]
+        if bundle.cover is not None:
+            outer_class = traffic_class(frame[begin + bundle.cover.length : end]) & entry.inner_class & DSCP
+        else:
+            outer_class = frame[begin + 1] if first >> 4 == 4 else (first & 15) << 4 | frame[begin + 1] >> 4
+            if outer_class:
+                outer_class &= entry.inner_class
         next_header = PROTOCOL_IPIP if first >> 4 == 4 else PROTOCOL_IPV6
         if bundle.transport:
             if first >> 4 == 4:
@@ -363,10 +377,18 @@ class Outbound:
         stop = end + len(tail)
         frame[end:stop] = tail
         entry.sequence += 1
-        cipher.seal(entry.sequence, frame[begin:stop], self.batches.slot(entry, shape.overhead + stop - begin))
+        cipher.seal(entry.sequence, frame[begin:stop], self.batches.slot(entry, shape.overhead + stop - begin, outer_class))
         self._traffic.out_packets += 1
         self._traffic.out_octets += length
         self._sad.charge(entry, 1, length, now)
+
+    def _pad(self, packet: memoryview, padded: int) -> tuple[memoryview, int, int]:
+        """RFC 4303 section 2.7: the packet with octets behind it that its own length leaves out; where it then is."""
+        length = len(packet)
+        self._padded[:length] = packet
+        self._padded[length:padded] = bytes(padded - length)
+        self._traffic.tfc_padded += 1
+        return self._padded, 0, padded
 
     def _seal_super(self, bundle: Bundle, entry: SaEntry, big: SuperPacket, now: float) -> None:
         cipher = entry.cipher
@@ -383,6 +405,9 @@ class Outbound:
         rows = self._workspace.rows(shape.sealed(length), shape)
         tail = trailer(length, shape.alignment, next_header)
         total, done = big.segments, 0
+        outer_class, whole = traffic_class(big.packet) & entry.inner_class, entry.sa.copies.df
+        if bundle.cover is not None:
+            outer_class &= DSCP
         full = (len(big.packet) - big.header) // big.size
         wire, size = rows.wire_buffer, rows.wire_length
         at_once = min(MAX_ROWS, MAX_DATAGRAMS // size) * size
@@ -400,7 +425,7 @@ class Outbound:
                 done = total
             for begin in range(0, end, at_once):
                 self._traffic.out_sends += 1
-                self._sink.send_esp(entry.local, entry.remote, wire[begin : min(begin + at_once, end)], size)
+                self._sink.send_esp(entry.local, entry.remote, wire[begin : min(begin + at_once, end)], size, whole=whole, traffic_class=outer_class)
         octets = len(big.packet) - big.header + total * (before + big.header - strip)
         self._traffic.out_packets += total
         self._traffic.out_octets += octets
@@ -414,6 +439,7 @@ class Outbound:
         packet = segment(big, last, last)[strip:]
         if bundle.cover is not None:
             packet[:0] = bundle.cover.before(packet, len(packet))
+        packet += bytes(max(0, bundle.padded - len(packet)))
         packet += trailer(len(packet), cipher.shape.alignment, next_header)
         end = begin + cipher.shape.overhead + len(packet)
         entry.sequence += 1

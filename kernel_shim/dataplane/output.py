@@ -17,12 +17,13 @@ from kernel_shim.model import Endpoint
 class Sink(Protocol):
     """Where packets leave. `kernel_shim.io` implements it on a TUN and UDP sockets, tests in memory."""
 
-    def send_esp(self, local: Endpoint, remote: Endpoint, buffer: memoryview, segment_size: int, *, whole: bool = True) -> None:
+    def send_esp(self, local: Endpoint, remote: Endpoint, buffer: memoryview, segment_size: int, *, whole: bool = True, traffic_class: int = 0) -> None:
         """Send ESP as UDP datagrams from `local` to `remote`, as IP packets where the ports are 0: one sendmsg, or one each without UDP.
 
         `buffer` holds datagrams of `segment_size` bytes each, the last may be shorter (UDP_SEGMENT); at most 64 of them and
         65,507 bytes. One datagram when `len(buffer) <= segment_size`. DF is set on an IPv4 outer header by socket option,
         unless `whole` is false: then the one datagram may travel in fragments, over IPv6 too.
+        `traffic_class` goes into the outer header.
         A datagram over the path's MTU (EMSGSIZE) is lost; the caller of the engine reports the MTU with `Engine.path_mtu`.
         """
 

@@ -21,6 +21,8 @@ class Traffic:
     bypassed: int = 0
     hairpinned: int = 0
     router_alerts: int = 0
+    ecn_alarms: int = 0  # pairs of ECN fields that RFC 6040 section 4.2 calls dangerous or currently unused
+    tfc_padded: int = 0
     icmp_errors: int = 0
     icmp_suppressed: int = 0
     fragments_made: int = 0

@@ -9,6 +9,7 @@ import errno
 import select
 import socket
 import struct
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from ipaddress import ip_address
@@ -23,12 +24,16 @@ UDP_SEGMENT: Final = 103
 UDP_GRO: Final = 104
 SO_MEMINFO: Final = 55
 MEMORY: Final = struct.Struct("=9I")  # linux/sock_diag.h: SK_MEMINFO_*, the last is drops
+IP_TOS: Final = 1
+IP_RECVTOS: Final = 13
 IP_MTU: Final = 14
 IP_MTU_DISCOVER: Final = 10
 IP_RECVERR: Final = 11
 IP_PMTUDISC_DONT: Final = 0
 IP_PMTUDISC_DO: Final = 2
 IPV6_MTU: Final = 24
+IPV6_RECVTCLASS: Final = 66
+IPV6_TCLASS: Final = 67
 IPV6_MTU_DISCOVER: Final = 23
 IPV6_RECVERR: Final = 25
 SO_EE_ORIGIN_LOCAL: Final = 1  # without a port; the send that failed has reported it
@@ -56,6 +61,7 @@ class Batch(NamedTuple):
     remote: Endpoint
     length: int
     segment_size: int
+    traffic_class: int = 0
 
 
 def socket_address(endpoint: Endpoint) -> SocketAddress:
@@ -80,7 +86,9 @@ class EspSocket:
         self._remotes: dict[SocketAddress, Endpoint] = {}
         self._addresses: dict[Endpoint, SocketAddress] = {}
         version = local.address.version
-        opened.setsockopt(*((socket.IPPROTO_IP, IP_RECVERR) if version == 4 else (socket.IPPROTO_IPV6, IPV6_RECVERR)), 1)
+        self._class: Final = (socket.IPPROTO_IP, IP_TOS) if version == 4 else (socket.IPPROTO_IPV6, IPV6_TCLASS)
+        for option in (IP_RECVERR, IP_RECVTOS) if version == 4 else (IPV6_RECVERR, IPV6_RECVTCLASS):
+            opened.setsockopt(self._class[0], option, 1)
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -92,10 +100,10 @@ class EspSocket:
         """As much as one wake-up takes; each batch is at the start of `buffer` until the next is asked for."""
         raise NotImplementedError
 
-    def send(self, remote: Endpoint, buffer: memoryview, segment_size: int, *, whole: bool = True) -> None:
+    def send(self, remote: Endpoint, buffer: memoryview, segment_size: int, *, whole: bool = True, traffic_class: int = 0) -> None:
         """Send datagrams of `segment_size` bytes, the last may be shorter. Never raises: what did not go is counted.
 
-        With `whole` false the host may cut the datagram into fragments.
+        With `whole` false the host may cut datagrams into fragments.
         """
         address = self._addresses.get(remote)
         if address is None:
@@ -108,16 +116,20 @@ class EspSocket:
                 return
         if not whole:
             self._discover_mtu(IP_PMTUDISC_DONT)
-            self._attempt(remote, address, buffer, segment_size)
+            self._send_singly(remote, address, buffer, segment_size, traffic_class)
             self._discover_mtu(IP_PMTUDISC_DO)
         elif len(buffer) > segment_size:
-            self._send_many(remote, address, buffer, segment_size)
+            self._send_many(remote, address, buffer, segment_size, traffic_class)
         else:
-            self._attempt(remote, address, buffer, segment_size)
+            self._attempt(remote, address, buffer, segment_size, traffic_class)
 
-    def _send_many(self, remote: Endpoint, address: SocketAddress, buffer: memoryview, segment_size: int) -> bool:
-        """One by one; whether all went."""
-        went = [self._attempt(remote, address, buffer[start : start + segment_size], segment_size) for start in range(0, len(buffer), segment_size)]
+    def _send_many(self, remote: Endpoint, address: SocketAddress, buffer: memoryview, segment_size: int, traffic_class: int) -> None:
+        self._send_singly(remote, address, buffer, segment_size, traffic_class)
+
+    def _send_singly(self, remote: Endpoint, address: SocketAddress, buffer: memoryview, segment_size: int, traffic_class: int) -> bool:
+        """Whether all went."""
+        pieces = [buffer[start : start + segment_size] for start in range(0, len(buffer), segment_size)]
+        went = [self._attempt(remote, address, piece, segment_size, traffic_class) for piece in pieces]
         return all(went)
 
     def _remote(self, address: SocketAddress, port: int) -> Endpoint:
@@ -133,10 +145,12 @@ class EspSocket:
         option = (socket.IPPROTO_IP, IP_MTU_DISCOVER) if self.local.address.version == 4 else (socket.IPPROTO_IPV6, IPV6_MTU_DISCOVER)
         self._socket.setsockopt(*option, discovery)
 
-    def _attempt(self, remote: Endpoint, address: SocketAddress, buffer: memoryview, segment_size: int) -> bool | None:
+    def _attempt(self, remote: Endpoint, address: SocketAddress, buffer: memoryview, segment_size: int, traffic_class: int) -> bool | None:
         """One sendmsg, with its repetitions; whether it went. None asks for the datagrams one by one."""
         segments = len(buffer) > segment_size
         ancillary = [(socket.IPPROTO_UDP, UDP_SEGMENT, struct.pack("=H", segment_size))] if segments else []
+        if traffic_class:
+            ancillary.append((*self._class, struct.pack("=i", traffic_class)))
         failure = "busy"
         for _ in range(SEND_TRIES):
             try:
@@ -222,20 +236,20 @@ class UdpEspSocket(EspSocket):
                 self.read_errors()
                 continue
             total += length
-            segment_size = length
+            segment_size, traffic_class = length, 0
             for level, kind, data in control:
                 if level == socket.IPPROTO_UDP and kind == UDP_GRO:
-                    segment_size = int.from_bytes(data, "little")
-            yield Batch(self._remote(address, address[1]), length, segment_size)
+                    segment_size = int.from_bytes(data, sys.byteorder)
+                elif (level, kind) == self._class:
+                    traffic_class = data[0] if len(data) == 1 else int.from_bytes(data, sys.byteorder)
+            yield Batch(self._remote(address, address[1]), length, segment_size, traffic_class)
 
-    def _send_many(self, remote: Endpoint, address: SocketAddress, buffer: memoryview, segment_size: int) -> bool:
-        if self._segmentation and (went := self._attempt(remote, address, buffer, segment_size)) is not None:
-            return went
-        singly = super()._send_many(remote, address, buffer, segment_size)
-        if singly:
+    def _send_many(self, remote: Endpoint, address: SocketAddress, buffer: memoryview, segment_size: int, traffic_class: int) -> None:
+        if self._segmentation and self._attempt(remote, address, buffer, segment_size, traffic_class) is not None:
+            return
+        if self._send_singly(remote, address, buffer, segment_size, traffic_class):
             # What did not go at once went singly: it was the segmentation. Else it was the address or the MTU (EINVAL in Linux 6.1).
             self._segmentation = False
-        return singly
 
 
 class RawEspSocket(EspSocket):
@@ -249,35 +263,39 @@ class RawEspSocket(EspSocket):
     def receive(self, buffer: memoryview) -> Iterator[Batch]:
         """Up to `RAW_READS` packets and about `READ_BYTES`, those of one peer and length side by side."""
         store, receive = self._store, self._socket.recvmsg_into
-        remote, end, segment, total = self.local, 0, 0, 0
+        remote, kind, end, segment, total = self.local, 0, 0, 0, 0
         for _ in range(RAW_READS):
             if total >= READ_BYTES:
                 break
             try:
-                length, _, _, address = receive((store,))
+                length, control, _, address = receive((store,), CMSG_BYTES)
             except BlockingIOError:
                 break
             except OSError:
                 self.read_errors()
                 continue
-            begin = (store[0] & 15) << 2 if self._with_header and length else 0
+            begin, traffic_class = 0, 0
+            if self._with_header and length:
+                begin, traffic_class = (store[0] & 15) << 2, store[1]
+            elif control:
+                traffic_class = int.from_bytes(control[0][2], sys.byteorder)
             size = length - begin
             if size <= 0:
                 continue
             total += size
             sender = self._remote(address, NO_PORT)
-            if end and (sender is not remote or size > segment or end + size > len(buffer)):
-                yield Batch(remote, end, segment)
+            if end and (sender is not remote or traffic_class != kind or size > segment or end + size > len(buffer)):
+                yield Batch(remote, end, segment, kind)
                 end = 0
             if not end:
-                remote, segment = sender, size
+                remote, kind, segment = sender, traffic_class, size
             buffer[end : end + size] = store[begin:length]
             end += size
             if size < segment:
-                yield Batch(remote, end, segment)
+                yield Batch(remote, end, segment, kind)
                 end = 0
         if end:
-            yield Batch(remote, end, segment)
+            yield Batch(remote, end, segment, kind)
 
 
 def _wait_writable(waiting: socket.socket) -> None:

@@ -110,7 +110,7 @@ class Shim:
             engine = self._engine
             local = esp.local
             for batch in esp.receive(engine.inbound_buffer):
-                engine.inbound(local, batch.remote, batch.length, batch.segment_size, now)
+                engine.inbound(local, batch.remote, batch.length, batch.segment_size, now, batch.traffic_class)
 
         self._handlers[esp.fileno()] = handle
         self._watch(esp.fileno(), select.EPOLLIN)

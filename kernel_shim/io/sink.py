@@ -21,12 +21,12 @@ class EdgeSink:
         self._counters: Final = counters
         self.vrfs: Final[dict[str, Tun]] = {}
 
-    def send_esp(self, local: Endpoint, remote: Endpoint, buffer: memoryview, segment_size: int, *, whole: bool = True) -> None:
+    def send_esp(self, local: Endpoint, remote: Endpoint, buffer: memoryview, segment_size: int, *, whole: bool = True, traffic_class: int = 0) -> None:
         esp = self._sockets.esp(local)
         if esp is None:
             self._counters.add("io.esp.send.unbound")
             return
-        esp.send(remote, buffer, segment_size, whole=whole)
+        esp.send(remote, buffer, segment_size, whole=whole, traffic_class=traffic_class)
 
     def write_tun(self, frame: memoryview) -> None:
         self._write(self._tun, frame, "io.tun.write")

@@ -128,11 +128,11 @@ def address_bytes(packet: Buffer) -> Buffer:
     return packet[12:20] if packet[0] >> 4 == 4 else packet[8:40]
 
 
-def build_header(version: int, source: bytes, destination: bytes, protocol: int, payload: int, ttl: int = _TTL) -> bytes:
+def build_header(version: int, source: bytes, destination: bytes, protocol: int, payload: int, ttl: int = _TTL, traffic_class: int = 0) -> bytes:
     """A plain header, without options, for `payload` bytes. IPv4 with DF set and id 0 (RFC 6864 section 4)."""
     if version == 6:
-        return struct.pack("!IHBB", 6 << 28, payload, protocol, ttl) + source + destination
-    header = bytearray(struct.pack("!BBHHHBBH", 0x45, 0, IPV4_HEADER + payload, 0, 0x4000, ttl, protocol, 0) + source + destination)
+        return struct.pack("!IHBB", 6 << 28 | traffic_class << 20, payload, protocol, ttl) + source + destination
+    header = bytearray(struct.pack("!BBHHHBBH", 0x45, traffic_class, IPV4_HEADER + payload, 0, 0x4000, ttl, protocol, 0) + source + destination)
     refresh_header_checksum(header)
     return bytes(header)
 

@@ -6,8 +6,9 @@ from typing import Final, NamedTuple
 
 from kernel_shim.esp.cipher import EspCipher
 from kernel_shim.esp.wire import EXTENDED_SEQUENCE_LIMIT, SEQUENCE_LIMIT
-from kernel_shim.model import NO_PORT, Direction, Endpoint, Lifetime, SaState, SaStatus, SecurityAssociation, UdpEncapsulation
+from kernel_shim.model import NO_PORT, Direction, Endpoint, Lifetime, Mode, SaState, SaStatus, SecurityAssociation, UdpEncapsulation
 from kernel_shim.mpls.node import Tunnel
+from kernel_shim.packet.traffic_class import DSCP, ECN
 from kernel_shim.policy.flowkey import FieldMask
 from kernel_shim.sa.replay import ReplayWindow
 
@@ -27,12 +28,14 @@ class Waiting(NamedTuple):
     local: Endpoint
     remote: Endpoint
     packet: bytes
+    traffic_class: int = 0
 
 
 class SaEntry:
     """`sequence` is the last one sent (OUT).
 
     `local` and `remote` are this host's and the peer's UDP address, whatever the direction; with port 0 of ESP without UDP.
+    `inner_class` masks what of an inner traffic class the outer header gets; `looks_outside`: what came in the outer one may change the inner one.
     """
 
     __slots__ = (
@@ -42,8 +45,10 @@ class SaEntry:
         "hard_at",
         "hard_octets",
         "hard_packets",
+        "inner_class",
         "local",
         "local_seen",
+        "looks_outside",
         "mapped_at",
         "octets",
         "packets",
@@ -88,6 +93,10 @@ class SaEntry:
         encapsulation = sa.encapsulation or UdpEncapsulation(NO_PORT, NO_PORT)
         source, destination = Endpoint(sa.source, encapsulation.source_port), Endpoint(sa.destination, encapsulation.destination_port)
         self.local, self.remote = (source, destination) if sa.direction is Direction.OUT else (destination, source)
+        copies, transport = sa.copies, sa.mode is Mode.TRANSPORT
+        # In transport mode there is one header, before and after.
+        self.inner_class = 0xFF if transport else (DSCP if copies.dscp_out else 0) | (ECN if copies.ecn else 0)
+        self.looks_outside = not transport and (copies.ecn or copies.dscp_in)
         self.local_seen: Endpoint | None = None  # the caller's own object for `local`, once the two were compared
         self.soft_at, self.soft_packets, self.soft_octets = self._bounds(sa.soft)
         self.hard_at, self.hard_packets, self.hard_octets = self._bounds(sa.hard)

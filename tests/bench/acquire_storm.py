@@ -55,7 +55,7 @@ class _Nowhere:
     def __init__(self) -> None:
         self.sent = 0
 
-    def send_esp(self, local: Endpoint, remote: Endpoint, buffer: memoryview, segment_size: int, *, whole: bool = True) -> None:
+    def send_esp(self, local: Endpoint, remote: Endpoint, buffer: memoryview, segment_size: int, *, whole: bool = True, traffic_class: int = 0) -> None:
         self.sent += -(-len(buffer) // segment_size)
 
     def write_tun(self, frame: memoryview) -> None:

@@ -26,7 +26,7 @@ _ALGORITHMS = {
 
 
 class _Nowhere(MemorySink):
-    def send_esp(self, local: Endpoint, remote: Endpoint, buffer: memoryview, segment_size: int, *, whole: bool = True) -> None:
+    def send_esp(self, local: Endpoint, remote: Endpoint, buffer: memoryview, segment_size: int, *, whole: bool = True, traffic_class: int = 0) -> None:
         pass
 
     def write_tun(self, frame: memoryview) -> None:
