@@ -25,6 +25,8 @@ from kernel_shim.model import (
     Selector,
     SpiRequest,
 )
+from kernel_shim.mpls.lfib import Key
+from kernel_shim.mpls.node import NodeEntry
 
 
 class Kernel(Protocol):
@@ -93,6 +95,19 @@ class Kernel(Protocol):
 
     def statistics(self) -> Mapping[str, int]:
         """Counters by name: packets, bytes, drops by reason, cache hits, queue depths."""
+
+
+class LabelKernel(Protocol):
+    """The label node of a kernel that forwards MPLS."""
+
+    def put_label_entry(self, entry: NodeEntry, now: float) -> None:
+        """Add or replace. KernelError(EINVAL) for what means nothing or is beyond a bound."""
+
+    def remove_label_entry(self, key: Key, now: float) -> None:
+        """KernelError(ESRCH) when there is none."""
+
+    def label_entries(self) -> Sequence[NodeEntry]:
+        """A snapshot."""
 
 
 class IkeSocketProvider(Protocol):

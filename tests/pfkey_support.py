@@ -280,7 +280,8 @@ class SocketEdge:
     def __init__(self, path: Path, kernel: Kernel, *, send_buffer: int | None = None) -> None:
         self.sockets = PipeSockets()
         self.kernel = kernel
-        self.session = ServerSession(kernel, self.sockets, inspected=kernel if isinstance(kernel, Engine) else None)
+        engine = kernel if isinstance(kernel, Engine) else None
+        self.session = ServerSession(kernel, self.sockets, inspected=engine, labels=engine)
         self.clients: dict[int, socket.socket] = {}
         self.paused = False
         self.before_send: Callable[[], None] | None = None

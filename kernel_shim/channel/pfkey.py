@@ -6,7 +6,7 @@ import asyncio
 import errno
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from kernel_shim.channel.api import ChannelClosed
 from kernel_shim.channel.pfkey_link import EventListeners, PfKeyLink, UnixTransport, close_all
@@ -27,11 +27,12 @@ from kernel_shim.model import (
     Spi,
     SpiRequest,
 )
+from kernel_shim.mpls.node import NodeEntry
 from kernel_shim.pfkey.af_key import plain_capabilities
 from kernel_shim.pfkey.constants import ExtensionType, MessageType, SaType
 from kernel_shim.pfkey.messages import Message, PolicyExtension, Sa
 from kernel_shim.pfkey.policy_messages import policy_extensions, policy_from, require_policy_expressible, require_selector_expressible, selector_extensions
-from kernel_shim.pfkey.private import BundleExtension, CapabilitiesExtension, Hello, PendingExtension, Statistics
+from kernel_shim.pfkey.private import BundleExtension, CapabilitiesExtension, Hello, LabelEntries, PendingExtension, Statistics
 from kernel_shim.pfkey.sa_messages import (
     host_address,
     require_expressible,
@@ -42,6 +43,8 @@ from kernel_shim.pfkey.sa_messages import (
 )
 
 _T = TypeVar("_T")
+
+LABELS_AT_ONCE: Final = 128  # entries of one request
 
 
 class PfKeyChannel:
@@ -186,6 +189,24 @@ class PfKeyChannel:
         if not self._private:
             raise KernelError(errno.EOPNOTSUPP, "this kernel does not show it")
         return await self._link.dump(kind, translate)
+
+    async def put_labels(self, entries: Sequence[NodeEntry]) -> None:
+        """Add or replace entries of the label node. What was put before an entry that is refused stands; putting it all again is harmless."""
+        for at in range(0, len(entries), LABELS_AT_ONCE):
+            await self._ask_labels(MessageType.X_LABELPUT, entries[at : at + LABELS_AT_ONCE])
+
+    async def delete_labels(self, entries: Sequence[NodeEntry]) -> None:
+        """Take entries away, by their keys; it is no error that one is gone."""
+        for at in range(0, len(entries), LABELS_AT_ONCE):
+            await self._ask_labels(MessageType.X_LABELDELETE, entries[at : at + LABELS_AT_ONCE])
+
+    async def labels(self) -> Sequence[NodeEntry]:
+        return [entry for chunk in await self._inspect(MessageType.X_LABELDUMP, lambda message: message.require(LabelEntries).entries) for entry in chunk]
+
+    async def _ask_labels(self, kind: MessageType, entries: Sequence[NodeEntry]) -> None:
+        if not self._private:
+            raise KernelError(errno.EOPNOTSUPP, "this kernel forwards no labels")
+        await self._link.ask(kind, (LabelEntries(tuple(entries)),))
 
     async def statistics(self) -> Mapping[str, int]:
         if not self._private:

@@ -23,10 +23,15 @@ MAX_TUNNELS: Final = 16384
 
 @dataclass(frozen=True, slots=True)
 class Vrf:
-    """A customer's network. `interface` is the device by which its packets come and go."""
+    """A customer's network. `interface` is the device by which its packets come and go.
+
+    `members` are the host's interfaces towards the customer: what they receive is routed by `table` and nothing else; 0 leaves that to the host.
+    """
 
     name: str
     interface: str
+    table: int = 0
+    members: tuple[str, ...] = ()
 
     @property
     def key(self) -> Key:
@@ -158,6 +163,9 @@ class LabelNode:
             raise ValueError(f"more than {MAX_VRFS} VRFs")
         if vrf.name == PLATFORM or any(it.interface == vrf.interface and it.name != vrf.name for it in self._vrfs.values()):
             raise ValueError(f"VRF {vrf.name!r} with interface {vrf.interface!r}: one of the two is taken")
+        for other in self._vrfs.values():
+            if other.name != vrf.name and ((vrf.table and vrf.table == other.table) or set(vrf.members) & set(other.members)):
+                raise ValueError(f"VRF {vrf.name!r} shares its table or an interface with {other.name!r}")
         self._vrfs[vrf.name] = vrf
 
     def _connect(self, tunnel: Tunnel) -> None:

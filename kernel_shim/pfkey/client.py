@@ -37,7 +37,7 @@ MAX_EVENTS: Final = 65536  # not yet taken; at the bound `wants_read` is false
 
 _LAST_SEQUENCE: Final = 0xFFFFFFFF
 _PID_BITS: Final = 22  # of a process id of Linux (PID_MAX_LIMIT)
-_DUMPS: Final = frozenset({MessageType.DUMP, MessageType.X_SPDDUMP, MessageType.X_PENDINGDUMP, MessageType.X_BUNDLEDUMP})
+_DUMPS: Final = frozenset({MessageType.DUMP, MessageType.X_SPDDUMP, MessageType.X_PENDINGDUMP, MessageType.X_BUNDLEDUMP, MessageType.X_LABELDUMP})
 
 
 @dataclass(frozen=True, slots=True)

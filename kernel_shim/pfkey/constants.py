@@ -53,6 +53,9 @@ class MessageType(IntEnum):
     X_OVERRUN = 203
     X_PENDINGDUMP = 204
     X_BUNDLEDUMP = 205
+    X_LABELPUT = 206
+    X_LABELDELETE = 207
+    X_LABELDUMP = 208
 
 
 class ExtensionType(IntEnum):
@@ -108,6 +111,7 @@ class ExtensionType(IntEnum):
     X_PENDING = 0x800E
     X_BUNDLE = 0x800F
     X_LOST = 0x8010
+    X_LABELS = 0x8011
 
 
 PRIVATE_EXTENSIONS: Final = 0x8000  # the first of our own extension types
@@ -208,4 +212,7 @@ MAX_STATISTICS: Final = 4096
 MAX_STATISTIC_NAME: Final = 255  # octets
 MAX_ERROR_TEXT: Final = 512  # octets
 MAX_LABEL: Final = 4096  # octets of an identity, sensitivity label or security context: an SA keeps them
+MAX_LABEL_ENTRIES: Final = 256  # of a label node, in one message
+MAX_LABEL_NAME: Final = 63  # octets
+MAX_LABEL_RANGES: Final = 512
 MAX_EXTENSIONS: Final = 64  # of a message

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from kernel_shim.inspection import CachedBundle, PendingQueue, Snapshot
 from kernel_shim.model import Acquire, AcquireSequence, Expire, KernelEvent, NewMapping, Policy, PolicyExpire, PolicyIndex, SaId, SaStatus
+from kernel_shim.pfkey.private import LabelEntries
 
 MAX_QUEUED_REPLIES: Final = 64  # more than a client of ours keeps under way (client.MAX_UNDER_WAY)
 MAX_QUEUED_NOTICES: Final = 1024  # what other clients changed: a courtesy, for monitors
@@ -21,7 +22,7 @@ MAX_PENDING_EXPIRES: Final = 65536  # one entry an SA, and as many of policies; 
 MAX_PENDING_MAPPINGS: Final = 65536
 
 
-Entries = tuple[SaStatus | Policy, ...] | Snapshot[PendingQueue] | Snapshot[CachedBundle]
+Entries = tuple[SaStatus | Policy | LabelEntries, ...] | Snapshot[PendingQueue] | Snapshot[CachedBundle]
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from typing import ClassVar
 from kernel_shim.algorithms import EspAlgorithm
 from kernel_shim.inspection import CachedBundle, PendingQueue
 from kernel_shim.model import Capabilities, Direction, Flow, Selector, TrafficSelector, Unresolved
+from kernel_shim.mpls.node import NodeEntry
 from kernel_shim.pfkey.constants import PRIVATE_VERSION, ExtensionType
 from kernel_shim.pfkey.messages import Extension
 
@@ -132,6 +133,14 @@ class BundleExtension(Extension):
 
     type: ClassVar[ExtensionType] = ExtensionType.X_BUNDLE
     bundle: CachedBundle
+
+
+@dataclass(frozen=True, slots=True)
+class LabelEntries(Extension):
+    """Entries of the label node: those to put or to delete (by their keys), or those that are there."""
+
+    type: ClassVar[ExtensionType] = ExtensionType.X_LABELS
+    entries: tuple[NodeEntry, ...]
 
 
 @dataclass(frozen=True, slots=True)

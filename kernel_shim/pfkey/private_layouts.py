@@ -37,6 +37,7 @@ from kernel_shim.pfkey.constants import (
     MAX_STATISTICS,
     ExtensionType,
 )
+from kernel_shim.pfkey.label_layouts import read_labels, write_labels
 from kernel_shim.pfkey.layouts import Layout
 from kernel_shim.pfkey.messages import PfKeyError
 from kernel_shim.pfkey.private import (
@@ -410,4 +411,5 @@ PRIVATE_LAYOUTS: Final[Mapping[ExtensionType, Layout]] = {
     ExtensionType.X_PENDING: Layout(read_pending, write_pending),
     ExtensionType.X_BUNDLE: Layout(read_bundle, write_bundle),
     ExtensionType.X_LOST: Layout(read_lost, write_lost),
+    ExtensionType.X_LABELS: Layout(read_labels, write_labels),
 }

@@ -10,15 +10,15 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from kernel_shim.kernel import IkeSocketProvider, Kernel
+from kernel_shim.kernel import IkeSocketProvider, Kernel, LabelKernel
 from kernel_shim.model import Direction, IPAddress, KernelError, Policy, PolicyIndex, SaStatus
 from kernel_shim.pfkey.constants import MAX_STATISTIC_NAME, MAX_STATISTICS, ExtensionType, MessageType, SaType
 from kernel_shim.pfkey.messages import Address, Extension, Key, KmAddress, Message, PfKeyError, PolicyExtension, UnknownExtension
 from kernel_shim.pfkey.policy_messages import direction_from, migration_from, policy_extensions, policy_from, selector_from
-from kernel_shim.pfkey.private import SaExtension, Statistics
+from kernel_shim.pfkey.private import LabelEntries, SaExtension, Statistics
 from kernel_shim.pfkey.sa_messages import sa_from, sa_id_from, spi_request_from, status_extensions
 
-_PRIVATE_REQUESTS: Final = frozenset({MessageType.X_BIND, MessageType.X_UNBIND, MessageType.X_STATISTICS})
+_PRIVATE_REQUESTS: Final = frozenset({MessageType.X_BIND, MessageType.X_UNBIND, MessageType.X_STATISTICS, MessageType.X_LABELPUT, MessageType.X_LABELDELETE})
 _OTHER_PROTOCOLS: Final = frozenset({SaType.AH, SaType.X_IPCOMP})
 
 
@@ -41,7 +41,7 @@ class Answer:
 
 
 class Requests:
-    """`is_local` as for `ServerSession`; `own_statistics` is added to the kernel's."""
+    """`is_local` and `labels` as for `ServerSession`; `own_statistics` is added to the kernel's."""
 
     def __init__(
         self,
@@ -49,11 +49,13 @@ class Requests:
         sockets: IkeSocketProvider,
         is_local: Callable[[IPAddress], bool] | None,
         own_statistics: Callable[[], Mapping[str, int]],
+        labels: LabelKernel | None = None,
     ) -> None:
         self._kernel = kernel
         self._sockets = sockets
         self._is_local = is_local
         self._own_statistics = own_statistics
+        self._labels = labels
         self._table: Final[Mapping[int, Callable[[Message, float], Answer]]] = {
             MessageType.UPDATE: self._update,
             MessageType.ADD: self._add,
@@ -71,6 +73,8 @@ class Requests:
             MessageType.X_BIND: self._bind,
             MessageType.X_UNBIND: self._unbind,
             MessageType.X_STATISTICS: self._statistics,
+            MessageType.X_LABELPUT: self._put_labels,
+            MessageType.X_LABELDELETE: self._delete_labels,
         }
 
     def answer(self, message: Message, now: float, *, private: bool) -> Answer:
@@ -172,6 +176,27 @@ class Requests:
         counters = {**self._kernel.statistics(), **self._own_statistics()}
         fitting = [(name, value) for name, value in sorted(counters.items()) if len(name.encode()) <= MAX_STATISTIC_NAME and 0 <= value < 1 << 64]
         return Answer.same((Statistics(tuple(fitting[:MAX_STATISTICS])),))
+
+    def _put_labels(self, message: Message, now: float) -> Answer:
+        """One after the other: those before one that is refused stand."""
+        for entry in message.require(LabelEntries).entries:
+            self._label_kernel().put_label_entry(entry, now)
+        return Answer.same(())
+
+    def _delete_labels(self, message: Message, now: float) -> Answer:
+        """What is not there any more is no error: the wish is fulfilled."""
+        for entry in message.require(LabelEntries).entries:
+            try:
+                self._label_kernel().remove_label_entry(entry.key, now)
+            except KernelError as error:
+                if error.errno != errno.ESRCH:
+                    raise
+        return Answer.same(())
+
+    def _label_kernel(self) -> LabelKernel:
+        if self._labels is None:
+            raise KernelError(errno.EOPNOTSUPP, "this kernel forwards no labels")
+        return self._labels
 
 
 def _status(status: SaStatus, *, notify: bool = False) -> Answer:

@@ -34,7 +34,7 @@ from hashlib import sha256
 from typing import Final, NewType
 
 from kernel_shim.inspection import CachedBundle, Inspectable, PendingQueue
-from kernel_shim.kernel import IkeSocketProvider, Kernel
+from kernel_shim.kernel import IkeSocketProvider, Kernel, LabelKernel
 from kernel_shim.model import AcquireSequence, IPAddress, KernelError, KernelEvent, Policy, SaStatus
 from kernel_shim.pfkey.codec import Codec, header_of
 from kernel_shim.pfkey.constants import MAX_ERROR_TEXT, PRIVATE_VERSION, ExtensionType, MessageType, SaType
@@ -42,7 +42,7 @@ from kernel_shim.pfkey.event_messages import event_message, proposal_of, support
 from kernel_shim.pfkey.messages import Address, Extension, Filter, Message, PfKeyError
 from kernel_shim.pfkey.outbox import Dump, Entries, Outbox, Output
 from kernel_shim.pfkey.policy_messages import policy_extensions
-from kernel_shim.pfkey.private import BundleExtension, CapabilitiesExtension, DumpPosition, ErrorText, Hello, PendingExtension
+from kernel_shim.pfkey.private import BundleExtension, CapabilitiesExtension, DumpPosition, ErrorText, Hello, LabelEntries, PendingExtension
 from kernel_shim.pfkey.requests import Answer, Requests
 from kernel_shim.pfkey.sa_messages import passes, status_extensions
 from kernel_shim.pfkey.watch import EVENT_OCTETS, Copy, Watch, encode_copy, reply_copy, without_keys
@@ -53,9 +53,10 @@ ClientId = NewType("ClientId", int)
 
 MAX_CLIENTS: Final = 32  # key managers, monitors and tools
 MAX_REMEMBERED_REPLIES: Final = 8192  # to repeated requests of one client; as many as it makes while one of them is repeated (client.REPEAT_AFTER)
+LABELS_OF_A_DUMP: Final = 64  # entries of one message
 ACQUIRE_REPEAT: Final = 1.0  # s between two calls for ACQUIREs that did not fit
 
-_PRIVATE_DUMPS: Final = frozenset({MessageType.X_PENDINGDUMP, MessageType.X_BUNDLEDUMP})
+_PRIVATE_DUMPS: Final = frozenset({MessageType.X_PENDINGDUMP, MessageType.X_BUNDLEDUMP, MessageType.X_LABELDUMP})
 _DUMPS: Final = frozenset({MessageType.DUMP, MessageType.X_SPDDUMP}) | _PRIVATE_DUMPS
 # These may be carried out again: the others are answered from memory when they are repeated.
 _REPEATABLE: Final = frozenset({MessageType.X_BIND, MessageType.X_UNBIND, MessageType.X_STATISTICS, MessageType.GET, MessageType.X_SPDGET})
@@ -86,7 +87,7 @@ class _Client:
 class ServerSession:
     """`is_local` tells the direction of an SA that a client without our extensions adds; without it, UPDATE is inbound and ADD outbound.
 
-    `inspected` is what X_PENDINGDUMP and X_BUNDLEDUMP show; without it they are refused.
+    `inspected` is what X_PENDINGDUMP and X_BUNDLEDUMP show, `labels` what X_LABELPUT and its like work on; without it they are refused.
     """
 
     def __init__(
@@ -96,13 +97,15 @@ class ServerSession:
         *,
         is_local: Callable[[IPAddress], bool] | None = None,
         inspected: Inspectable | None = None,
+        labels: LabelKernel | None = None,
     ) -> None:
         self._kernel = kernel
         self._inspected = inspected
         self._watchers: list[_Client] = []
         self._watch_lost = 0
         self._codec = Codec()
-        self._requests = Requests(kernel, sockets, is_local, self.statistics)
+        self._labels = labels
+        self._requests = Requests(kernel, sockets, is_local, self.statistics, labels)
         self._clients: dict[ClientId, _Client] = {}
         self._ready: set[ClientId] = set()
         self._descriptors: dict[IPAddress, tuple[int, ...]] = {}
@@ -237,15 +240,23 @@ class ServerSession:
         if message.type == MessageType.X_SPDDUMP:
             entries = tuple(self._kernel.policies())
         elif message.type in _PRIVATE_DUMPS:
-            if self._inspected is None or not client.private:
+            if not client.private:
                 raise KernelError(errno.EOPNOTSUPP, f"message type {message.type}")
-            entries = self._inspected.pending_queues() if message.type == MessageType.X_PENDINGDUMP else self._inspected.cached_bundles()
+            entries = self._private_entries(message)
         else:
             entries = tuple(_filtered(self._kernel.sas(), message)) if _dumps_esp(message.sa_type) else ()
         if not entries:
             raise KernelError(errno.ENOENT, "nothing to dump")
         client.outbox.dump = Dump(message.type, message.sequence, message.pid, entries)
         self._ready.add(client.id)
+
+    def _private_entries(self, message: Message) -> Entries:
+        if message.type == MessageType.X_LABELDUMP and self._labels is not None:
+            entries = tuple(self._labels.label_entries())
+            return tuple(LabelEntries(entries[at : at + LABELS_OF_A_DUMP]) for at in range(0, len(entries), LABELS_OF_A_DUMP))
+        if message.type == MessageType.X_LABELDUMP or self._inspected is None:
+            raise KernelError(errno.EOPNOTSUPP, f"message type {message.type}")
+        return self._inspected.pending_queues() if message.type == MessageType.X_PENDINGDUMP else self._inspected.cached_bundles()
 
     # Promiscuous clients
 
@@ -418,7 +429,9 @@ def _filtered(statuses: Iterable[SaStatus], message: Message) -> Iterable[SaStat
     return statuses if wanted is None else (status for status in statuses if passes(wanted, status.sa))
 
 
-def _entry_extensions(entry: SaStatus | Policy | PendingQueue | CachedBundle, *, private: bool) -> Iterable[Extension]:
+def _entry_extensions(entry: SaStatus | Policy | PendingQueue | CachedBundle | LabelEntries, *, private: bool) -> Iterable[Extension]:
+    if isinstance(entry, LabelEntries):
+        return (entry,)
     if isinstance(entry, SaStatus):
         return status_extensions(entry, private=private)
     if isinstance(entry, Policy):

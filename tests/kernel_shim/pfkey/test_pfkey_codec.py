@@ -6,7 +6,7 @@ import errno
 import struct
 from contextlib import suppress
 from dataclasses import replace
-from ipaddress import IPv4Address, IPv6Address, ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 
 import pytest
 from hypothesis import given, settings
@@ -46,6 +46,10 @@ from kernel_shim.model import (
     UdpEncapsulation,
     Unresolved,
 )
+from kernel_shim.mpls.encapsulation import Encapsulation
+from kernel_shim.mpls.labels import Label, LabelRange, LabelSet
+from kernel_shim.mpls.lfib import Nhlfe, Peer, ToInterface, ToPeer, ToStack, ToVrf, TtlModel
+from kernel_shim.mpls.node import LabelBinding, Tunnel, Vrf, VrfRoute
 from kernel_shim.pfkey import messages as m
 from kernel_shim.pfkey import private as p
 from kernel_shim.pfkey.codec import Codec, header_of
@@ -108,9 +112,34 @@ def _pending(pair, has_source, has_destination, policy, *rest):
     return p.PendingExtension(PendingQueue(policy, pair[0] if has_source else None, pair[1] if has_destination else None, *rest))
 
 
+names = st.text(st.sampled_from("abcdefgh-0123456789"), min_size=1, max_size=12)
+labels = st.integers(16, (1 << 20) - 1).map(Label)
+nhlfes = st.one_of(
+    st.builds(
+        Nhlfe,
+        names.map(ToPeer),
+        st.lists(labels, min_size=1, max_size=4).map(tuple),
+        st.sampled_from(TtlModel),
+        st.one_of(st.none(), st.integers(0, 7)),
+        st.booleans(),
+    ),
+    st.builds(Nhlfe, st.one_of(names.map(ToInterface), names.map(ToVrf), names.map(ToStack)), st.just(()), st.sampled_from(TtlModel)),
+)
+paths = st.lists(nhlfes, min_size=1, max_size=3).map(tuple)
+label_sets = st.lists(st.tuples(labels, labels).map(sorted).map(lambda pair: LabelRange(*pair)), max_size=4).map(LabelSet)
+prefixes = st.one_of(st.integers(0, 32).map(lambda length: ip_network((0, length))), st.ip_addresses(v=6).map(ip_network))
+node_entries = st.one_of(
+    st.builds(Vrf, names, names, u32, st.lists(names, max_size=3).map(tuple)),
+    pairs.flatmap(lambda pair: st.builds(Tunnel, names, st.just(pair[0]), st.just(pair[1]), st.sampled_from(Encapsulation), st.booleans())),
+    st.builds(Peer, names, label_sets, names),
+    st.builds(LabelBinding, labels, paths, names),
+    st.builds(VrfRoute, names, prefixes, paths),
+)
+
 STRATEGIES = {
     X.SA: st.builds(m.Sa, u32, u8, u8, u8, u8, u32),
     X.SPIRANGE: st.builds(m.SpiRange, u32, u32),
+    X.X_LABELS: st.builds(p.LabelEntries, st.lists(node_entries, min_size=1, max_size=4).map(tuple)),
     X.PROPOSAL: st.builds(
         m.Proposal,
         u8,
