@@ -281,7 +281,7 @@ class Demands:
                     self.ends.replace(*found)
                 elif found is not None:
                     entry, child_id = found
-                    self._manager.run(entry, entry.sa.rekey_child(child_id, asyncio.get_running_loop().time()))
+                    self._manager.run(entry, entry.sa.child_worn(child_id, asyncio.get_running_loop().time()))
             case NewMapping():
                 self._manager.counters.add("nat_mappings_changed")
                 found = self._manager.child_with(event.sa)

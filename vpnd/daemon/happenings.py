@@ -5,6 +5,7 @@ from __future__ import annotations
 from vpnd.control.backend import ChildRekeyed, ChildUpDown, IkeRekeyed, IkeUpDown
 from vpnd.daemon.demands import Demands
 from vpnd.daemon.entry import Entry
+from vpnd.daemon.inactivity import Inactivity
 from vpnd.daemon.manager import Manager
 from vpnd.daemon.reauthentication import Reauthentications
 from vpnd.daemon.status import NO_USAGE, child_event_status, ike_status
@@ -14,10 +15,11 @@ from vpnd.ike.effects import ChildFailed, ChildSa, IkeClosed, Reason, RekeyFaile
 class Happenings:
     """The manager's listener."""
 
-    def __init__(self, manager: Manager, demands: Demands, reauthentications: Reauthentications) -> None:
+    def __init__(self, manager: Manager, demands: Demands, reauthentications: Reauthentications, inactivity: Inactivity) -> None:
         self._manager = manager
         self._demands = demands
         self._reauthentications = reauthentications
+        self._inactivity = inactivity
         manager.listener = self
 
     def ike_established(self, entry: Entry) -> None:
@@ -35,6 +37,7 @@ class Happenings:
         before, after = child_event_status(entry, old), child_event_status(entry, child)
         self._manager.news.publish(ChildRekeyed(ike_status(entry, NO_USAGE, children=()), before, after))
         self._demands.ends.rekeyed(entry, old, child)
+        self._inactivity.child_established(entry, child, old)
 
     def rekey_failed(self, entry: Entry, effect: RekeyFailed) -> None:
         self._demands.ends.rekey_failed(entry, effect.child_id)
@@ -42,11 +45,13 @@ class Happenings:
     def child_established(self, entry: Entry, child: ChildSa) -> None:
         self._publish_child(True, entry, child)
         self._demands.child_established(entry, child)
+        self._inactivity.child_established(entry, child)
         self._reauthentications.settled(entry)
 
     def child_closed(self, entry: Entry, child: ChildSa, reason: Reason) -> None:
         if reason is not Reason.REKEYED:  # its successor stands: nothing went down
             self._publish_child(False, entry, child)
+        self._inactivity.child_closed(child)
         self._demands.ends.child_closed(entry, child, reason)
 
     def child_failed(self, entry: Entry, effect: ChildFailed) -> None:

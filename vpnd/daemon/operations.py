@@ -14,6 +14,7 @@ from vpnd.control.backend import ControlError, DaemonEvent, DaemonStats, IkeStat
 from vpnd.daemon.demands import Demands
 from vpnd.daemon.entry import Entry
 from vpnd.daemon.happenings import Happenings
+from vpnd.daemon.inactivity import Inactivity
 from vpnd.daemon.interfaces import Interfaces
 from vpnd.daemon.loading import Loading
 from vpnd.daemon.manager import Manager
@@ -46,7 +47,7 @@ class Operations:
         self._started_monotonic = self._monotonic()
         self._loading = Loading(manager, demands, interfaces or Interfaces())
         self._reauthentications = Reauthentications(manager, make_before_break=settings.make_before_break)
-        self._happenings = Happenings(manager, demands, self._reauthentications)
+        self._happenings = Happenings(manager, demands, self._reauthentications, Inactivity(manager, close_ike=settings.inactivity_close_ike))
 
     def subscribe(self, listener: Callable[[DaemonEvent], None]) -> Callable[[], None]:
         return self._manager.news.subscribe(listener)
@@ -180,6 +181,8 @@ class Operations:
         if child is None:
             raise ControlError("missing child configuration name")
         connection, config = self._find(child, ike)
+        if config.action is not Action.PROTECT:
+            raise ControlError(f"'{child}' is a shunt: it can be installed, not initiated")
 
         async def up() -> None:
             await self._demands.up(connection, config)

@@ -7,6 +7,7 @@ never goes back. No input raises, except for programming errors: what a peer sen
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 from kernel_shim.model import AcquireSequence, Direction, Endpoint, Flow, SaId, Spi
 from vpnd.config.model import ChildConfig, ConnectionConfig
@@ -33,6 +34,8 @@ from vpnd.ike.state import MAX_TASKS, Child, ChildSaState, IkeSaState
 from vpnd.ike.transport import Transport
 from vpnd.ike.wire.errors import MalformedMessage
 from vpnd.ike.wire.message import decode_message
+
+REKEY_SPACING: Final = 1.0  # s, between rekeyings that volume asks for: at line rate a small volume would be nothing but rekeying
 
 __all__ = ["Child", "ChildSaState", "IkeSa", "IkeSaState"]
 
@@ -159,6 +162,16 @@ class IkeSa(Transport):
         """Replace a CHILD_SA by one with fresh keys: ends in ChildEstablished (`replaces`) and, when the old one is gone, ChildClosed(REKEYED)."""
         self.now = now
         self._rekey_child(child_id)
+        return self._done()
+
+    def child_worn(self, child_id: int, now: float) -> list[Effect]:
+        """An SA of it reached its soft lifetime: it is rekeyed, though one whose volume is used up at once not at once."""
+        self.now = now
+        child = self.children.get(child_id)
+        if child is not None and now < child.installed_at + REKEY_SPACING:
+            self.later.set(child_id, child.installed_at + REKEY_SPACING)
+        else:
+            self._rekey_child(child_id)
         return self._done()
 
     def rekey(self, now: float) -> list[Effect]:

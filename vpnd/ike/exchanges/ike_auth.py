@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kernel_shim.model import Action
 from vpnd.ike import reauthentication
 from vpnd.ike.authenticate import NoCredentials, PeerRefused, check, expected_identity, fitting, own_credentials, own_payloads, sends_certificate
 from vpnd.ike.child import ChildRefused, Keying, Offer, choose, make_offer, read_answer
@@ -29,7 +30,7 @@ def initiate(session: Session, task: Task) -> Steps[None]:
         session.queue.remove(waiting)
         task.child = waiting.child
     if task.child is None:
-        child = next(iter(connection.children.values()), None)
+        child = next((child for child in connection.children.values() if child.action is Action.PROTECT), None)
         task.child = ChildRequest(child) if child else None
     try:
         own = own_credentials(session, None, None)
