@@ -19,7 +19,10 @@ import structlog
 
 from kernel_shim.io.capture_plan import CapturePlan, Change, sides
 from kernel_shim.io.connected import Connected, Sides
-from kernel_shim.io.guard import COUNTER, GuardPlan
+from kernel_shim.io.guard import COUNTER as CLEAR_COUNTER
+from kernel_shim.io.guard import GuardPlan
+from kernel_shim.io.leak_guard import COUNTER as LEAK_COUNTER
+from kernel_shim.io.leak_guard import LeakGuardPlan
 from kernel_shim.io.nft import Nft
 from kernel_shim.io.notices import GuardNotices, HostNotices, Notice
 from kernel_shim.io.routes import HostRoutes
@@ -58,13 +61,14 @@ class Capture:
             self._sysctls.update(entry["sysctls"])
         stems = {settings.guard_table, *(entry["guard"] for entry in previous)}
         self._guard: Final = GuardPlan(self._name_table(stems), interfaces=(settings.tun, settings.clear_tun), mark=settings.mark)
+        self._leaks: Final = LeakGuardPlan(self._guard.table, tun=settings.tun, clear_tun=settings.clear_tun, mark=settings.mark)
         self.takeover = self._routes.found or bool(self._old_tables)
         self._host_notices: Final = HostNotices(self._routes.port, tun.index, PROTOCOL_NUMBER)
         self._guard_notices: Final = GuardNotices(self._guard.table, self._nft.is_ours)
         self._repairs = 0
         try:
             self._write_state()
-            self._nft.run(self._guard.create())
+            self._nft.run(self._guard.create() + self._leaks.create())
             self._routes.install(self._versions)
             self._allow_marked_reverse_path()
             self._refresh_host()
@@ -83,7 +87,8 @@ class Capture:
             if notice & (Notice.RULES | Notice.ROUTES):
                 self._repaired("routes and rules", self._routes.repair(routes=bool(notice & Notice.ROUTES)))
             if notice & Notice.GUARD:
-                self._nft.run(self._guard.restore() + "".join(map(self._guard.bind, self._bound)) + self._guard.set_inside(self._inside))
+                bound = "".join(map(self._guard.bind, self._bound))
+                self._nft.run(self._guard.restore() + self._leaks.restore() + bound + self._inside_commands())
                 self._repaired("guard", 1)
             if notice & Notice.ADDRESSES:
                 self._refresh_host()
@@ -104,8 +109,15 @@ class Capture:
     def _refresh_inside(self) -> None:
         inside = self._connected.inside()
         if inside != self._inside:
-            self._nft.run(self._guard.set_inside(inside))
-            self._inside = inside
+            before, self._inside = self._inside, inside
+            try:
+                self._nft.run(self._inside_commands())
+            except KernelError:
+                self._inside = before
+                raise
+
+    def _inside_commands(self) -> str:
+        return self._guard.set_inside(self._inside) + self._leaks.set_inside(self._inside)
 
     def is_local(self, address: IPAddress) -> bool:
         return address in self._bound or self._routes.is_local(address)
@@ -119,12 +131,7 @@ class Capture:
         self._count_sides(policy, add=True)
         try:
             if CapturePlan.captures(policy):
-                changes = self._plan.add(policy)
-                try:
-                    self._routes.apply(changes)
-                except KernelError:
-                    self._undo(policy)
-                    raise
+                self._capture(policy)
             elif GuardPlan.guards(policy):
                 commands = self._guard.add(policy)
                 try:
@@ -137,9 +144,21 @@ class Capture:
             self._count_sides(policy, add=False)
             raise
 
-    def _undo(self, policy: Policy) -> None:
-        with suppress(KernelError):
-            self._routes.apply(self._plan.remove(policy))
+    def _capture(self, policy: Policy) -> None:
+        """Routes before the guard: at no moment is a packet dropped for want of a route."""
+        changes = self._plan.add(policy)
+        try:
+            self._routes.apply(changes)
+            commands = self._leaks.add(policy)
+            try:
+                self._nft.run(commands)
+            except KernelError:
+                self._leaks.remove(policy)
+                raise
+        except KernelError:
+            with suppress(KernelError):
+                self._routes.apply(self._plan.remove(policy))
+            raise
 
     def remove(self, policies: Iterable[Policy]) -> None:
         """Of policies that `add` took. What the kernel refuses to take away is logged and stays: too closed, never too open."""
@@ -149,11 +168,12 @@ class Capture:
             self._count_sides(policy, add=False)
             if CapturePlan.captures(policy):
                 changes += self._plan.remove(policy)
+                commands.append(self._leaks.remove(policy))
             elif GuardPlan.guards(policy):
                 commands.append(self._guard.remove(policy))
         try:
-            self._routes.apply(changes)
             self._nft.run("".join(commands))
+            self._routes.apply(changes)
             self._follow_connected()
         except KernelError as error:
             log.warning("not all taken away", reason=error.detail)
@@ -203,13 +223,15 @@ class Capture:
             log.warning("stale entries stay", reason=error.detail)
 
     def statistics(self) -> dict[str, int]:
-        """`guard.clear-dropped.packets` and `.bytes`, `capture.repairs`."""
-        text = ""
-        with suppress(KernelError):
-            text = self._nft.run(f"list counter inet {self._guard.table} {COUNTER}\n")
-        found = re.search(r"packets (\d+) bytes (\d+)", text)
-        counted = {"guard.clear-dropped.packets": int(found[1]), "guard.clear-dropped.bytes": int(found[2])} if found else {}
-        return {**counted, "capture.repairs": self._repairs}
+        """`guard.clear-dropped.packets` and `.bytes` (inbound), `guard.leak-dropped.` likewise (outbound), `capture.repairs`."""
+        counted = {"capture.repairs": self._repairs}
+        for name, counter in (("guard.clear-dropped", CLEAR_COUNTER), ("guard.leak-dropped", LEAK_COUNTER)):
+            text = ""
+            with suppress(KernelError):
+                text = self._nft.run(f"list counter inet {self._guard.table} {counter}\n")
+            if found := re.search(r"packets (\d+) bytes (\d+)", text):
+                counted |= {f"{name}.packets": int(found[1]), f"{name}.bytes": int(found[2])}
+        return counted
 
     def remove_everything(self) -> None:
         """The orderly end: the host as it was."""

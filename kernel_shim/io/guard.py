@@ -11,17 +11,15 @@ import errno
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from ipaddress import IPv4Address, IPv6Address
 from itertools import product
 from typing import Final, NamedTuple
 
 from kernel_shim.io.capture_plan import sides
+from kernel_shim.io.nft import ADDRESS_TYPE, FAMILY, NEIGHBOUR_DISCOVERY, prefix_mask
 from kernel_shim.model import ANY_PROTOCOL, PROTOCOL_ICMP, PROTOCOL_ICMPV6, Action, Direction, IPAddress, IPNetwork, KernelError, Policy, PortRange
 
 MAX_SHAPES: Final = 1024
 COUNTER: Final = "clear_dropped"
-_FAMILY: Final = {4: "ip", 6: "ip6"}
-_ADDRESS_TYPE: Final = {4: "ipv4_addr", 6: "ipv6_addr"}
 
 
 class _Shape(NamedTuple):
@@ -72,8 +70,8 @@ class GuardPlan:
             # Path MTU discovery of the tunnels themselves (RFC 4301 section 8.2.1).
             "ip daddr @local4 icmp type destination-unreachable icmp code frag-needed accept",
             "ip6 daddr @local6 icmpv6 type packet-too-big accept",
-            # What never leaves a link: neighbour discovery (RFC 4861 section 6.1: hop limit 255), link-local addresses.
-            "ip6 hoplimit 255 icmpv6 type { nd-router-solicit, nd-router-advert, nd-neighbor-solicit, nd-neighbor-advert, nd-redirect } accept",
+            # What never leaves a link: neighbour discovery, link-local addresses.
+            f"{NEIGHBOUR_DISCOVERY} accept",
             "ip6 saddr fe80::/10 accept",
             "ip6 daddr ff02::/16 accept",
             "ip daddr 224.0.0.0/24 accept",
@@ -102,7 +100,7 @@ class GuardPlan:
         """Subnets on this side of the tunnels: what stays within one, on its own interface, is no policy's."""
         lines = [f"flush chain inet {self.table} inside"]
         for subnet in sorted(inside, key=str):
-            family = _FAMILY[subnet.version]
+            family = FAMILY[subnet.version]
             names = ", ".join(f'"{name}"' for name in sorted(inside[subnet]))
             lines.append(f"add rule inet {self.table} inside iifname {{ {names} }} {family} saddr {subnet} {family} daddr {subnet} accept")
         return "\n".join(lines) + "\n"
@@ -121,7 +119,7 @@ class GuardPlan:
             if members is None:
                 self._numbers += 1
                 members = self._shapes[shape] = _Members(self._numbers)
-                kind = _ADDRESS_TYPE[shape.version]
+                kind = ADDRESS_TYPE[shape.version]
                 lines.append(f"add set inet {self.table} shape{members.number} {{ type {kind} . {kind}; }}")
                 new_shape = True
             members.pairs[pair] += 1
@@ -153,7 +151,7 @@ class GuardPlan:
         """The table anew with all that `add` gave, whatever is left of it; addresses and inside subnets are the caller's."""
         lines = [f"add table inet {self.table}", f"delete table inet {self.table}", self.create().rstrip("\n")]
         for shape, members in self._shapes.items():
-            kind = _ADDRESS_TYPE[shape.version]
+            kind = ADDRESS_TYPE[shape.version]
             lines.append(f"add set inet {self.table} shape{members.number} {{ type {kind} . {kind}; }}")
             lines += [self._element("add", members, pair) for pair in members.pairs]
         return "\n".join(lines) + "\n" + self._rules()
@@ -185,14 +183,8 @@ def _shape(policy: Policy, source: IPNetwork, destination: IPNetwork) -> _Shape:
 
 
 def _match(shape: _Shape) -> str:
-    family = _FAMILY[shape.version]
-    return f"{family} saddr & {_mask(shape.version, shape.source_length)} . {family} daddr & {_mask(shape.version, shape.destination_length)}"
-
-
-def _mask(version: int, length: int) -> IPAddress:
-    if version == 4:
-        return IPv4Address(0xFFFFFFFF << (32 - length) & 0xFFFFFFFF)
-    return IPv6Address(((1 << 128) - 1) << (128 - length) & ((1 << 128) - 1))
+    family = FAMILY[shape.version]
+    return f"{family} saddr & {prefix_mask(shape.version, shape.source_length)} . {family} daddr & {prefix_mask(shape.version, shape.destination_length)}"
 
 
 def _ports(shape: _Shape) -> str:

@@ -7,13 +7,20 @@ import errno
 import os
 import subprocess
 from collections import deque
+from ipaddress import IPv4Address, IPv6Address
 from typing import Final
 
-from kernel_shim.model import KernelError
+from kernel_shim.model import IPAddress, KernelError
 
 LIBRARY: Final = "libnftables.so.1"
 PROGRAM_SECONDS: Final = 30
 RECENT_PROCESSES: Final = 256  # more than one wake-up runs
+
+# Words of the language, by IP version.
+FAMILY: Final = {4: "ip", 6: "ip6"}
+ADDRESS_TYPE: Final = {4: "ipv4_addr", 6: "ipv6_addr"}
+# RFC 4861 section 6.1: hop limit 255.
+NEIGHBOUR_DISCOVERY: Final = "ip6 hoplimit 255 icmpv6 type { nd-router-solicit, nd-router-advert, nd-neighbor-solicit, nd-neighbor-advert, nd-redirect }"
 
 
 class Nft:
@@ -77,6 +84,13 @@ class Nft:
         if self._library is not None:
             self._library.nft_ctx_free(self._context)
             self._library = None
+
+
+def prefix_mask(version: int, length: int) -> IPAddress:
+    """What to `&` an address with to compare it with a prefix."""
+    if version == 4:
+        return IPv4Address(0xFFFFFFFF << (32 - length) & 0xFFFFFFFF)
+    return IPv6Address(((1 << 128) - 1) << (128 - length) & ((1 << 128) - 1))
 
 
 def _first_line(text: str) -> str:

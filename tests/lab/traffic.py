@@ -112,12 +112,22 @@ _PING_TIME = re.compile(r"time=([\d.]+) ms")
 
 
 def ping(
-    host: Namespace, target: IPAddress, *, count: int = 3, interval: float = 0.02, timeout: float = 3.0, size: int = 56, dont_fragment: bool = False
+    host: Namespace,
+    target: IPAddress,
+    *,
+    count: int = 3,
+    interval: float = 0.02,
+    timeout: float = 3.0,
+    size: int = 56,
+    dont_fragment: bool = False,
+    source: IPAddress | None = None,
 ) -> PingResult:
     """`timeout`: seconds to wait for the last answer."""
     argv = ["ping", "-n", "-c", str(count), "-i", str(interval), "-W", str(timeout), "-s", str(size)]
     if dont_fragment:
         argv += ["-M", "do"]
+    if source is not None:
+        argv += ["-I", str(source)]
     done = host.run([*argv, str(target)], check=False, timeout=count * interval + timeout + 20)
     summary = _PING_SUMMARY.search(done.stdout)
     if (summary is None and "unreachable" in done.stderr + done.stdout) or "No route to host" in done.stderr:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from ipaddress import ip_network
 
 import pytest
 from lab.capture import Capture
 from lab.process import wait_until
-from lab.topology import LAN, WAN, sites
-from lab.traffic import ping
+from lab.topology import LAN, WAN, Sites, sites
+from lab.traffic import UdpStream, ping, udp_sink
 from shim_rig import Shim, connect, host_state, policies
 
 pytestmark = pytest.mark.pair
@@ -21,6 +23,29 @@ REMOVALS = {
     "routes are taken away": "ip route flush proto 178 table all; ip -6 route flush proto 178 table all",
     "the interface goes down and up": "ip link set vpn0 down; ip link set vpn0 up",
 }
+UNROUTED = ("rules are taken away", "routes are taken away")
+
+
+def without_guard(state: dict[str, str]) -> dict[str, str]:
+    """Counters of the guard go on counting."""
+    return {**state, "nftables": ""}
+
+
+@contextmanager
+def traffic(both: Sites) -> Iterator[None]:
+    """From a host behind the gateway and from the gateway itself, without a pause."""
+    with udp_sink(both.b.host, both.b.host4) as sink:
+        target = [(both.b.host4, sink.port)]
+        streams = [
+            UdpStream(both.a.host, target, count=6000, rate=2000),
+            UdpStream(both.a.gateway, target, count=6000, rate=2000, source=both.a.net4[1]),
+        ]
+        try:
+            sink.expect(200)
+            yield
+        finally:
+            for stream in streams:
+                stream.abandon()
 
 
 @pytest.mark.parametrize("what", REMOVALS)
@@ -36,11 +61,14 @@ async def test_what_is_taken_away_is_put_again(what: str) -> None:
         assert ping(both.a.host, both.b.host4).lost == 0
         closed = host_state(gateway)
         assert a.counters()["capture.repairs"] == 0, "its own changes are not others'"
-        gateway.run(["sh", "-c", REMOVALS[what]])
-        wait_until(lambda: a.counters()["capture.repairs"] > 0 and {**host_state(gateway), "nftables": ""} == {**closed, "nftables": ""}, "everything is back")
-        with Capture(gateway, WAN) as wire, Capture(gateway, LAN) as inside:
+        with Capture(gateway, WAN) as wire, traffic(both):
+            gateway.run(["sh", "-c", REMOVALS[what]])
+            wait_until(lambda: a.counters()["capture.repairs"] > 0 and without_guard(host_state(gateway)) == without_guard(closed), "everything is back")
             wait_until(lambda: ping(both.a.host, both.b.host4).lost == 0, "traffic passes as before")
             assert wire.clear_packets(both.inner_networks) == []
+        if what in UNROUTED:
+            assert a.counters()["guard.leak-dropped.packets"] > 0
+        with Capture(gateway, WAN) as wire, Capture(gateway, LAN) as inside:
             seen = len(inside.packets())
             assert b.stop() == 0  # what comes from the other site now comes in clear
             assert ping(both.b.host, both.a.host4, timeout=0.3).received == 0
@@ -51,3 +79,24 @@ async def test_what_is_taken_away_is_put_again(what: str) -> None:
                 await channel.add_policy(policy)
         assert a.stop() == 0
         assert host_state(gateway) == before
+
+
+@pytest.mark.parametrize("what", UNROUTED)
+async def test_nothing_leaves_in_clear_when_nobody_is_there_to_put_it_again(what: str) -> None:
+    with sites() as both:
+        before = host_state(both.a.gateway)
+        a, b = Shim(both.lab, both.a.gateway), Shim(both.lab, both.b.gateway)
+        await connect(a, b, both.a, both.b)
+        assert ping(both.a.host, both.b.host4).lost == 0
+        a.kill()
+        with Capture(both.a.gateway, WAN) as wire:
+            both.a.gateway.run(["sh", "-c", REMOVALS[what]])
+            for host, source in ((both.a.host, both.a.host4), (both.a.gateway, both.a.net4[1])):
+                assert ping(host, both.b.host4, timeout=0.2, source=source).received == 0
+            assert ping(both.a.gateway, both.b.wan4).lost == 0, "what no policy is about passes"
+            assert wire.clear_packets(both.inner_networks) == []
+        a.restart()
+        await connect(a, b, both.a, both.b, round_number=1)
+        wait_until(lambda: ping(both.a.host, both.b.host4).lost == 0, "traffic passes as before")
+        assert a.stop() == 0
+        assert host_state(both.a.gateway) == before

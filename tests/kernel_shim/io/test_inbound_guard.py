@@ -69,7 +69,8 @@ def guarded() -> Iterator[Guarded]:
 
 
 def _wait_for_carrier(namespace: Namespace) -> None:
-    namespace.run(["ping", "-c", "1", "-W", "5", NEAR])
+    for address in (NEAR, "fd00:1::1"):
+        namespace.run(["ping", "-c", "1", "-W", "5", address])  # neighbours are known then, too
 
 
 def protect(
