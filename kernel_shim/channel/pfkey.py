@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Final, TypeVar
 
 from kernel_shim.channel.api import ChannelClosed
@@ -130,7 +131,12 @@ class PfKeyChannel:
         await self._link.ask(MessageType.DELETE, sa_id_extensions(sa))
 
     async def migrate_sa(self, old: SecurityAssociation, new: SecurityAssociation) -> None:
-        raise KernelError(errno.EOPNOTSUPP, "this kernel cannot move an SA to other addresses")
+        moved = replace(old, source=new.source, destination=new.destination, encapsulation=new.encapsulation)
+        if moved != new:
+            raise KernelError(errno.EINVAL, f"SA {old.spi:#x} would change in more than its addresses")
+        if not self._private:
+            raise KernelError(errno.EOPNOTSUPP, "this kernel cannot move an SA to other addresses")
+        await self._put_sa(MessageType.UPDATE, new)  # which finds it by SPI and keys (docs/pfkey-extensions.md, 1.2)
 
     async def get_sa(self, sa: SaId) -> SaStatus:
         return status_from(await self._link.ask(MessageType.GET, sa_id_extensions(sa)))

@@ -138,6 +138,8 @@ class PendingQueues(Generic[PacketT]):
                         break
                     chosen.append(waiting)
                 return Run(key, flow, tuple([waiting.packet for waiting in chosen]), tuple(chosen))
+            if queue is not None:
+                queue.todo = None
             del self._ready[key]
         return None
 
@@ -174,7 +176,7 @@ class PendingQueues(Generic[PacketT]):
         for waiting in line:
             self._unfile(waiting)
         target = self._queues.get(key) or self._open(key, mode)
-        target.arrivals = deque(sorted([*(w for w in target.arrivals if w.queue is target), *line], key=order_of))
+        target.arrivals = sorted([*(w for w in target.arrivals if w.queue is target), *line], key=order_of)
         for waiting in line:
             self._file(waiting, target)
         self._enforce(target)
@@ -242,7 +244,7 @@ class PendingQueues(Generic[PacketT]):
             queue.arrivals.append(waiting)
             self._file(waiting, queue)
         for queue in list(self._queues.values()):
-            queue.todo.clear()
+            queue.todo = None
             self._enforce(queue)
         for key in ready:
             self.ready(key)
@@ -294,7 +296,7 @@ class PendingQueues(Generic[PacketT]):
         waiting.queue = queue
         line = queue.flows.get(waiting.flow)
         if line is None:
-            line = queue.flows[waiting.flow] = deque()
+            line = queue.flows[waiting.flow] = []
             self._flows[waiting.flow] = queue.key
         line.append(waiting)
         queue.packets += 1
@@ -310,10 +312,7 @@ class PendingQueues(Generic[PacketT]):
         assert queue is not None
         waiting.queue = None
         line = queue.flows[waiting.flow]
-        if line[0] is waiting:
-            line.popleft()
-        else:
-            line.remove(waiting)
+        line.remove(waiting)  # nearly always the first
         if not line:
             del queue.flows[waiting.flow]
             del self._flows[waiting.flow]
@@ -327,12 +326,12 @@ class PendingQueues(Generic[PacketT]):
             self._close(queue)
 
     def _retire(self, waiting: Waiting[PacketT]) -> None:
-        """`_unfile`, for good; what the deques still hold of the dead stays below what they hold of the living."""
+        """`_unfile`, for good; what `arrivals` and `_ages` still hold of the dead stays below what they hold of the living."""
         queue = waiting.queue
         assert queue is not None
         self._unfile(waiting)
         if len(queue.arrivals) > 2 * queue.packets + 64:
-            queue.arrivals = deque(w for w in queue.arrivals if w.queue is queue)
+            queue.arrivals = [w for w in queue.arrivals if w.queue is queue]
         for mode, ages in self._ages.items():
             if len(ages) > 2 * self._packets + 64:
                 self._ages[mode] = deque(w for w in ages if w.queue is not None)

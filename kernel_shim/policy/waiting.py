@@ -55,15 +55,18 @@ class WaitQueue(Generic[PacketT]):
     def __init__(self, key: PeerKey, mode: Unresolved) -> None:
         self.key = key
         self.mode = mode
-        self.flows: dict[bytes, deque[Waiting[PacketT]]] = {}
-        self.arrivals: deque[Waiting[PacketT]] = deque()  # all flows together, oldest first
-        self.todo: deque[bytes] = deque()  # flows that this pass of a drain has still to look at
+        # Lists, though their heads go first: most queues hold one packet, and an empty deque takes seven times a list of one.
+        self.flows: dict[bytes, list[Waiting[PacketT]]] = {}
+        self.arrivals: list[Waiting[PacketT]] = []  # all flows together, oldest first
+        self.todo: deque[bytes] | None = None  # flows that this pass of a drain has still to look at
         self.packets = self.segments = self.octets = 0
 
     def oldest(self) -> Waiting[PacketT] | None:
         arrivals = self.arrivals
-        while arrivals and arrivals[0].queue is not self:
-            arrivals.popleft()
+        dead = 0
+        while dead < len(arrivals) and arrivals[dead].queue is not self:
+            dead += 1
+        del arrivals[:dead]
         return arrivals[0] if arrivals else None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network
+from pathlib import Path
 from typing import Final
 
 from dataplane_pair import entropy
@@ -43,7 +44,8 @@ FLOWS: Final = 100_000
 POLICIES: Final = 10  # each of transport mode towards a /16: every peer is asked for by itself
 STALL: Final = 20.0  # s
 LONGEST: Final = 600.0  # s until what was not told counts as lost
-MEMORY_CEILING: Final = 512.0  # MB more than before
+WAITING_CEILING: Final = 256.0  # MB more than before: ACQUIREs, queues and packets
+MEMORY_CEILING: Final = 512.0  # with the SAs that came of it, at their most
 READS_A_STEP: Final = 64
 HERE: Final = IPv4Address("10.200.0.1")
 _CODEC: Final = Codec()
@@ -74,7 +76,8 @@ class Outcome:
     overruns: int = 0
     seconds: float = 0.0
     told: set[IPAddress] = field(default_factory=set)
-    memory: float = 0.0
+    waiting: float = 0.0  # MB that the storm takes
+    memory: float = 0.0  # MB, with all SAs
 
 
 def storm(*, flows: int, stall: float) -> Outcome:
@@ -98,6 +101,7 @@ def storm(*, flows: int, stall: float) -> Outcome:
         if number % 64 == 0:
             engine.flush(now)
     engine.flush(now)
+    outcome.waiting = _memory() - before
     while len(outcome.told) < flows and now < LONGEST:
         deadlines = [deadline for deadline in (engine.next_deadline(), session.next_deadline()) if deadline is not None]
         now = talk.now = max(now, min(deadlines, default=now + 1.0))
@@ -138,8 +142,8 @@ def _negotiate(engine: Engine, talk: Talk, outcome: Outcome, now: float) -> None
 
 
 def _memory() -> float:
-    """MB, the most that there ever was."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """MB of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / (1 << 20)
 
 
 def run() -> list[Row]:
@@ -147,5 +151,6 @@ def run() -> list[Row]:
     note = f"{got.overruns:,} did not fit and were repeated; the last was told {got.seconds:.0f} s after the storm, {STALL:.0f} s of them stalled"
     return [
         Row("acquire-storm.never-told", "flows", "low", float(got.never_told), floor=0.0, aim=0.0, note=note),
-        Row("acquire-storm.memory", "MB more", "low", round(got.memory), floor=MEMORY_CEILING, aim=256.0, note=f"{FLOWS:,} flows, SAs included"),
+        Row("acquire-storm.waiting", "MB more", "low", round(got.waiting), floor=WAITING_CEILING, aim=192.0, note=f"{FLOWS:,} flows wait"),
+        Row("acquire-storm.memory", "MB more", "low", round(got.memory), floor=MEMORY_CEILING, aim=256.0, note="when each has its SA"),
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+from dataclasses import replace
 from ipaddress import ip_address
 
 import pytest
@@ -149,3 +150,19 @@ async def test_refusals_of_the_kernel(standing):
         with pytest.raises(KernelError) as error:
             await request
         assert error.value.errno == number
+
+
+async def test_an_sa_moves_to_other_addresses(standing):
+    _, _, channel, _ = standing
+    old = outbound_sa(0x1234, 0)
+    new = replace(old, source=ip_address("198.51.100.1"), encapsulation=UdpEncapsulation(4500, 31337))
+    with pytest.raises(KernelError) as error:
+        await channel.migrate_sa(old, new)
+    assert error.value.errno == errno.ESRCH
+    await channel.add_sa(old)
+    for _ in range(2):  # again is harmless
+        await channel.migrate_sa(old, new)
+        assert [status.sa for status in await channel.sas()] == [without_keys(new)]
+    with pytest.raises(KernelError) as error:
+        await channel.migrate_sa(new, replace(new, reqid=ReqId(99)))
+    assert error.value.errno == errno.EINVAL
