@@ -114,7 +114,7 @@ def kernel_with(directory: Path, sas: int, buffer: int) -> Iterator[tuple[Path, 
 
 
 def churn(path: Path, first: int, rate: int, added: Synchronized[int], doomed: Synchronized[int]) -> None:
-    """Adds SAs `first`, `first` + 1, ... and deletes 0, 2, ...: by turns what stood from the beginning and what was added.
+    """Adds SAs `first`, `first` + 1, ... and deletes 0, 1, ...: the oldest, and in the end what it added.
 
     `added` is how many stand for certain, `doomed` how many may be gone.
     """
@@ -129,7 +129,7 @@ def churn(path: Path, first: int, rate: int, added: Synchronized[int], doomed: S
                 doomed.value = begin + AT_ONCE
                 await asyncio.gather(
                     *(channel.add_sa(association(first + at)) for at in range(begin, begin + AT_ONCE)),
-                    *(channel.delete_sa(name_of(2 * at)) for at in range(begin, begin + AT_ONCE)),
+                    *(channel.delete_sa(name_of(at)) for at in range(begin, begin + AT_ONCE)),
                 )
                 added.value = begin + AT_ONCE
             await asyncio.sleep(0.001)
@@ -165,7 +165,7 @@ async def _dumps(path: Path, sas: int, dumps: int, added: Synchronized[int], doo
         stands, began = sas + added.value, time.monotonic()
         found = [status.sa.id for status in await reader.sas()]
         outcome.seconds = max(outcome.seconds, time.monotonic() - began)
-        gone = {name_of(2 * at) for at in range(doomed.value)}
+        gone = {name_of(at) for at in range(doomed.value)}
         throughout = {name_of(number) for number in range(stands)} - gone
         ever = {name_of(number) for number in range(sas + doomed.value)}  # additions begin with the deletions
         outcome.missed = max(outcome.missed, len(throughout - set(found)))
