@@ -18,6 +18,7 @@ from kernel_shim.dataplane.output import Sink
 from kernel_shim.dataplane.traffic import Traffic
 from kernel_shim.inspection import CachedBundle, PendingQueue, Snapshot
 from kernel_shim.model import (
+    NO_MARK,
     PROTOCOL_ESP,
     AcquireSequence,
     Action,
@@ -470,6 +471,9 @@ class Engine:
 
 def _check_policy(policy: Policy) -> None:
     """What the SPD takes and the pipelines could not carry out."""
+    if policy.selector.if_id or policy.selector.mark != NO_MARK:
+        # Never to be matched, and the packets that it was for would find another policy: a TUN's packets carry neither.
+        raise KernelError(errno.EOPNOTSUPP, "a policy with a mark or an interface id: packets of a TUN have none")
     if policy.action is not Action.PROTECT:
         if policy.templates:
             raise KernelError(errno.EINVAL, "templates on a policy that does not protect")

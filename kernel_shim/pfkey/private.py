@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from kernel_shim.algorithms import EspAlgorithm
 from kernel_shim.inspection import CachedBundle, PendingQueue
-from kernel_shim.model import Capabilities, Direction, Flow, Selector, TrafficSelector, Unresolved
+from kernel_shim.model import DEFAULT_COPIES, Capabilities, Direction, Flow, HeaderCopies, Selector, TrafficSelector, Unresolved
 from kernel_shim.mpls.node import NodeEntry
 from kernel_shim.pfkey.constants import PRIVATE_VERSION, ExtensionType
 from kernel_shim.pfkey.messages import Extension
@@ -40,6 +40,8 @@ class SaExtension(Extension):
     replay_window: int = 0
     soft_packets: int = 0
     hard_packets: int = 0
+    copies: HeaderCopies = DEFAULT_COPIES
+    tfc_padding: int = 0
 
 
 @dataclass(frozen=True, slots=True)

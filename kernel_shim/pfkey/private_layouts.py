@@ -19,6 +19,7 @@ from kernel_shim.model import (
     Capabilities,
     Direction,
     Flow,
+    HeaderCopies,
     IPAddress,
     Mark,
     Mode,
@@ -63,8 +64,8 @@ _ENCRYPTIONS: Final = {int(encryption): encryption for encryption in EncryptionI
 _INTEGRITIES: Final = {int(integrity): integrity for integrity in IntegrityId}
 _UNRESOLVED: Final = {Unresolved.QUEUE: 1, Unresolved.EAGAIN: 2, Unresolved.BLOCK: 3, Unresolved.DROP: 4}
 _UNRESOLVED_OF: Final = {number: mode for mode, number in _UNRESOLVED.items()}
-_ENCAPSULATION, _ESN, _PORT_RANGES, _ADDRESS_RANGES, _SA_SELECTORS, _ACQUIRE_FLOW, _BINDS, _PREFERS_UDP = (1 << bit for bit in range(8))
-_SA_ESN: Final = 1
+_ENCAPSULATION, _ESN, _PORT_RANGES, _ADDRESS_RANGES, _SA_SELECTORS, _ACQUIRE_FLOW, _BINDS, _PREFERS_UDP, _TFC = (1 << bit for bit in range(9))
+_SA_ESN, _SA_NO_DSCP_OUT, _SA_DSCP_IN, _SA_NO_ECN, _SA_NO_DF = (1 << bit for bit in range(5))
 _NO_ADDRESS: Final[Mapping[int, IPAddress]] = {4: IPv4Address(0), 6: IPv6Address(0)}
 _TWO_SHORTS: Final = Struct("=HH")
 _COUNT: Final = Struct("=I")
@@ -101,6 +102,7 @@ def read_capabilities(reader: Reader, _kind: ExtensionType) -> CapabilitiesExten
             modes=frozenset(mode for mode in Mode if modes >> mode & 1),
             encapsulation_required=bool(flags & _ENCAPSULATION),
             encapsulation_preferred=bool(flags & _PREFERS_UDP),
+            tfc_padding=bool(flags & _TFC),
             esn=bool(flags & _ESN),
             maximum_replay_window=window,
             port_ranges=bool(flags & _PORT_RANGES),
@@ -118,6 +120,7 @@ def write_capabilities(writer: Writer, extension: CapabilitiesExtension) -> None
     flags = (
         it.encapsulation_required * _ENCAPSULATION
         | it.encapsulation_preferred * _PREFERS_UDP
+        | it.tfc_padding * _TFC
         | it.esn * _ESN
         | it.port_ranges * _PORT_RANGES
         | it.address_ranges * _ADDRESS_RANGES
@@ -134,11 +137,11 @@ def write_capabilities(writer: Writer, extension: CapabilitiesExtension) -> None
     writer.pad()
 
 
-_SA: Final = Struct("=BBxxHHHHIxxxxQQ")
+_SA: Final = Struct("=BBxxHHHHIIQQ")
 
 
 def read_sa(reader: Reader, _: ExtensionType) -> SaExtension:
-    direction, flags, encryption, key_bits, integrity, icv, window, soft, hard = reader.take(_SA)
+    direction, flags, encryption, key_bits, integrity, icv, window, padding, soft, hard = reader.take(_SA)
     if direction not in (Direction.IN, Direction.OUT):
         raise reader.fail(f"{direction}", "direction")
     if encryption not in _ENCRYPTIONS or integrity not in _INTEGRITIES:
@@ -146,15 +149,18 @@ def read_sa(reader: Reader, _: ExtensionType) -> SaExtension:
     algorithm = EspAlgorithm(_ENCRYPTIONS[encryption], key_bits, _INTEGRITIES[integrity])
     if icv != algorithm.icv_length:
         raise reader.fail(f"{icv} octets, {algorithm.icv_length} expected", "icv")
-    return SaExtension(Direction(direction), algorithm, bool(flags & _SA_ESN), window, soft, hard)
+    copies = HeaderCopies(not flags & _SA_NO_DSCP_OUT, bool(flags & _SA_DSCP_IN), not flags & _SA_NO_ECN, not flags & _SA_NO_DF)
+    return SaExtension(Direction(direction), algorithm, bool(flags & _SA_ESN), window, soft, hard, copies, padding)
 
 
 def write_sa(writer: Writer, sa: SaExtension) -> None:
-    it = sa.algorithm
+    it, copies = sa.algorithm, sa.copies
+    flags = sa.esn * _SA_ESN | (not copies.dscp_out) * _SA_NO_DSCP_OUT | copies.dscp_in * _SA_DSCP_IN | (not copies.ecn) * _SA_NO_ECN
+    flags |= (not copies.df) * _SA_NO_DF
     writer.put(
         _SA,
-        *(sa.direction, sa.esn * _SA_ESN, it.encryption, it.key_bits, it.integrity, it.icv_length),
-        *(sa.replay_window, sa.soft_packets, sa.hard_packets),
+        *(sa.direction, flags, it.encryption, it.key_bits, it.integrity, it.icv_length),
+        *(sa.replay_window, sa.tfc_padding, sa.soft_packets, sa.hard_packets),
     )
 
 

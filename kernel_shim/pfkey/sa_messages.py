@@ -15,6 +15,7 @@ from typing import Final
 
 from kernel_shim.algorithms import AEAD_SALT, EncryptionId, EspAlgorithm
 from kernel_shim.model import (
+    DEFAULT_COPIES,
     NO_LABELS,
     AcquireSequence,
     Direction,
@@ -174,7 +175,7 @@ def sa_extensions(sa: SecurityAssociation, *, private: bool, keys: bool, state: 
     if sa.labels is not NO_LABELS:
         yield from _label_extensions(sa.labels)
     if private:
-        yield SaExtension(sa.direction, algorithm, sa.esn, sa.replay_window, sa.soft.packets, sa.hard.packets)
+        yield SaExtension(sa.direction, algorithm, sa.esn, sa.replay_window, sa.soft.packets, sa.hard.packets, sa.copies, sa.tfc_padding)
         yield from acquire_reference(sa.acquire)
         if sa.source_selectors:
             yield SaSelectors(ExtensionType.X_SA_SOURCES, sa.source_selectors)
@@ -215,6 +216,8 @@ def sa_from(message: Message, direction: Direction, *, keys: bool) -> SecurityAs
         destination_selectors=destinations.selectors if destinations is not None else (),
         acquire=acquire_from(message, private=private is not None),
         labels=_labels(message),
+        copies=private.copies if private is not None else DEFAULT_COPIES,
+        tfc_padding=private.tfc_padding if private is not None else 0,
     )
 
 
@@ -249,6 +252,8 @@ def require_expressible(sa: SecurityAssociation) -> None:
         f"a replay window of {sa.replay_window}": sa.replay_window > BASE_REPLAY_WINDOW,
         "traffic selectors of an SA": bool(sa.source_selectors or sa.destination_selectors),
         f"{sa.algorithm.encryption.name}": sa.algorithm.encryption is EncryptionId.CHACHA20_POLY1305,
+        "choice of what IP headers copy": sa.copies != DEFAULT_COPIES,
+        "TFC padding": bool(sa.tfc_padding),
         "packet lifetimes beyond 32 bits": max(sa.soft.packets, sa.hard.packets) > _UINT32_MAX,
     }
     for what, is_asked in beyond.items():

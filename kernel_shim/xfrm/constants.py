@@ -131,8 +131,17 @@ class XfrmMode(IntEnum):
 class StateFlag(IntFlag):
     """`XFRM_STATE_*` of a usersa_info."""
 
+    NO_ECN = 1
+    DECAP_DSCP = 2
+    NO_PMTU_DISCOVERY = 4
     AF_UNSPEC = 32  # an SA without selector takes packets of either family
     ESN = 128
+
+
+class ExtraFlag(IntFlag):
+    """`XFRM_SA_XFLAG_*`."""
+
+    DONT_ENCAP_DSCP = 1
 
 
 class EventFlag(IntFlag):

@@ -10,6 +10,7 @@ from kernel_shim.model import (
     NO_LIFETIME,
     AcquireSequence,
     Direction,
+    HeaderCopies,
     IPAddress,
     Lifetime,
     Mark,
@@ -24,7 +25,7 @@ from kernel_shim.model import (
     UdpEncapsulation,
 )
 from kernel_shim.secret import NO_SECRET, Secret
-from kernel_shim.xfrm.constants import AEAD_NAMES, CIPHER_NAMES, INFINITE, INTEGRITY_NAMES, UDP_ENCAP_ESPINUDP, Attribute, SaDirection, StateFlag
+from kernel_shim.xfrm.constants import AEAD_NAMES, CIPHER_NAMES, INFINITE, INTEGRITY_NAMES, UDP_ENCAP_ESPINUDP, Attribute, ExtraFlag, SaDirection, StateFlag
 from kernel_shim.xfrm.modes import mode_from
 from kernel_shim.xfrm.ownership import reqid_from
 from kernel_shim.xfrm.replay import NO_REPLAY_STATE, ReplayState, Usage, replay_from
@@ -72,6 +73,16 @@ class KernelSa:
     device: int  # that encrypts; 0 is none
     flags: int  # `XFRM_STATE_*`
     extra_flags: int  # `XFRM_SA_XFLAG_*`
+    tfc_padding: int = 0
+
+    @property
+    def copies(self) -> HeaderCopies:
+        return HeaderCopies(
+            dscp_out=not self.extra_flags & ExtraFlag.DONT_ENCAP_DSCP,
+            dscp_in=bool(self.flags & StateFlag.DECAP_DSCP),
+            ecn=not self.flags & StateFlag.NO_ECN,
+            df=not self.flags & StateFlag.NO_PMTU_DISCOVERY,
+        )
 
     @property
     def larval(self) -> Larval | None:
@@ -109,6 +120,8 @@ class KernelSa:
             if_id=self.if_id,
             mark=self.mark,
             set_mark=self.set_mark,
+            copies=self.copies,
+            tfc_padding=self.tfc_padding,
             offload=device,
         )
         state = SaState.MATURE if self.algorithm else SaState.LARVAL
@@ -138,7 +151,11 @@ def sa_from(body: bytes, attributes: Mapping[int, bytes]) -> KernelSa:
     extra = 0
     if (data := attributes.get(Attribute.SA_EXTRA_FLAGS)) is not None:
         (extra,) = unpack(NUMBER, data, "extra flags")
+    padding = 0
+    if (data := attributes.get(Attribute.TFCPAD)) is not None:
+        (padding,) = unpack(NUMBER, data, "TFC padding")
     return KernelSa(
+        tfc_padding=padding,
         id=SaId(unpack_address(info.daddr, info.family), Spi(info.spi), info.proto),
         source=unpack_address(info.saddr, info.family),
         mode=mode_from(info.mode),

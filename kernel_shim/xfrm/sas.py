@@ -32,6 +32,7 @@ from kernel_shim.xfrm.constants import (
     MAX_REPLAY_WINDOW,
     UDP_ENCAP_ESPINUDP,
     Attribute,
+    ExtraFlag,
     MessageType,
     NetlinkFlag,
     OffloadFlag,
@@ -47,6 +48,7 @@ from kernel_shim.xfrm.structs import (
     ALGORITHM_SIZED,
     ENCAPSULATION,
     NO_SELECTOR,
+    NUMBER,
     OCTET,
     OFFLOAD,
     SPI_RANGE,
@@ -96,6 +98,8 @@ def sa_message(sa: SecurityAssociation, *, update: bool, directed: bool = False,
         attributes[Attribute.SA_DIR] = OCTET.pack(SaDirection.IN if inbound else SaDirection.OUT)
     if sa.esn:
         flags |= StateFlag.ESN
+    if sa.mode is Mode.TUNNEL:
+        flags |= _header_flags(sa, attributes)
     window = 0 if directed and not inbound else _window(sa)
     wide = sa.esn or window > _SMALL_WINDOW
     if continues is not None:
@@ -120,6 +124,17 @@ def sa_message(sa: SecurityAssociation, *, update: bool, directed: bool = False,
         flags,
     )
     return Message(MessageType.UPDSA if update else MessageType.NEWSA, body.pack(), attributes, NetlinkFlag.REQUEST | NetlinkFlag.ACK)
+
+
+def _header_flags(sa: SecurityAssociation, attributes: dict[int, bytes]) -> int:
+    """What of the outer header follows the inner one; one flag has an attribute of its own."""
+    copies = sa.copies
+    if not copies.dscp_out:
+        attributes[Attribute.SA_EXTRA_FLAGS] = NUMBER.pack(ExtraFlag.DONT_ENCAP_DSCP)
+    if sa.tfc_padding and sa.direction is Direction.OUT:
+        attributes[Attribute.TFCPAD] = NUMBER.pack(sa.tfc_padding)
+    flags = StateFlag.DECAP_DSCP if copies.dscp_in else 0
+    return flags | (0 if copies.ecn else StateFlag.NO_ECN) | (0 if copies.df else StateFlag.NO_PMTU_DISCOVERY)
 
 
 def _window(sa: SecurityAssociation) -> int:

@@ -66,6 +66,8 @@ def impossible(child: ChildConfig, capabilities: Capabilities) -> Iterator[tuple
         yield "mode", f"has no {child.mode.name.lower()} mode"
     if child.replay_window > capabilities.maximum_replay_window:
         yield "replay_window", f"has replay windows of at most {capabilities.maximum_replay_window}"
+    if child.tfc_padding and not capabilities.tfc_padding:
+        yield "tfc_padding", "has no TFC padding"
     if child.unresolved not in capabilities.unresolved_modes:
         yield "unresolved", f"does not know '{child.unresolved.value}' for packets without an SA"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from kernel_shim.model import NO_MARK, Action, Mark, Mode, Unresolved
+from kernel_shim.model import NO_MARK, TFC_TO_MTU, Action, HeaderCopies, Mark, Mode, Unresolved
 from vpnd.config import options
 from vpnd.config.addresses import parse_traffic_selector
 from vpnd.config.errors import ConfigError
@@ -100,6 +100,8 @@ def _child(reader: Reader, name: str, if_ids: tuple[int, int]) -> ChildConfig:
         replay_window=reader.integer("replay_window", 32, maximum=MAX_REPLAY_WINDOW),
         priority=reader.integer("priority", 0),
         reqid=reader.integer("reqid", 0),
+        copies=_copies(reader),
+        tfc_padding=reader.convert("tfc_padding", 0, _tfc_padding),
         mark_in=reader.convert("mark_in", NO_MARK, mark),
         mark_out=reader.convert("mark_out", NO_MARK, mark),
         mark_in_sa=reader.boolean("mark_in_sa", False),
@@ -116,6 +118,20 @@ def _child(reader: Reader, name: str, if_ids: tuple[int, int]) -> ChildConfig:
     _check_families(reader, child)
     reader.finish(list(options.CHILD))
     return child
+
+
+def _copies(reader: Reader) -> HeaderCopies:
+    dscp = reader.choice("copy_dscp", "out", {value: value for value in ("out", "in", "yes", "no")})
+    return HeaderCopies(
+        dscp_out=dscp in ("out", "yes"),
+        dscp_in=dscp in ("in", "yes"),
+        ecn=reader.boolean("copy_ecn", True),
+        df=reader.boolean("copy_df", True),
+    )
+
+
+def _tfc_padding(text: str) -> int:
+    return TFC_TO_MTU if text.lower() == "mtu" else integer(text, 0, 65535)
 
 
 def _mode(text: str) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import Enum, Flag
 from pathlib import Path
 
-from kernel_shim.model import NO_MARK, Action, IPAddress, Mark, Mode, PortRange, TrafficSelector, Unresolved
+from kernel_shim.model import DEFAULT_COPIES, NO_MARK, Action, HeaderCopies, IPAddress, Mark, Mode, PortRange, TrafficSelector, Unresolved
 from vpnd.config.tree import Section
 from vpnd.ike.identity import Identity
 from vpnd.ike.proposal import Proposal
@@ -96,6 +96,8 @@ class ChildConfig:
     replay_window: int = 32
     priority: int = 0  # 0: by the selector's size
     reqid: int = 0  # 0: given by the manager
+    copies: HeaderCopies = DEFAULT_COPIES  # `copy_dscp`, `copy_ecn`, `copy_df`
+    tfc_padding: int = 0  # bytes; TFC_TO_MTU is `mtu`
     mark_in: Mark = NO_MARK  # of policies in and forward, and with `mark_in_sa` of the SA in
     mark_out: Mark = NO_MARK  # of policies and SA out
     mark_in_sa: bool = False

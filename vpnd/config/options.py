@@ -55,12 +55,8 @@ CHILD: Final[Mapping[str, Harmless]] = {
     "interface": never,
     "label": never,
     "label_mode": one_of("system"),
-    "tfc_padding": is_zero,
     "per_cpu_sas": is_no,
     "hw_offload": one_of("no", "auto"),
-    "copy_df": is_yes,
-    "copy_ecn": is_yes,
-    "copy_dscp": one_of("out"),
     "icmp": is_no,
 }
 

@@ -39,6 +39,7 @@ from vpnd.ike.wire.payloads import NotifyPayload, Payload, SaPayload, TsiPayload
 
 SPI_LENGTH: Final = 4
 SMALLEST_SPI: Final = 256  # RFC 4303 section 2.1: 0 to 255 are reserved
+_NO_PADDING: Final = NotifyPayload(NotifyType.ESP_TFC_PADDING_NOT_SUPPORTED)  # RFC 7296 section 1.3.1
 
 
 class ChildRefused(Exception):
@@ -76,6 +77,7 @@ class Agreed:
     remote_ts: Selectors
     spi_out: Spi
     acquire: AcquireSequence = NO_ACQUIRE
+    padding: bool = False  # the peer takes TFC padding
 
 
 # Ours to ask
@@ -89,15 +91,14 @@ class Offer:
     local_ts: Selectors
     remote_ts: Selectors
     spi: SaId
+    takes_padding: bool = False
 
     def payloads(self) -> list[Payload]:
         """SA, TSi, TSr and notifications; RFC 7296 section 1.3.1."""
         payloads: list[Payload] = [SaPayload(self.proposals), TsiPayload(self.local_ts), TsrPayload(self.remote_ts)]
         if self.request.child.mode is Mode.TRANSPORT:
             payloads.append(NotifyPayload(NotifyType.USE_TRANSPORT_MODE))
-        # RFC 7296 section 1.3.1: our kernels do not take TFC padding away
-        payloads.append(NotifyPayload(NotifyType.ESP_TFC_PADDING_NOT_SUPPORTED))
-        return payloads
+        return payloads if self.takes_padding else [*payloads, _NO_PADDING]
 
 
 def reqid_of(session: Session, request: ChildRequest) -> int:
@@ -129,7 +130,9 @@ def make_offer(session: Session, request: ChildRequest, *, key_exchange: bool, l
     spi = yield from allocate(session, allocation(session, child, reqid, request.acquire))
     if spi is None:
         raise ChildRefused(Reason.KERNEL_REFUSED, NotifyType.TEMPORARY_FAILURE, detail="no SPI")
-    return Offer(request, reqid, number_proposals(proposals, spi.spi.to_bytes(SPI_LENGTH, "big")), local_ts, remote_ts, spi)
+    return Offer(
+        request, reqid, number_proposals(proposals, spi.spi.to_bytes(SPI_LENGTH, "big")), local_ts, remote_ts, spi, session.context.capabilities.tfc_padding
+    )
 
 
 def read_answer(session: Session, offer: Offer, message: Message) -> Agreed:
@@ -149,7 +152,7 @@ def read_answer(session: Session, offer: Offer, message: Message) -> Agreed:
     if mode is not offer.request.child.mode:
         raise ChildRefused(Reason.NO_PROPOSAL_CHOSEN, NotifyType.NO_PROPOSAL_CHOSEN, detail="the peer declined the mode")
     spi, algorithm = _peer_spi(chosen), _algorithm(chosen)
-    return Agreed(offer.request.child, chosen, algorithm, offer.reqid, mode, pair[0], pair[1], spi, offer.request.acquire)
+    return Agreed(offer.request.child, chosen, algorithm, offer.reqid, mode, pair[0], pair[1], spi, offer.request.acquire, _takes_padding(message))
 
 
 # The peer's to ask
@@ -162,6 +165,7 @@ class Asked:
     agreed: Agreed
     tsi: Selectors  # as they go back
     tsr: Selectors
+    takes_padding: bool = False
 
 
 def choose(session: Session, message: Message, *, key_exchange: bool, ke_group: int | None = None, like: Child | None = None) -> Asked:
@@ -199,9 +203,9 @@ def choose(session: Session, message: Message, *, key_exchange: bool, ke_group: 
         whole = only_narrows(asked_local, pair[0]) and only_narrows(asked_remote, pair[1])
         score = (first, whole)
         if best is None or score > best[0]:
-            agreed = Agreed(config, chosen, _algorithm(chosen), 0, mode, pair[0], pair[1], _peer_spi(chosen))
+            agreed = Agreed(config, chosen, _algorithm(chosen), 0, mode, pair[0], pair[1], _peer_spi(chosen), padding=_takes_padding(message))
             back_local, back_remote = _seen_from_there(session, pair, tsr.selectors, tsi.selectors) if mode is Mode.TRANSPORT else pair
-            best = score, Asked(agreed, back_remote, back_local)
+            best = score, Asked(agreed, back_remote, back_local, session.context.capabilities.tfc_padding)
     if best is None:
         raise refusal
     asked = best[1]
@@ -214,8 +218,7 @@ def answer_payloads(asked: Asked, spi: SaId) -> list[Payload]:
     payloads: list[Payload] = [SaPayload((asked.agreed.proposal.with_spi(spi.spi.to_bytes(SPI_LENGTH, "big")),)), TsiPayload(asked.tsi), TsrPayload(asked.tsr)]
     if asked.agreed.mode is Mode.TRANSPORT:
         payloads.append(NotifyPayload(NotifyType.USE_TRANSPORT_MODE))
-    payloads.append(NotifyPayload(NotifyType.ESP_TFC_PADDING_NOT_SUPPORTED))
-    return payloads
+    return payloads if asked.takes_padding else [*payloads, _NO_PADDING]
 
 
 # What comes of it
@@ -253,6 +256,8 @@ def build(session: Session, agreed: Agreed, spi_in: SaId, keying: Keying, replac
             source_selectors=agreed.remote_ts if inbound else agreed.local_ts,
             destination_selectors=agreed.local_ts if inbound else agreed.remote_ts,
             acquire=agreed.acquire,
+            copies=config.copies,
+            tfc_padding=config.tfc_padding if agreed.padding and not inbound else 0,
             if_id=config.if_id_in if inbound else config.if_id_out,
             # as in strongSwan, what is decrypted need not be marked already
             mark=(config.mark_in if config.mark_in_sa else NO_MARK) if inbound else config.mark_out,
@@ -286,6 +291,10 @@ def _usable(session: Session, config: ChildConfig, *, key_exchange: bool) -> tup
     proposals: Sequence[Proposal] = within_kernel(config.esp_proposals, session.context.capabilities)
     # RFC 7296 section 1.2: IKE_AUTH has no KE payload, so its CHILD_SA has no key exchange transform
     return tuple(proposals) if key_exchange else tuple(proposal.without_key_exchange() for proposal in proposals)
+
+
+def _takes_padding(message: Message) -> bool:
+    return message.notify(NotifyType.ESP_TFC_PADDING_NOT_SUPPORTED) is None
 
 
 def _peer_spi(chosen: Proposal) -> Spi:

@@ -16,6 +16,7 @@ from kernel_shim.algorithms import EncryptionId, EspAlgorithm, IntegrityId
 from kernel_shim.channel.linux import XFRM
 from kernel_shim.model import (
     ANY_PORT,
+    TFC_TO_MTU,
     Acquire,
     AcquireSequence,
     Action,
@@ -23,6 +24,7 @@ from kernel_shim.model import (
     Direction,
     Endpoint,
     Expire,
+    HeaderCopies,
     KernelError,
     Lifetime,
     Mark,
@@ -116,12 +118,18 @@ def associations(draw: st.DrawFn) -> SecurityAssociation:
     address = st.ip_addresses(v=version)
     direction = draw(st.sampled_from((Direction.IN, Direction.OUT)))
     pair = draw(st.one_of(st.none(), selectors().filter(lambda s: s.source != AddressRange.everything(s.version) and not s.if_id and s.mark == Mark())))
+    mode = draw(st.sampled_from(Mode))
+    booleans = st.booleans()
+    copies = draw(st.builds(HeaderCopies, booleans, booleans, booleans, booleans)) if mode is Mode.TUNNEL else HeaderCopies()
+    padding = draw(st.sampled_from((0, 1000, TFC_TO_MTU))) if mode is Mode.TUNNEL and direction is Direction.OUT else 0
     return SecurityAssociation(
         spi=Spi(draw(st.integers(0x100, 2**32 - 1))),
         source=draw(address),
         destination=draw(address),
         direction=direction,
-        mode=draw(st.sampled_from(Mode)),
+        mode=mode,
+        copies=copies,
+        tfc_padding=padding,
         reqid=ReqId(draw(st.integers(0, OURS - 1))),
         algorithm=algorithm,
         encryption_key=Secret(draw(st.binary(min_size=algorithm.encryption_key_length, max_size=algorithm.encryption_key_length))),
