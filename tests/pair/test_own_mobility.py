@@ -1,0 +1,64 @@
+"""Two of our gateways: an address changes, or a NAT does, and the tunnel goes on with the SAs that it has."""
+
+from __future__ import annotations
+
+import pytest
+from lab.pairing import OURS, Pair, counted_alike, pair
+from lab.process import wait_until
+from lab.traffic import UdpStream, udp_sink
+from lab.tunnel import Side, Tunnel
+
+pytestmark = [pytest.mark.interop, pytest.mark.timeout(120)]
+
+NEW = "192.0.2.77"
+
+
+def spis(link: Pair) -> set[tuple[int, int]]:
+    return {(child.spi_in, child.spi_out) for child in link.children()}
+
+
+@pytest.mark.parametrize("encap", ["yes", "no"])
+def test_a_roadwarrior_changes_its_address_under_traffic(encap: str) -> None:
+    """Nothing is negotiated anew, and what left before the change is the only loss."""
+    with pair(OURS, OURS, Tunnel(connection_options={"mobike": "yes", "local_addrs": "%any", "encap": encap})) as link:
+        link.a.initiate()
+        link.carries_again()
+        before, ike = spis(link), [sa.initiator_spi for sa in link.a.ike_sas()]
+        near, far, target = link.ends(Side.A)
+        a, b = link.sites.a, link.sites.b
+        with udp_sink(far, target) as sink:
+            stream = UdpStream(near, [(target, sink.port)], count=1500, rate=500.0, size=200)
+            assert sink.expect(200).received >= 200
+            a.gateway.sysctl(ipv4__conf__wan__promote_secondaries=1)  # else the new address goes with the old one
+            a.gateway.ip(f"addr add {NEW}/24 dev wan", f"addr del {a.wan4}/24 dev wan", f"route replace {b.net4} via {b.wan4}")
+            b.gateway.ip(f"route replace {a.net4} via {NEW}")
+            sent = stream.wait()
+            assert sink.expect(sent.sent, timeout=3.0).received > 700, "the stream goes on from the new address"
+        seen = len(link.capture.packets())
+        for side in Side:
+            assert link.ping(side).lost == 0
+        assert {str(packet.source) for packet in link.capture.packets()[seen:] if packet.is_esp} == {NEW, str(b.wan4)}
+        assert spis(link) == before
+        assert [sa.initiator_spi for sa in link.a.ike_sas()] == ike
+        wait_until(lambda: [child.state for child in link.children()] == ["INSTALLED"] * 2, "at rest")
+
+
+def test_no_packet_is_lost_when_a_second_address_takes_over() -> None:
+    """The old address stands until the new one is in use: make before break."""
+    with pair(OURS, OURS, Tunnel(connection_options={"mobike": "yes", "local_addrs": "%any"})) as link:
+        link.a.initiate()
+        link.carries_again()
+        before = spis(link)
+        near, far, target = link.ends(Side.A)
+        a, b = link.sites.a, link.sites.b
+        with udp_sink(far, target) as sink:
+            stream = UdpStream(near, [(target, sink.port)], count=1500, rate=500.0, size=200)
+            assert sink.expect(200).received >= 200
+            a.gateway.ip(f"addr add {NEW}/32 dev wan", f"route replace {b.wan4}/32 dev wan src {NEW}")
+            sent = stream.wait()
+            assert sink.expect(sent.sent, timeout=3.0).received == sent.sent
+        assert spis(link) == before
+        counted_alike(*link.children())
+        seen = len(link.capture.packets())
+        assert link.ping().lost == 0
+        assert {str(packet.source) for packet in link.capture.packets()[seen:] if packet.is_esp} == {NEW, str(b.wan4)}
