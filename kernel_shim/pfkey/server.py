@@ -33,18 +33,17 @@ from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Final, NewType
 
-from kernel_shim.inspection import CachedBundle, Inspectable, PendingQueue
+from kernel_shim.inspection import Inspectable
 from kernel_shim.kernel import IkeSocketProvider, Kernel, LabelKernel
-from kernel_shim.model import AcquireSequence, IPAddress, KernelError, KernelEvent, Policy, SaStatus
+from kernel_shim.model import AcquireSequence, IPAddress, KernelError, KernelEvent
 from kernel_shim.pfkey.codec import Codec, header_of
 from kernel_shim.pfkey.constants import MAX_ERROR_TEXT, PRIVATE_VERSION, ExtensionType, MessageType, SaType
+from kernel_shim.pfkey.dump_entries import entry_extensions, filtered, holds_esp
 from kernel_shim.pfkey.event_messages import event_message, proposal_of, supported_extensions
-from kernel_shim.pfkey.messages import Address, Extension, Filter, Message, PfKeyError
+from kernel_shim.pfkey.messages import Address, Extension, Message, PfKeyError
 from kernel_shim.pfkey.outbox import Dump, Entries, Outbox, Output
-from kernel_shim.pfkey.policy_messages import policy_extensions
-from kernel_shim.pfkey.private import BundleExtension, CapabilitiesExtension, DumpPosition, ErrorText, Hello, LabelEntries, PendingExtension
+from kernel_shim.pfkey.private import CapabilitiesExtension, DumpPosition, ErrorText, Hello, LabelEntries
 from kernel_shim.pfkey.requests import Answer, Requests
-from kernel_shim.pfkey.sa_messages import passes, status_extensions
 from kernel_shim.pfkey.watch import EVENT_OCTETS, Copy, Watch, encode_copy, reply_copy, without_keys
 
 __all__ = ["ACQUIRE_REPEAT", "MAX_CLIENTS", "MAX_REMEMBERED_REPLIES", "ClientId", "Output", "ServerSession"]
@@ -244,7 +243,7 @@ class ServerSession:
                 raise KernelError(errno.EOPNOTSUPP, f"message type {message.type}")
             entries = self._private_entries(message)
         else:
-            entries = tuple(_filtered(self._kernel.sas(), message)) if _dumps_esp(message.sa_type) else ()
+            entries = tuple(filtered(self._kernel.sas(), message)) if holds_esp(message.sa_type) else ()
         if not entries:
             raise KernelError(errno.ENOENT, "nothing to dump")
         client.outbox.dump = Dump(message.type, message.sequence, message.pid, entries)
@@ -339,7 +338,7 @@ class ServerSession:
         dump.position += 1
         if dump.remaining == 0:
             client.outbox.dump = None
-        extensions = tuple(_entry_extensions(entry, private=client.private))
+        extensions = tuple(entry_extensions(entry, private=client.private))
         if client.private:
             extensions += (DumpPosition(dump.request, dump.remaining, len(dump.entries)),)
         sequence = dump.position if dump.remaining else 0
@@ -416,24 +415,3 @@ class ServerSession:
             "pfkey.promiscuous": len(self._watchers),
             "pfkey.copies-lost": self._watch_lost + sum(watcher.watch.lost for watcher in self._watchers if watcher.watch is not None),
         }
-
-
-def _dumps_esp(sa_type: int) -> bool:
-    if sa_type not in (SaType.UNSPEC, SaType.AH, SaType.ESP, SaType.X_IPCOMP):
-        raise PfKeyError("sadb_msg_satype", str(sa_type))
-    return sa_type in (SaType.UNSPEC, SaType.ESP)
-
-
-def _filtered(statuses: Iterable[SaStatus], message: Message) -> Iterable[SaStatus]:
-    wanted = message.find(Filter)
-    return statuses if wanted is None else (status for status in statuses if passes(wanted, status.sa))
-
-
-def _entry_extensions(entry: SaStatus | Policy | PendingQueue | CachedBundle | LabelEntries, *, private: bool) -> Iterable[Extension]:
-    if isinstance(entry, LabelEntries):
-        return (entry,)
-    if isinstance(entry, SaStatus):
-        return status_extensions(entry, private=private)
-    if isinstance(entry, Policy):
-        return policy_extensions(entry, private=private)
-    return (PendingExtension(entry),) if isinstance(entry, PendingQueue) else (BundleExtension(entry),)
