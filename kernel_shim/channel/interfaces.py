@@ -131,7 +131,7 @@ async def _links(route: AsyncIPRoute, name: str) -> list[tuple[int, int | None, 
     """Index, if_id (None for a link of another kind) and whether it is ours."""
     found = []
     try:
-        async for message in await route.link("get", ifname=name):
+        for message in await route.link("get", ifname=name):
             information: Any = message.get("IFLA_LINKINFO")
             kind = information.get("IFLA_INFO_KIND") if information else None
             data = information.get("IFLA_INFO_DATA") if kind == "xfrm" else None

@@ -227,15 +227,24 @@ class XfrmChannel:
             await self.update_sa(new)
         else:
             async with self._migrating:
-                last = await last_state(old, lambda: self.delete_sa(old.id))
-                if last is None:
-                    if await self._stands(new):
+                if await self._source(old) != old.source:  # their names may be the same: an SA is named by its destination
+                    if await self._source(new) == new.source:
                         return
                     raise KernelError(errno.ESRCH, f"no SA {old.spi:08x} to move")
+                last = await last_state(old, lambda: self.delete_sa(old.id))
                 await self._add(replace(new, acquire=AcquireSequence(0)), continuation(last, new.direction, directed=self._directed))
         self._counters["moved"] += 1
         if new.direction is Direction.OUT:
             await self._policies.kick(new.reqid)
+
+    async def _source(self, sa: SecurityAssociation) -> IPAddress | None:
+        """From where an SA of this name comes; None when there is none."""
+        try:
+            return self._sa_of(await self._requests.request(sa_id_message(MessageType.GETSA, sa.id, sa.mark)), "GETSA").source
+        except KernelError as error:
+            if error.errno != errno.ESRCH:
+                raise
+            return None
 
     async def get_sa(self, sa: SaId) -> SaStatus:
         return self._status(await self._get(sa))

@@ -33,8 +33,8 @@ def only_ports_differ(old: SecurityAssociation, new: SecurityAssociation) -> boo
     return (old.source, old.destination) == (new.source, new.destination) and None not in (old.encapsulation, new.encapsulation)
 
 
-async def last_state(old: SecurityAssociation, delete: Callable[[], Awaitable[None]]) -> KernelSa | None:
-    """Delete an SA, and give what it was when it ended; None when there was none. KernelError(EIO) when the kernel's notice of it was lost."""
+async def last_state(old: SecurityAssociation, delete: Callable[[], Awaitable[None]]) -> KernelSa:
+    """Delete an SA, and give what it was when it ended. KernelError(EIO) when the kernel's notice of it was lost, and then the SA is."""
     told: list[KernelSa] = []
 
     def heard(message: Message) -> None:
@@ -51,21 +51,16 @@ async def last_state(old: SecurityAssociation, delete: Callable[[], Awaitable[No
     notices = NetlinkSocket((Group.SA,), on_message=heard)
     notices.open()
     try:
-        refused = False
         try:
             await delete()
         except KernelError as error:
-            # also the repetition of a request whose answer was lost
-            refused = error.errno == errno.ESRCH
-            if not refused:
+            if error.errno != errno.ESRCH:  # it may be the repetition of a request whose answer was lost
                 raise
         # It was sent within the request, so it is there already.
         while not told and notices.read():
             pass
         if told:
             return told[0]
-        if refused and not notices.overruns:
-            return None
         raise KernelError(errno.EIO, f"the last state of SA {old.spi:08x} was lost")
     finally:
         notices.close()

@@ -34,8 +34,9 @@ class KernelGateway(Gateway):
         return self.namespace.run(["ip", "xfrm", *arguments]).stdout
 
     def traces(self) -> list[str]:
-        """Also the policies and SAs that stand in the kernel, and settings that are not as a new namespace has them."""
+        """Also the policies and SAs that stand in the kernel, XFRM interfaces, and settings that are not as a new namespace has them."""
         found = super().traces() + (self.kernel("policy") + self.kernel("state")).splitlines()
+        found += self.namespace.run(["ip", "-brief", "link", "show", "type", "xfrm"]).stdout.splitlines()
         return found + [f"{name} = {value}" for name, value, fresh in self._settings() if value != fresh]
 
     def _settings(self) -> list[tuple[str, str, str]]:

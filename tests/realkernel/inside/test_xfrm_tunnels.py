@@ -85,3 +85,7 @@ def test_a_killed_key_manager_leaves_its_tunnels_and_its_successor_replaces_them
         for gateway in (a, b):
             assert f"{old.spi_out:#010x}" not in gateway.kernel("state")
             assert f"{old.spi_in:#010x}" not in gateway.kernel("state")
+        # what the killed runs had found in the kernel's settings is put back by their successors
+        for gateway in (a, b):
+            gateway.stop()
+            assert gateway.traces() == []

@@ -1,0 +1,100 @@
+"""ACQUIREs that nobody heard: another listener took them, and the key manager's socket was full."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from dataclasses import replace
+from ipaddress import IPv4Network
+
+import pytest
+from lab.namespaces import Namespace, stopping
+from lab.process import wait_until
+from lab.traffic import UdpStream, udp_sink
+from lab.tunnel import Side, Tunnel
+from realkernel.kernel_ends import NEAR, TRAP, Ends, two_ends, until, within
+from realkernel.kernel_gateways import XfrmGateway, kernel_pair, xfrm
+
+from kernel_shim.channel.xfrm import XfrmChannel
+from kernel_shim.model import Acquire, AddressRange, KernelEvent, ReqId
+
+pytestmark = pytest.mark.realkernel
+
+POLICIES = 100
+FLOOD = 12_000  # ACQUIREs: more than the event socket of vpnd holds
+
+
+@pytest.fixture
+def ends() -> Iterator[Ends]:
+    with two_ends() as both:
+        yield both
+
+
+def flood(namespace: Namespace, network: IPv4Network, count: int) -> None:
+    """One packet to each of `count` addresses."""
+    with namespace.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        for number in range(count):
+            try:
+                sender.sendto(b"x", (str(network[number + 1]), 9))
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.ESRCH):
+                    raise
+
+
+def test_with_a_monitor_attached_and_a_full_socket_each_acquire_is_found(ends: Ends) -> None:
+    """To the kernel each was delivered, so its larval SA stands in the way of the next."""
+    with stopping(ends.here.start(["ip", "xfrm", "monitor", "acquire"], "monitor")) as monitor:
+
+        async def body(channel: XfrmChannel, events: list[KernelEvent]) -> None:
+            for number in range(POLICIES):
+                selector = replace(TRAP.selector, destination=AddressRange.of(IPv4Network(f"10.2.{number}.0/24")))
+                templates = (replace(TRAP.templates[0], reqid=ReqId(1 + number)),)
+                await channel.add_policy(replace(TRAP, selector=selector, templates=templates))
+            # nobody reads meanwhile: the loop runs this very function
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+                sender.bind((str(NEAR[1]), 0))
+                for number in range(POLICIES):
+                    sender.sendto(b"x", (f"10.2.{number}.1", 9))
+            await until(lambda: len(events) == POLICIES)
+            statistics = await channel.statistics()
+            assert statistics["overruns"] > 0
+            assert statistics["found"] > 0
+            found = [event for event in events if isinstance(event, Acquire)]
+            assert len({event.reqid for event in found}) == POLICIES
+            # what fails blocks nobody: its packets ask again at once, though acq_expires is minutes away
+            await channel.acquire_failed(found[0].sequence, errno.EHOSTUNREACH)
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+                sender.bind((str(NEAR[1]), 0))
+                sender.sendto(b"x", (str(found[0].flow.destination) if found[0].flow else "", 9))
+            await until(lambda: len(events) == POLICIES + 1)
+            again = events[-1]
+            assert isinstance(again, Acquire)
+            assert again.reqid == found[0].reqid
+            await channel.flush_policies()  # else the packets that wait ask again
+
+        within(ends.here, body, event_buffer=1)
+        wait_until(lambda: monitor.log().count("acquire"), "the monitor was told")
+
+
+def test_a_key_manager_that_stalls_brings_the_tunnel_up_all_the_same() -> None:
+    """Stopped while thousands of foreign ACQUIREs and then its own arrive; the packets that asked arrive once it goes on."""
+    with kernel_pair(xfrm, xfrm, Tunnel(start_a="trap", connection_options={"encap": "no"})) as both:
+        a = both.link.a
+        assert isinstance(a, XfrmGateway)
+        assert a.vpnd is not None
+        gateway = a.namespace
+        near, far, target = both.link.ends(Side.A)
+        with stopping(gateway.start(["ip", "xfrm", "monitor", "acquire"], "monitor")), udp_sink(far, target) as sink:
+            gateway.run(["ip", "xfrm", *["policy", "add", "dst", "10.99.0.0/16", "dir", "out", "tmpl", "proto", "esp", "mode", "transport", "reqid", "9"]])
+            os.kill(a.vpnd.pid, signal.SIGSTOP)
+            try:
+                flood(gateway, IPv4Network("10.99.0.0/16"), FLOOD)
+                sent = UdpStream(near, [(target, sink.port)], count=20, rate=100.0).wait()
+            finally:
+                os.kill(a.vpnd.pid, signal.SIGCONT)
+            assert sink.expect(sent.sent, timeout=60.0).received == 20
+            assert a.child().packets_out >= 20
+            assert both.leaks() == []
