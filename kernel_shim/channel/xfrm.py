@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Final
 
 from kernel_shim.algorithms import EncryptionId, EspAlgorithm
-from kernel_shim.channel.linux import XFRM
+from kernel_shim.channel.linux import ACQUIRE_SECONDS, STATISTICS, XFRM, HoldQueue, is_local
 from kernel_shim.channel.netlink import LONG_TIMEOUT, SLICE, NetlinkSocket
-from kernel_shim.channel.sysctl import Sysctls
 from kernel_shim.channel.xfrm_acquires import XfrmAcquires
 from kernel_shim.channel.xfrm_migration import check_migration, continuation, last_state, only_ports_differ
 from kernel_shim.channel.xfrm_policies import XfrmPolicies
@@ -69,8 +68,6 @@ from kernel_shim.xfrm.structs import MalformedMessage
 from kernel_shim.xfrm.wire import Message
 
 EVENT_BUFFER: Final = 4 << 20  # octets: some 7,000 ACQUIREs, beyond which an overrun is heard
-ACQUIRE_SECONDS: Final = 165  # how long a larval SA stands: as long as a negotiation may take with the default retransmissions
-STATISTICS: Final = Path("/proc/thread-self/net/xfrm_stat")
 GROUPS: Final = (Group.ACQUIRE, Group.EXPIRE, Group.MIGRATE, Group.MAPPING, Group.REPORT)
 
 # linux/in.h, linux/in6.h
@@ -110,17 +107,17 @@ class XfrmChannel:
         self._events = NetlinkSocket(GROUPS if listens else (), receive_buffer=event_buffer, on_message=self._event, on_overrun=self._overrun)
         self._event_listeners: list[Callable[[KernelEvent], None]] = []
         self._overrun_listeners: list[Callable[[], None]] = []
-        self._sysctls = Sysctls(settings_file)
+        self._hold = HoldQueue(settings_file)
         self._directed = False  # the kernel knows XFRMA_SA_DIR
         self._known: dict[SaId, _Known] = {}
         self._migrating = asyncio.Lock()
         names = ("acquires", "expires", "mappings", "migrations", "reports", "foreign", "malformed", "kicks", "repeated", "found", "moved")
         self._counters = dict.fromkeys(names, 0)
-        self._policies = XfrmPolicies(self._requests, self._counters)
+        self._policies = XfrmPolicies(self._requests, self._hold, self._counters)
         self._acquires = XfrmAcquires(self._requests, self._policies.standing, self._dump_sas, self._tell, self._counters)
 
     def capabilities(self) -> Capabilities:
-        return replace(XFRM, unresolved_modes=self._policies.unresolved_modes())
+        return replace(XFRM, unresolved_modes=frozenset({self._hold.mode}))
 
     def on_event(self, listener: Callable[[KernelEvent], None]) -> None:
         """Larval SAs whose ACQUIREs an earlier listener, or none, has heard are reported too: they stand in the way of the next ACQUIRE."""
@@ -148,16 +145,15 @@ class XfrmChannel:
             await self.close()
             raise
         if not self._listens:
-            self._policies.holds = self._sysctls.get("core/xfrm_larval_drop") == "0"
+            self._hold.look()
             return
-        self._policies.holds = self._sysctls.set("core/xfrm_larval_drop", "0")
-        self._sysctls.set("core/xfrm_acq_expires", str(self._acquire_seconds))
+        self._hold.switch_on(self._acquire_seconds)
 
     async def close(self) -> None:
         await self._acquires.stop()
         self._events.close()
         self._requests.close()
-        self._sysctls.restore()
+        self._hold.restore()
 
     async def _probe_esp(self) -> None:
         """An SA that nobody can use comes and goes again; whether it kept its direction tells whether the kernel knows of such."""
@@ -318,7 +314,7 @@ class XfrmChannel:
         known = self._known.get(found.id)
         direction = found.direction or (known.direction if known is not None else None)
         if direction is None:
-            direction = Direction.IN if _is_local(found.id.destination) else Direction.OUT
+            direction = Direction.IN if is_local(found.id.destination) else Direction.OUT
         if known is None and found.id.spi:
             self._known[found.id] = _Known(direction, found.mark)
         return found.status(direction, _device_name(found.device))
@@ -442,12 +438,3 @@ def _device_name(index: int) -> str:
         return socket.if_indextoname(index) if index else ""
     except OSError:
         return ""
-
-
-def _is_local(address: IPAddress) -> bool:
-    with socket.socket(socket.AF_INET if address.version == 4 else socket.AF_INET6, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.bind((str(address), 0))
-        except OSError:
-            return False
-        return True

@@ -7,17 +7,15 @@ import secrets
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from typing import Final
 
 from kernel_shim.channel.api import ChannelClosed
+from kernel_shim.channel.linux import MAX_ACQUIRES
 from kernel_shim.channel.netlink import NetlinkSocket
 from kernel_shim.channel.standing import StandingPolicies
 from kernel_shim.model import NO_MARK, Acquire, AcquireSequence, Flow, KernelError, PolicyIndex, SaId, Spi
 from kernel_shim.xfrm.constants import MessageType
 from kernel_shim.xfrm.sa_replies import KernelSa
 from kernel_shim.xfrm.sas import Larval, claim_message, sa_id_message
-
-MAX_ACQUIRES: Final = 65536  # remembered, so that their larval SAs can be removed; beyond it the oldest expire by themselves
 
 
 class XfrmAcquires:

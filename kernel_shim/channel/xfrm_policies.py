@@ -10,9 +10,10 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Final
 
+from kernel_shim.channel.linux import HoldQueue
 from kernel_shim.channel.netlink import SLICE, NetlinkSocket
 from kernel_shim.channel.standing import StandingPolicies
-from kernel_shim.model import Action, Direction, KernelError, Policy, ReqId, Selector, Unresolved
+from kernel_shim.model import Direction, KernelError, Policy, ReqId, Selector
 from kernel_shim.xfrm.constants import MessageType
 from kernel_shim.xfrm.policies import FIRST_INDEX, INDEX_STEP, LAST_INDEX, policy_dump_message, policy_from, policy_id_message, policy_message
 from kernel_shim.xfrm.selectors import standing_key
@@ -22,18 +23,15 @@ _INDEXES: Final = 1 << 27  # from which our numbers begin, by chance
 
 
 class XfrmPolicies:
-    """`holds`: the kernel keeps packets that wait for an SA. `counters` are the channel's."""
+    """`counters` are the channel's."""
 
-    def __init__(self, requests: NetlinkSocket, counters: dict[str, int]) -> None:
+    def __init__(self, requests: NetlinkSocket, hold: HoldQueue, counters: dict[str, int]) -> None:
         self._requests = requests
         self._counters = counters
         self._next_index = FIRST_INDEX + INDEX_STEP * secrets.randbelow(_INDEXES)
         self._lock = asyncio.Lock()  # so that no kick puts back what was just deleted
         self.standing = StandingPolicies(standing_key)
-        self.holds = False
-
-    def unresolved_modes(self) -> frozenset[Unresolved]:
-        return frozenset({Unresolved.QUEUE if self.holds else Unresolved.DROP})
+        self._hold = hold
 
     async def kick(self, reqid: ReqId) -> None:
         """The kernel polls its hold queue with growing pauses; to replace the policy makes it look at once (xfrm_policy_requeue)."""
@@ -44,9 +42,7 @@ class XfrmPolicies:
                     self._counters["kicks"] += 1
 
     async def put(self, policy: Policy, *, update: bool) -> Policy:
-        if policy.direction is Direction.OUT and policy.action is Action.PROTECT and policy.unresolved not in self.unresolved_modes():
-            why = "" if self.holds else "; net.core.xfrm_larval_drop is 1 and cannot be changed"
-            raise KernelError(errno.EOPNOTSUPP, f"unresolved: this kernel does not know '{policy.unresolved.value}'{why}")
+        self._hold.require(policy)
         index, self._next_index = self._next_index, self._next_index + INDEX_STEP
         if self._next_index > LAST_INDEX:
             self._next_index = FIRST_INDEX
@@ -109,11 +105,8 @@ class XfrmPolicies:
 
     def _as_asked(self, policy: Policy) -> Policy:
         """In the words in which it was asked for, where the kernel has only one of several ways to say it."""
-        unresolved = policy.unresolved
-        if policy.direction is Direction.OUT and policy.action is Action.PROTECT and not self.holds:
-            unresolved = Unresolved.DROP
         asked = self.standing.get(policy.direction, policy.selector)
-        policy = replace(policy, unresolved=unresolved, selector=asked.selector if asked is not None else policy.selector)
+        policy = replace(policy, unresolved=self._hold.mode_of(policy), selector=asked.selector if asked is not None else policy.selector)
         if asked is None:
             self.standing.put(policy)  # an earlier run's
         return policy

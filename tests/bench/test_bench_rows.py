@@ -52,7 +52,7 @@ def test_rows_are_chosen_by_name_or_beginning() -> None:
 @pytest.mark.parametrize(
     ("tiers", "expression"),
     [
-        ("all", "-m 'not realkernel'"),
+        ("all", ""),
         ("unit", "-m 'not (property or pair or interop or realkernel)'"),
         ("pair,interop", "-m 'pair or interop'"),
         ("soon", "--no-such-tier=soon"),

@@ -117,7 +117,7 @@ def send(count: int) -> tuple[int, int]:
 
 
 class Sink:
-    """Counts what arrives at the far end, and when the first came."""
+    """Counts what arrives at the far end, and when the first and the last came."""
 
     def __init__(self, namespace: Namespace) -> None:
         self._socket = namespace.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -125,6 +125,7 @@ class Sink:
         self._socket.setblocking(False)
         self.numbers: list[int] = []
         self.first: float | None = None
+        self.last: float | None = None
 
     def look(self) -> int:
         while True:
@@ -132,7 +133,8 @@ class Sink:
                 self.numbers.append(int.from_bytes(self._socket.recv(64), "big"))
             except BlockingIOError:
                 return len(self.numbers)
-            self.first = self.first or time.monotonic()
+            self.last = time.monotonic()
+            self.first = self.first or self.last
 
     def close(self) -> None:
         self._socket.close()
