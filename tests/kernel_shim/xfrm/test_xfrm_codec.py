@@ -141,7 +141,6 @@ def associations(draw: st.DrawFn) -> SecurityAssociation:
         hard=draw(lifetimes),
         if_id=draw(st.sampled_from((0, 1, 2**32 - 1))),
         mark=draw(st.sampled_from((Mark(), Mark(7, 0xFF)))),
-        tfc_padding=draw(st.integers(0, 2**32 - 1)) if direction is Direction.OUT else 0,
         set_mark=draw(st.sampled_from((Mark(), Mark(7, 0xFF), Mark(0, 1)))),
         source_selectors=() if pair is None else (TrafficSelector(pair.source, pair.protocol, pair.source_ports),),
         destination_selectors=() if pair is None else (TrafficSelector(pair.destination, pair.protocol, pair.destination_ports),),
