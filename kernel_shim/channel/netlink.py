@@ -14,7 +14,7 @@ import socket
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import ClassVar, Final
 
 from kernel_shim.channel.api import ChannelClosed
 from kernel_shim.model import KernelError
@@ -57,6 +57,8 @@ class _DumpInterrupted(Exception):
 class NetlinkSocket:
     """One netlink socket of the XFRM family. `on_message` hears what answers no request, `on_overrun` that messages were lost."""
 
+    socket_type: ClassVar[type[socket.socket]] = socket.socket
+
     def __init__(
         self,
         groups: Iterable[int] = (),
@@ -86,7 +88,7 @@ class NetlinkSocket:
     def open(self) -> None:
         """In the network namespace of the calling thread. OSError when the kernel has no such family."""
         self._loop = asyncio.get_running_loop()
-        opened = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, NETLINK_XFRM)
+        opened = self.socket_type(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, NETLINK_XFRM)
         try:
             for option in (NETLINK_CAP_ACK, NETLINK_EXT_ACK):
                 with suppress(OSError):

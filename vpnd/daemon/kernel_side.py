@@ -39,6 +39,7 @@ from vpnd.daemon.installed_sas import InstalledSas
 from vpnd.daemon.lost_events import LostEvents
 from vpnd.daemon.orphans import Orphans
 from vpnd.daemon.policy_synchroniser import PolicySynchroniser
+from vpnd.daemon.repair import Repair
 from vpnd.daemon.reqid_pool import ReqIdPool
 from vpnd.policies import PolicyTable
 from vpnd.telemetry.counters import Counters
@@ -74,6 +75,8 @@ class KernelSide:
         self._audit_task: asyncio.Task[None] | None = None
         self._examine_lock = asyncio.Lock()
         self._attaching = False
+        self._overrun = False  # and not yet looked after
+        self._resynchronisation: Repair[str] = Repair(lambda _: self._background.start(self._resynchronise()))
         self._closing = False
         self._background = Background()
         self.event: Callable[[KernelEvent], None] = lambda event: None
@@ -93,6 +96,7 @@ class KernelSide:
             if task is not None:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
+        self._resynchronisation.stop()
         self._sas.stop()
         await self._policies.stop()
         channel, self._channel = self._channel, None
@@ -143,7 +147,7 @@ class KernelSide:
         finally:
             self._attaching = False
         self._sas.repair_at_once()
-        channel.on_overrun(lambda: self._background.start(self._resynchronise()))
+        channel.on_overrun(self._on_overrun)
         channel.on_event(self._on_event)
 
     def _on_closed(self, channel: KernelChannel) -> None:
@@ -183,6 +187,7 @@ class KernelSide:
         When it was just `attached`, what nobody here knows is an earlier run's and its orphan; later it is a stranger.
         """
         async with self._examine_lock:
+            self._overrun = False
             before = self._sas.before_reading()
             statuses = await channel.sas()
             actual = {status.sa.id: status for status in statuses if status.sa.spi}
@@ -237,22 +242,36 @@ class KernelSide:
             self._counters.add("kernel_sas_removed", len(strangers))
             await self._sas.remove_all(strangers)
 
-    async def _resynchronise(self) -> None:
-        """After the kernel side had to forget events: what they told is read from its tables."""
+    def _on_overrun(self) -> None:
+        """The kernel side had to forget events: what they told is read from its tables, once for all overruns before the reading begins."""
         self._counters.add("kernel_overruns")
-        await self._try_to_examine("an overrun")
+        if not self._overrun:
+            self._overrun = True
+            self._background.start(self._resynchronise())
+
+    async def _resynchronise(self) -> None:
+        try:
+            examined = await self._try_to_examine("an overrun")
+        finally:
+            self._overrun = False
+        if examined:
+            self._resynchronisation.done("an overrun")
+        elif self.connected:
+            self._resynchronisation.failed("an overrun")
 
     async def audit(self) -> None:
         """Hold the kernel's tables against what should be in them, and repair. Never raises for what the kernel does."""
         self._counters.add("kernel_audits")
         await self._try_to_examine("an audit")
 
-    async def _try_to_examine(self, why: str) -> None:
+    async def _try_to_examine(self, why: str) -> bool:
         try:
             await self._examine(self.channel, attached=False)
         except (KernelError, ChannelClosed, TimeoutError) as error:
             self._counters.add("kernel_audits_failed")
             log.warning("kernel not examined", why=why, error=str(error))
+            return False
+        return True
 
     async def _audit_regularly(self) -> None:
         while True:

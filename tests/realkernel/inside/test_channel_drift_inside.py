@@ -1,0 +1,16 @@
+"""SAs and policies of a real kernel over channels that lose messages and are overrun: nothing is left wrong at the end."""
+
+from __future__ import annotations
+
+import pytest
+from bench.channel_drift import over_linux
+
+pytestmark = pytest.mark.realkernel
+
+
+@pytest.mark.parametrize("kind", ["xfrm", "pfkey"])
+def test_no_drift_is_left(kind: str) -> None:
+    outcome = over_linux(kind, tunnels=20, disturbances=4, esp=True, seed=3)
+    assert outcome.drift == 0, outcome
+    assert outcome.lost_messages > 0
+    assert outcome.counters["kernel_overruns"] >= 1
