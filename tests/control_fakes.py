@@ -148,6 +148,10 @@ class FakeBackend:
     async def load_connection(self, connection: ConnectionConfig) -> None:
         self.conns[connection.name] = connection
 
+    async def reload(self) -> Sequence[str]:
+        self.called.append("reload")
+        return ["added gw", "0 connections unchanged"]
+
     async def unload_connection(self, name: str) -> None:
         if self.conns.pop(name, None) is None:
             raise ControlError(f"connection '{name}' not found")

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -28,6 +28,7 @@ from vpnd.config.errors import ConfigErrors
 from vpnd.config.model import DaemonConfig, KernelChoice, LoadedConfiguration
 from vpnd.control.backend import ControlError
 from vpnd.control.server import ControlServer
+from vpnd.daemon.background import Background
 from vpnd.daemon.demands import Demands
 from vpnd.daemon.interfaces import Interfaces
 from vpnd.daemon.kernel_side import KernelSide
@@ -109,11 +110,19 @@ class HostView:
         return path_mtu(local, remote, SOCKET_MARK)
 
 
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A configuration file, and what it said."""
+
+    path: Path
+    loaded: LoadedConfiguration
+
+
 class Daemon:
     """One key manager with its kernel, sockets and control server."""
 
-    def __init__(self, loaded: LoadedConfiguration, verdicts: Sequence[Verdict] = ()) -> None:
-        """`verdicts`: why this kernel, where `kernel = auto` was to find one."""
+    def __init__(self, loaded: LoadedConfiguration, verdicts: Sequence[Verdict] = (), source: Source | None = None) -> None:
+        """`verdicts`: why this kernel, where `kernel = auto` was to find one. `source`: the file to read again when asked."""
         config = loaded.daemon
         self._config = config
         self._configuration = loaded.configuration
@@ -132,6 +141,9 @@ class Daemon:
         self._demands = Demands(self._manager, SOCKET_MARK)
         self._interfaces = Interfaces()
         self._operations = Operations(self._manager, self._demands, config, self._interfaces, [str(verdict) for verdict in verdicts])
+        if source is not None:
+            self._operations.reload_from(lambda: asyncio.to_thread(load, source.path), source.loaded)
+        self._background = Background()
         self._control = ControlServer(self._operations, config)
         self._addresses_task: asyncio.Task[None] | None = None
         self._addresses_changed = asyncio.Event()
@@ -242,10 +254,22 @@ class Daemon:
             await asyncio.sleep(ADDRESS_RETRY)
             self._addresses_changed.set()
 
+    # Reload
+
+    def reload(self) -> None:
+        """Read the configuration file again, in the background; what came of it is in the log."""
+        self._background.start(self._reload())
+
+    async def _reload(self) -> None:
+        try:
+            await self._operations.reload()
+        except (ConfigErrors, ControlError) as error:
+            log.error("configuration not reloaded, nothing has changed", error=str(error))
+
     # Stop
 
-    async def stop(self) -> None:
-        """Delete what stands, with a deadline; give back what the kernel holds; the shim that we started ends too."""
+    async def stop(self, hurry: asyncio.Event | None = None) -> None:
+        """Delete what stands, with a deadline, or until `hurry`; give back what the kernel holds; the shim that we started ends too."""
         notify("STOPPING=1")
         self._demands.stop()
         self._manager.drain()
@@ -253,10 +277,11 @@ class Daemon:
         now = asyncio.get_running_loop().time()
         for entry in self._manager.entries():
             self._manager.run(entry, entry.sa.delete(now, Reason.SHUTDOWN))
-        try:
-            async with asyncio.timeout(self._config.shutdown_timeout):
-                await self._manager.registry.all_closed()
-        except TimeoutError:
+        waiting = [asyncio.create_task(self._manager.registry.all_closed()), asyncio.create_task((hurry or asyncio.Event()).wait())]
+        await asyncio.wait(waiting, timeout=self._config.shutdown_timeout, return_when=asyncio.FIRST_COMPLETED)
+        for task in waiting:
+            task.cancel()
+        if len(self._manager):
             log.warning("peers did not answer our deletes", left=len(self._manager))
         await self.abandon()
 
@@ -297,14 +322,16 @@ async def _with_kernel(loaded: LoadedConfiguration) -> tuple[LoadedConfiguration
     return replace(loaded, daemon=replace(loaded.daemon, kernel=verdicts[-1].kernel)), verdicts
 
 
-async def _serve(loaded: LoadedConfiguration) -> int:
+async def _serve(loaded: LoadedConfiguration, path: Path) -> int:
     loop = asyncio.get_running_loop()
-    ended = asyncio.Event()
+    ended, hurry = asyncio.Event(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, ended.set)
+        loop.add_signal_handler(number, lambda: (hurry if ended.is_set() else ended).set())
+    loop.add_signal_handler(signal.SIGHUP, lambda: log.warning("not reloaded: the start is not complete"))
+    source = Source(path, loaded)
     try:
         loaded, verdicts = await _with_kernel(loaded)
-        daemon = Daemon(loaded, verdicts)
+        daemon = Daemon(loaded, verdicts, source)
     except StartError as error:
         log.error("cannot start", error=str(error))
         return 1
@@ -318,7 +345,7 @@ async def _serve(loaded: LoadedConfiguration) -> int:
         log.info("stopping before the start is complete")
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
-        await daemon.stop()
+        await daemon.stop(hurry)
         return 0
     try:
         starting.result()
@@ -327,16 +354,20 @@ async def _serve(loaded: LoadedConfiguration) -> int:
         ending.cancel()
         await daemon.abandon()
         return 1
+    loop.add_signal_handler(signal.SIGHUP, daemon.reload)
     notify("READY=1")
     log.info("ready", control=str(loaded.daemon.control_socket))
     await ending
     log.info("stopping")
-    await daemon.stop()
+    await daemon.stop(hurry)
     return 0
 
 
 def run(config_path: Path) -> int:
-    """Run the daemon until SIGTERM or SIGINT. The exit status: 0 after an orderly stop, 1 when it could not start."""
+    """Run the daemon until SIGTERM or SIGINT; a second one ends it at once, SIGHUP reloads the file.
+
+    The exit status: 0 after an orderly stop, 1 when it could not start.
+    """
     try:
         loaded = load(config_path)
     except ConfigErrors as error:
@@ -345,7 +376,7 @@ def run(config_path: Path) -> int:
     configure_logging(loaded.daemon.log_level, loaded.daemon.log_format.value)
     for warning in loaded.warnings:
         log.warning(warning)
-    return asyncio.run(_serve(loaded))
+    return asyncio.run(_serve(loaded, config_path.absolute()))
 
 
 __all__ = ["Daemon", "DaemonConfig", "run"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -15,6 +16,9 @@ from vpnd.auth.signature import PrivateKey, PublicKey
 from vpnd.auth.x509 import Certificate, CertificateRefused
 from vpnd.config.model import AuthRound, Configuration, PrivateKeySource, SharedSecret
 from vpnd.ike.identity import Identity
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 
 class CredentialError(ValueError):
@@ -93,6 +97,15 @@ class CredentialStore:
         (self._authorities if authority else self._certificates)[certificate.der] = certificate
         return certificate.parsed
 
+    def exchange(self, old: CredentialStore, new: CredentialStore) -> int:
+        """Take out what `old` brought and put in what `new` brings; how many came or went. What is in neither stays."""
+        return (
+            _exchange(self._shared, old._shared, new._shared)
+            + _exchange(self._keys, old._keys, new._keys)
+            + _exchange(self._certificates, old._certificates, new._certificates)
+            + _exchange(self._authorities, old._authorities, new._authorities)
+        )
+
     def clear(self) -> None:
         """Forget everything."""
         for table in (self._shared, self._keys, self._certificates, self._authorities):
@@ -133,6 +146,14 @@ class CredentialStore:
         certificate = usable[0]
         identity = local.id if local.id is not None and not local.id.any and certificate.asserts(local.id) else certificate.subject
         return OwnCertificate(identity, certificate, keys[certificate.key_id].key)
+
+
+def _exchange(table: dict[K, V], old: Mapping[K, V], new: Mapping[K, V]) -> int:
+    gone = [key for key in old if key not in new and table.pop(key, None) is not None]
+    # a key or certificate has its content as its name; a secret may have another content
+    come = [key for key, value in new.items() if key not in table or (isinstance(value, SharedSecret) and table[key] != value)]
+    table.update((key, new[key]) for key in come)
+    return len(gone) + len(come)
 
 
 def _parsed(ders: Sequence[bytes]) -> list[Certificate]:

@@ -51,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
     sas.add_argument("--ike", metavar="CONNECTION", help="only those of a connection")
     conns = command("conns", "configured connections, and which of their children are up")
     conns.add_argument("--ike", metavar="CONNECTION", help="only this one")
+    command("reload", "read the configuration file again, and say what changed")
     command("policies", "installed traps and shunts")
     for name, help_text in (
         ("up", "bring a child up, and wait for it"),
@@ -91,6 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "sas": _sas,
         "conns": _conns,
         "policies": _policies,
+        "reload": _reload,
         "up": _up,
         "down": _down,
         "wait": _wait,
@@ -207,6 +209,13 @@ def _policies(options: argparse.Namespace) -> int:
 
 
 # Orders
+
+
+def _reload(options: argparse.Namespace) -> int:
+    with _connect(options) as client:
+        changes = client.request("x-reload").plain().get("changes")
+    lines = list(changes) if isinstance(changes, list) else []
+    return _print(options, {"success": True, "changes": lines}, lambda: print("\n".join(map(visible, map(str, lines)))))
 
 
 def _up(options: argparse.Namespace) -> int:

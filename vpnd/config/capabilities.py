@@ -39,6 +39,17 @@ def _connection(connection: ConnectionConfig, path: str, capabilities: Capabilit
         yield from _child(child, f"{path}.children.{child.name}", capabilities)
 
 
+def refused(configuration: Configuration, capabilities: Capabilities, tree: Section) -> Sequence[ConfigError]:
+    """One complaint for each thing without which a daemon on that kernel does not load a child."""
+    return [
+        ConfigError(f"the kernel '{capabilities.name}' {what}", path=path, position=_position(tree, path))
+        for connection in configuration.connections.values()
+        for child in connection.children.values()
+        for option, what in impossible(child, capabilities)
+        for path in (f"connections.{connection.name}.children.{child.name}.{option}",)
+    ]
+
+
 def _child(child: ChildConfig, path: str, capabilities: Capabilities) -> Iterator[tuple[str, str]]:
     if not capabilities.address_ranges or not capabilities.port_ranges:
         for side, selectors in (("local_ts", child.local_ts), ("remote_ts", child.remote_ts)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Final
 
 from kernel_shim.model import IPAddress
@@ -14,6 +15,7 @@ from vpnd.peers import ANY, fixed_address, host_names
 
 RETRY_FIRST: Final = 1.0  # s, until what failed is tried again; doubles
 RETRY_LAST: Final = 60.0  # s
+REFRESH: Final = 60.0  # s, after which a name is looked up again
 
 
 def backoff(attempts: int) -> float:
@@ -30,6 +32,7 @@ class Endpoints:
         self._looking_up: set[str] = set()  # connections whose peer's name is being resolved
         self._background = Background()
         self._stopping = False
+        self.moved: Callable[[str], None] = lambda connection: None  # hears of connections whose peer has another address than before
 
     async def remote(self, connection: ConnectionConfig) -> IPAddress | None:
         """The first of `remote_addrs` that is an address or resolves to one; None when there is none."""
@@ -38,12 +41,16 @@ class Endpoints:
                 continue
             address = fixed_address(pattern) or await resolve(pattern)
             if address is not None:
+                before = self._manager.resolved.get(pattern, address)
                 self._manager.resolved[pattern] = address
+                if before != address:
+                    self._manager.say(f"{pattern} of connection '{connection.name}' is at {address} now, no longer at {before}", group="CFG")
+                    self.moved(connection.name)
                 return address
         return None
 
     def look_up(self, connection: ConnectionConfig) -> None:
-        """Resolve its names in the background, so that a peer who asks first is recognised by its address."""
+        """Resolve its names in the background, again and again, so that a peer who asks first is recognised by its address."""
         if connection.name not in self._looking_up and host_names(connection.remote_addrs):
             self._looking_up.add(connection.name)
             self._background.start(self._look_up(connection.name))
@@ -52,10 +59,11 @@ class Endpoints:
         attempt = 1
         try:
             while (connection := self._manager.connections.get(name)) is not None and not self._stopping:
-                if await self.remote(connection) is not None:
+                if not host_names(connection.remote_addrs):
                     return
-                await asyncio.sleep(backoff(attempt))
-                attempt += 1
+                known = await self.remote(connection) is not None
+                await asyncio.sleep(REFRESH if known else backoff(attempt))
+                attempt = 1 if known else attempt + 1
         finally:
             self._looking_up.discard(name)
 

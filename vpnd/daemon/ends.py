@@ -109,6 +109,18 @@ class Ends:
         now = asyncio.get_running_loop().time()
         self._manager.run(entry, entry.sa.child_expired(child_id, now) if lost else entry.sa.delete_child(child_id, now, reason))
 
+    def close_all(self, connection: str, child: str, *, but: ChildConfig | None = None) -> None:
+        """Delete the CHILD_SAs of that name, except those of the configuration `but`, and IKE SAs that have no others."""
+        now = asyncio.get_running_loop().time()
+        for entry in self._manager.registry.of_connection(connection):
+            sa = entry.sa
+            going = [one.sa.id for one in sa.children.values() if one.sa.name == child and one.config != but]
+            if going and len(going) == len(sa.children):
+                self._manager.run(entry, sa.delete(now))
+            else:
+                for child_id in going:
+                    self._manager.run(entry, sa.delete_child(child_id, now))
+
     # The end
 
     def child_closed(self, entry: Entry, child: ChildSa, reason: Reason) -> None:

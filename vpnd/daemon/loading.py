@@ -8,6 +8,7 @@ from kernel_shim.model import Action, ReqId
 from vpnd.config.capabilities import impossible
 from vpnd.config.model import ChildConfig, Configuration, ConnectionConfig, StartAction
 from vpnd.control.backend import ControlError
+from vpnd.daemon.background import Background
 from vpnd.daemon.demands import Demands
 from vpnd.daemon.interfaces import Interfaces
 from vpnd.daemon.manager import Manager
@@ -18,6 +19,7 @@ from vpnd.peers import host_names
 class Loading:
     def __init__(self, manager: Manager, demands: Demands, interfaces: Interfaces) -> None:
         self._interfaces = interfaces
+        self._background = Background()
         self._manager = manager
         self._demands = demands
 
@@ -41,16 +43,21 @@ class Loading:
         self._claim_reqids(connection)
         await self._interfaces.load(connection)
         before: Mapping[str, ChildConfig] = old.children if old else {}
-        for name in before:
-            if self._demands.traps.trapped(connection.name, name) and before[name] != connection.children.get(name):
+        for name, child in before.items():
+            successor = connection.children.get(name)
+            # a trap that is only changed is replaced: what it protects must not leave in clear in between
+            if successor != child and self._demands.traps.trapped(connection.name, name) and not (successor and StartAction.TRAP in successor.start_action):
                 await self._demands.traps.uninstall(connection.name, name)
         self._manager.connections[connection.name] = connection
         self._demands.look_up(connection)
         try:
             await self._start_children(connection, old)
         except ControlError:
-            await self.unload_connection(connection.name)  # whole or not at all, so that loading it again tries again
+            await self._unload(connection.name, connection)  # whole or not at all, so that loading it again tries again
             raise
+        for name, child in before.items():
+            if name not in connection.children:
+                self._close_started(connection.name, child)
 
     def _claim_reqids(self, connection: ConnectionConfig) -> None:
         """A reqid leads from a policy to its SAs, and from an ACQUIRE to its child: two children must not share one."""
@@ -69,9 +76,9 @@ class Loading:
         for child in connection.children.values():
             if before.get(child.name) == child and old is not None and (old.local_addrs, old.remote_addrs) == (connection.local_addrs, connection.remote_addrs):
                 continue
-            await self._start_action(connection, child)
+            await self._start_action(connection, child, before.get(child.name))
 
-    async def _start_action(self, connection: ConnectionConfig, child: ChildConfig) -> None:
+    async def _start_action(self, connection: ConnectionConfig, child: ChildConfig, old: ChildConfig | None = None) -> None:
         if StartAction.TRAP in child.start_action:
             if child.action is Action.PROTECT and host_names(connection.remote_addrs):
                 await self._demands.traps.install_when_resolved(connection, child)  # a resolver that does not answer holds nobody up
@@ -82,7 +89,9 @@ class Loading:
                     await self._demands.traps.install_when_resolved(connection, child)
             if child.action is Action.PROTECT and not self._demands.traps.held(connection.name, child.name) and self._orphaned(connection, child):
                 self._demands.demand(connection, child)
-        if StartAction.START in child.start_action:
+        if StartAction.START in child.start_action and old is not None and StartAction.START in old.start_action:
+            self._succeed(connection, child)
+        elif StartAction.START in child.start_action:
             self._demands.demand(connection, child)
 
     def _orphaned(self, connection: ConnectionConfig, child: ChildConfig) -> bool:
@@ -91,10 +100,44 @@ class Loading:
         return any(status.sa.reqid == reqid for status in self._manager.kernel.orphans)
 
     async def unload_connection(self, name: str) -> None:
-        connection = self._manager.connections.pop(name, None)
+        """As strongSwan: what was trapped is trapped no more, what was started is deleted, and other SAs go on until they end. ControlError when unknown."""
+        connection = self._manager.connections.get(name)
         if connection is None:
             raise ControlError(f"connection '{name}' not found")
+        await self._unload(name, connection)
+        for child in connection.children.values():
+            self._close_started(name, child)
+
+    async def _unload(self, name: str, connection: ConnectionConfig) -> None:
+        self._manager.connections.pop(name, None)
         await self._interfaces.unload(name)
         for child in connection.children:
             if self._demands.traps.trapped(name, child):
                 await self._demands.traps.uninstall(name, child)
+
+    def _close_started(self, connection: str, child: ChildConfig) -> None:
+        """Delete its CHILD_SAs, and IKE SAs that have no other."""
+        if StartAction.START in child.start_action:
+            self._demands.ends.close_all(connection, child.name)
+
+    def _succeed(self, connection: ConnectionConfig, child: ChildConfig) -> None:
+        """Make what `child` says now before what it said before is deleted."""
+        self._background.start(self._make_then_close(connection, child))
+
+    async def _make_then_close(self, connection: ConnectionConfig, child: ChildConfig) -> None:
+        try:
+            await self._demands.up(connection, child)
+        except ControlError:
+            return  # it is tried again, and what there is goes on
+        self._demands.ends.close_all(connection.name, child.name, but=child)
+
+
+def clashing_reqids(connections: Mapping[str, ConnectionConfig]) -> str:
+    """Which two children have one reqid; empty when none do."""
+    owners: dict[int, str] = {}
+    for connection in connections.values():
+        for child in connection.children.values():
+            owner = f"child '{child.name}' of connection '{connection.name}'"
+            if child.reqid and owners.setdefault(child.reqid, owner) != owner:
+                return f"{owner}: reqid {child.reqid} is that of {owners[child.reqid]}"
+    return ""

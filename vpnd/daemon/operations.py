@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final
 
 from kernel_shim.model import Action
 from vpnd.auth.credentials import CredentialError
-from vpnd.config.model import ChildConfig, Configuration, ConnectionConfig, DaemonConfig, PrivateKeySource, SharedSecret
+from vpnd.config.model import ChildConfig, Configuration, ConnectionConfig, DaemonConfig, LoadedConfiguration, PrivateKeySource, SharedSecret
 from vpnd.control.backend import ControlError, DaemonEvent, DaemonStats, IkeStatus, LogLine, PolicyStatus
 from vpnd.daemon.demands import Demands
 from vpnd.daemon.entry import Entry
@@ -19,6 +19,7 @@ from vpnd.daemon.interfaces import Interfaces
 from vpnd.daemon.loading import Loading
 from vpnd.daemon.manager import Manager
 from vpnd.daemon.reauthentication import Reauthentications
+from vpnd.daemon.reload import Reloading
 from vpnd.daemon.status import list_sas
 from vpnd.daemon.traps import selectors
 from vpnd.ike.effects import Reason
@@ -46,6 +47,8 @@ class Operations:
         self._monotonic = asyncio.get_running_loop().time
         self._started_monotonic = self._monotonic()
         self._loading = Loading(manager, demands, interfaces or Interfaces())
+        self._reloading: Reloading | None = None
+        self._reload_turn = asyncio.Lock()
         self._reauthentications = Reauthentications(manager, make_before_break=settings.make_before_break)
         self._happenings = Happenings(manager, demands, self._reauthentications, Inactivity(manager, close_ike=settings.inactivity_close_ike))
 
@@ -97,6 +100,16 @@ class Operations:
     async def load(self, configuration: Configuration) -> None:
         """All of a configuration. ControlError for the first connection that cannot be loaded."""
         await self._loading.load(configuration)
+
+    def reload_from(self, read: Callable[[], Awaitable[LoadedConfiguration]], loaded: LoadedConfiguration) -> None:
+        """`read` reads the file anew that `loaded` came from."""
+        self._reloading = Reloading(self._manager, self._loading, read, loaded)
+
+    async def reload(self) -> Sequence[str]:
+        if self._reloading is None:
+            raise ControlError("the daemon has no configuration file")
+        async with self._reload_turn:
+            return (await self._reloading.reload()).lines()
 
     async def load_connection(self, connection: ConnectionConfig) -> None:
         await self._loading.load_connection(connection)

@@ -31,6 +31,7 @@ class Traps:
         self._traps: dict[ChildKey, tuple[ConnectionConfig, ChildConfig]] = {}
         self._held: dict[ChildKey, asyncio.TimerHandle] = {}  # those that wait; when each is tried again
         self._background = Background()
+        endpoints.moved = self._moved
 
     @property
     def installed(self) -> Sequence[tuple[ConnectionConfig, ChildConfig]]:
@@ -69,12 +70,13 @@ class Traps:
         policies = list(policies_for(spec, local_ts, remote_ts))
         if not policies:
             raise ControlError(f"child '{child.name}' has no pair of traffic selectors of one family and protocol")
-        if key in self._traps:
-            await self.uninstall(*key)
         try:
-            await self._manager.kernel.claim(("trap", *key), policies)
+            # one that stands already is replaced without a moment in which there is none
+            await self._manager.kernel.claim(("new trap", *key), policies)
         except (KernelError, TimeoutError) as error:
             raise ControlError(f"kernel refused the policies of child '{child.name}': {error}") from error
+        await self._manager.kernel.release(("trap", *key))
+        self._manager.kernel.transfer(("new trap", *key), ("trap", *key))
         self._traps[key] = (connection, child)
         self._stop_holding(key)
         await self._manager.kernel.release(("hold", *key))
@@ -114,6 +116,18 @@ class Traps:
                 self._manager.say(f"child '{key[1]}' of connection '{key[0]}' is trapped", group="CFG")
 
         self._held[key] = asyncio.get_running_loop().call_later(delay, lambda: self._background.start(work()))
+
+    def _moved(self, connection: str) -> None:
+        """Its peer has another address: so do the SAs that its traps ask for."""
+        for config in self.installed:
+            if config[0].name == connection:
+                self._background.start(self._install_again(*config))
+
+    async def _install_again(self, connection: ConnectionConfig, child: ChildConfig) -> None:
+        try:
+            await self.install(connection, child)
+        except ControlError as error:
+            self._manager.say(f"{error}; its trap stays as it was", group="CFG", warning=True)
 
     def _stop_holding(self, key: ChildKey) -> bool:
         handle = self._held.pop(key, None)

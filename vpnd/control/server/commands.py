@@ -98,6 +98,7 @@ class Commands:
             "install": self._install,
             "uninstall": self._uninstall,
             "x-wait": self._wait,
+            "x-reload": self._reload,
             "x-stats": self._counters,
         }
 
@@ -204,6 +205,11 @@ class Commands:
     async def _unload_conn(self, request: Section, _stream: Stream) -> Section:
         await self._backend.unload_connection(_required(request, "name", "connection name missing"))
         return success()
+
+    async def _reload(self, _request: Section, _stream: Stream) -> Section:
+        """Ours: read the configuration file again; `changes` says what was done."""
+        lines = await self._backend.reload()
+        return Section({**success().entries, "changes": Items(tuple(Scalar(line.encode()) for line in lines))})
 
     async def _load_cert(self, request: Section, _stream: Stream) -> Section:
         der, authority = validate_certificate(request)
