@@ -11,14 +11,14 @@ import errno
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any, Final
 
 import structlog
 
 from kernel_shim.io.capture_plan import CapturePlan, Change, sides
-from kernel_shim.io.connected import Connected, Sides
+from kernel_shim.io.connected import Connected, HostAddress, Sides
 from kernel_shim.io.guard import COUNTER as CLEAR_COUNTER
 from kernel_shim.io.guard import GuardPlan
 from kernel_shim.io.leak_guard import COUNTER as LEAK_COUNTER
@@ -50,6 +50,7 @@ class Capture:
         self._inside: dict[IPNetwork, frozenset[str]] = {}
         self._old_tables: list[str] = []
         self._sysctls: dict[str, str] = {}
+        self._host_listeners: list[Callable[[tuple[HostAddress, ...]], None]] = []
 
         previous = self._read_state()
         ranges = {(settings.table, settings.rule_priority), *((entry["table"], entry["rule_priority"]) for entry in previous)}
@@ -104,6 +105,8 @@ class Capture:
         addresses = self._routes.addresses()
         self._connected.set_host(addresses)
         self._routes.apply(self._plan.set_host(addresses))
+        for listener in self._host_listeners:
+            listener(addresses)
         self._refresh_inside()
 
     def _refresh_inside(self) -> None:
@@ -118,6 +121,15 @@ class Capture:
 
     def _inside_commands(self) -> str:
         return self._guard.set_inside(self._inside) + self._leaks.set_inside(self._inside)
+
+    @property
+    def routes(self) -> HostRoutes:
+        return self._routes
+
+    def on_host(self, listener: Callable[[tuple[HostAddress, ...]], None]) -> None:
+        """`listener` is called now, and whenever the host's addresses changed."""
+        self._host_listeners.append(listener)
+        listener(self._routes.addresses())
 
     def is_local(self, address: IPAddress) -> bool:
         return address in self._bound or self._routes.is_local(address)

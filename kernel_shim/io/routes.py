@@ -19,13 +19,16 @@ from kernel_shim.io.rtnetlink import RT_SCOPE_LINK, RouteChange, RouteSocket, Ro
 from kernel_shim.io.settings import PRIORITIES, PROTOCOL_NUMBER, TABLES, ShimSettings
 from kernel_shim.model import IPAddress, IPNetwork, KernelError
 
+MEMBER_METRIC: Final = 50
 CAPTURE_METRIC: Final = 100
 TWIN_METRIC: Final = 10_000
 THROW_METRIC: Final = 200
+CLOSED_METRIC: Final = 20_000
 
 # Priorities within our range, in the order in which the kernel asks them.
 MARKED: Final = 0  # our own packets: skip to the end
 LEAVING: Final = 1  # bypassed packets leaving again: skip to the end
+VRFS: Final = 5  # what comes from a customer: its own table, which lets nothing fall through
 SOURCES: Final = 10
 HOST: Final = 20
 END: Final = PRIORITIES - 1
@@ -36,7 +39,7 @@ IFA_F_DEPRECATED: Final = 0x20
 
 _FAMILY: Final = {4: socket.AF_INET, 6: socket.AF_INET6}
 _VERSION: Final = {socket.AF_INET: 4, socket.AF_INET6: 6}
-_KINDS: Final = {TWIN_METRIC: RouteType.UNREACHABLE, THROW_METRIC: RouteType.THROW}
+_KINDS: Final = {TWIN_METRIC: RouteType.UNREACHABLE, THROW_METRIC: RouteType.THROW, CLOSED_METRIC: RouteType.BLACKHOLE}
 _UNSPECIFIED: Final = {4: "0.0.0.0", 6: "::"}  # noqa: S104 - a rule's "no source yet", not a bind
 
 
@@ -73,14 +76,16 @@ class HostRoutes:
         self._routes: dict[RouteKey, RouteChange] = {}  # in the order in which they were put: a twin before its capture
         self._stale_rules: set[RuleKey] = set()
         self._stale_routes: set[RouteKey] = set()
+        self._versions: tuple[int, ...] = ()
 
     def find(self, table: int, rule_priority: int) -> None:
         """Look for what is there already in these ranges; it becomes stale unless it is put again."""
         for rule in _rules(self._route):
             if rule_priority <= rule.priority < rule_priority + PRIORITIES:
                 self._stale_rules.add(rule)
+        tables = {*range(table, table + TABLES), *(rule.table for rule in self._stale_rules if rule.priority == rule_priority + VRFS)}
         for route in _routes(self._route):
-            if table <= route.table < table + TABLES:
+            if route.table in tables:
                 self._stale_routes.add(route)
 
     @property
@@ -98,7 +103,8 @@ class HostRoutes:
     def install(self, versions: Iterable[int]) -> None:
         """The rules that every capture needs: own and bypassed packets skip it."""
         base = self._settings.rule_priority
-        for version in versions:
+        self._versions = tuple(versions)
+        for version in self._versions:
             self._put_rule(RuleKey(version, base + END))
             self._put_rule(RuleKey(version, base + MARKED, mark=self._settings.mark, goto=base + END))
             self._put_rule(RuleKey(version, base + LEAVING, interface=self._settings.clear_tun, goto=base + END))
@@ -114,6 +120,39 @@ class HostRoutes:
             routes = []
             (self._put_rule if put else self._remove_rule)(self._rule_key(item))
         self._change_routes(routes)
+
+    # Tables of VRFs
+
+    def close_table(self, table: int) -> None:
+        """What has no other route in this table ends there."""
+        self._change_routes([RouteChange(True, RouteType.BLACKHOLE, table, EVERYTHING[version], CLOSED_METRIC) for version in self._versions])
+
+    def bind_interface(self, interface: str, table: int) -> None:
+        """What comes from `interface` is routed by `table`."""
+        for key in self._interface_rules(interface, table):
+            self._put_rule(key)
+
+    def release_interface(self, interface: str, table: int) -> None:
+        for key in self._interface_rules(interface, table):
+            with suppress(KernelError):
+                self._remove_rule(key)
+
+    def _interface_rules(self, interface: str, table: int) -> list[RuleKey]:
+        return [RuleKey(version, self._settings.rule_priority + VRFS, table, interface=interface) for version in self._versions]
+
+    def route_in(self, table: int, destination: IPNetwork, interface: int, *, own: bool = False) -> None:
+        """A route of a VRF; `own` ones, to the customer's own subnets, come before those through tunnels."""
+        if destination.version in self._versions:
+            metric = MEMBER_METRIC if own else CAPTURE_METRIC
+            self._change_routes([RouteChange(True, RouteType.UNICAST, table, destination, metric, interface)])
+
+    def unroute_in(self, table: int, destination: IPNetwork, *, own: bool = False) -> None:
+        with suppress(KernelError):
+            self._delete([RouteKey(destination.version, table, destination, MEMBER_METRIC if own else CAPTURE_METRIC)])
+
+    def empty_table(self, table: int) -> None:
+        with suppress(KernelError):
+            self._delete([key for key in self._routes if key.table == table])
 
     def _rule_key(self, rule: Rule) -> RuleKey:
         base, table = self._settings.rule_priority, self._settings.table + rule.table

@@ -49,6 +49,7 @@ class RouteType(IntEnum):
     """`RTN_*`."""
 
     UNICAST = 1
+    BLACKHOLE = 6
     UNREACHABLE = 7
     THROW = 9
 

@@ -35,6 +35,7 @@ from kernel_shim.io.settings import ShimSettings
 from kernel_shim.io.sink import EdgeSink
 from kernel_shim.io.sockets import GatewaySockets, raw_sockets_allowed
 from kernel_shim.io.tun import Tun
+from kernel_shim.io.vrfs import VrfDevices
 from kernel_shim.model import Endpoint, KernelError
 from kernel_shim.pfkey.server import ServerSession
 
@@ -81,8 +82,11 @@ class Shim:
             config = EngineConfig(epoch=epoch, path_mtu=settings.egress_mtu, udp_segmentation=self._tun.segmentation, plain_esp=plain_esp)
             self._engine: Final = Engine(config, os.urandom, sink)
             self._kernel: Final = CapturedKernel(self._engine, self._capture, self._statistics, self._sockets.bind_raw)
+            self._vrfs: Final = VrfDevices(self._engine, self._capture.routes, sink.vrfs, self._serve_vrf, self._leave_vrf)
+            undo.append(self._vrfs.close)
+            self._capture.on_host(self._vrfs.set_host)
             provider = CapturedSockets(self._sockets.bind, self._sockets.unbind, self._capture)
-            self._session: Final = ServerSession(self._kernel, provider, is_local=self._capture.is_local, inspected=self._engine)
+            self._session: Final = ServerSession(self._kernel, provider, is_local=self._capture.is_local, inspected=self._engine, labels=self._vrfs)
         except BaseException:
             for step in reversed(undo):
                 step()
@@ -115,22 +119,33 @@ class Shim:
         self._handlers[esp.fileno()] = handle
         self._watch(esp.fileno(), select.EPOLLIN)
 
+    def _serve_vrf(self, vrf: str, device: Tun) -> None:
+        engine = self._engine
+        self._handlers[device.fileno()] = lambda _events, now: self._read(device, now, lambda length: engine.from_vrf(vrf, length, now))
+        self._watch(device.fileno(), select.EPOLLIN)
+
+    def _leave_vrf(self, device: Tun) -> None:
+        self._watch(device.fileno(), 0)
+
     def _read_tun(self, events: int, now: float) -> None:
         engine = self._engine
-        buffer = engine.outbound_buffer
+        self._read(self._tun, now, lambda length: engine.outbound(length, now))
+
+    def _read(self, device: Tun, now: float, take: Callable[[int], None]) -> None:
+        buffer = self._engine.outbound_buffer
         total = 0
         for _ in range(bounds.READS):
             try:
-                length = self._tun.read_into(buffer)
+                length = device.read_into(buffer)
             except BlockingIOError:
                 return
             except OSError as error:  # EBADFD: the interface was deleted under us
-                log.error("TUN lost", reason=error.strerror)
+                log.error("TUN lost", interface=device.name, reason=error.strerror)
                 self._counters.add("io.tun.read.error")
-                self._watch(self._tun.fileno(), 0)
+                self._watch(device.fileno(), 0)
                 self._running, self.failed = False, True
                 return
-            engine.outbound(length, now)
+            take(length)
             total += length
             if total >= bounds.READ_BYTES:
                 return
@@ -145,7 +160,7 @@ class Shim:
 
     def _queue_losses(self) -> dict[str, int]:
         """Packets that the kernel's queues before us could not hold: our loss, although the kernel counts it."""
-        found = {"io.esp.queue-full": self._sockets.losses()}
+        found = {"io.esp.queue-full": self._sockets.losses(), **self._vrfs.queue_losses()}
         for name, counter in ((self._tun.name, "io.tun.queue-full"), (self._clear.name, "io.bypass.queue-full")):
             with suppress(OSError, ValueError), open(f"/sys/class/net/{name}/statistics/tx_dropped") as file:
                 found[counter] = int(file.read())
@@ -260,6 +275,7 @@ class Shim:
         """The orderly end: nothing of ours stays in the host."""
         notify("STOPPING=1")
         self._listener.close()
+        self._vrfs.close()
         self._capture.remove_everything()
         self._sockets.close()
         self._clear.close()

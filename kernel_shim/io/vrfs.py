@@ -1,0 +1,156 @@
+"""The interfaces of VRFs, and what the host needs so that each customer's packets meet its own table and nothing else.
+
+For a VRF with a table: rules send what comes from its interface and from its members to that table, where its routes through tunnels
+lead to its interface and the members' own subnets to the members. A `blackhole` default ends the table: what has no
+route there never falls through to another one, nor does anything when the shim is dead and its interface gone. Not
+`unreachable`: the host sends its own ICMP errors by the main table, where the same address may be another customer's.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from typing import Final
+
+from kernel_shim.dataplane.engine import Engine
+from kernel_shim.io.connected import HostAddress
+from kernel_shim.io.routes import HostRoutes
+from kernel_shim.io.tun import Tun
+from kernel_shim.model import IPNetwork, KernelError
+from kernel_shim.mpls.lfib import Key, ToPeer
+from kernel_shim.mpls.node import NodeEntry, Vrf, VrfRoute
+
+# The host never finds a packet too big for this interface: its errors know no VRF, and the data plane's go back by the interface.
+VRF_MTU: Final = 65535
+
+
+class VrfDevices:
+    """Implements `kernel_shim.kernel.LabelKernel` on an engine. `opened` and `closed` are called with each interface."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        routes: HostRoutes,
+        devices: dict[str, Tun],
+        opened: Callable[[str, Tun], None],
+        closed: Callable[[Tun], None],
+    ) -> None:
+        self._engine, self._routes = engine, routes
+        self._devices = devices  # by the VRF's name
+        self._opened, self._closed = opened, closed
+        self._vrfs: dict[str, Vrf] = {}
+        self._through: dict[str, set[IPNetwork]] = {}  # prefixes of a VRF that lie behind peers
+        self._local: dict[str, frozenset[tuple[str, IPNetwork]]] = {}
+        self._addresses: tuple[HostAddress, ...] = ()
+
+    def label_entries(self) -> Sequence[NodeEntry]:
+        return self._engine.label_entries()
+
+    def put_label_entry(self, entry: NodeEntry, now: float) -> None:
+        """A VRF's interface is up and closed to others before the engine knows of it."""
+        if isinstance(entry, Vrf):
+            return self._put_vrf(entry, now)
+        self._engine.put_label_entry(entry, now)
+        if isinstance(entry, VrfRoute):
+            self._follow(entry.vrf, entry.prefix, through=any(isinstance(path.next_hop, ToPeer) for path in entry.paths))
+
+    def remove_label_entry(self, key: Key, now: float) -> None:
+        self._engine.remove_label_entry(key, now)
+        if key.kind == "vrf":
+            self._close(str(key.name[0]))
+        elif key.kind == "route":
+            vrf, prefix = key.name
+            assert isinstance(prefix, IPNetwork)
+            self._follow(str(vrf), prefix, through=False)
+
+    def set_host(self, addresses: Iterable[HostAddress]) -> None:
+        """The host's addresses changed: the subnets of members are routed within their VRF."""
+        self._addresses = tuple(addresses)
+        for vrf in self._vrfs.values():
+            with suppress(KernelError):
+                self._route_members(vrf)
+
+    def queue_losses(self) -> dict[str, int]:
+        """Packets that the interfaces' queues could not hold."""
+        lost = 0
+        for device in self._devices.values():
+            with suppress(OSError, ValueError), open(f"/sys/class/net/{device.name}/statistics/tx_dropped") as file:
+                lost += int(file.read())
+        return {"io.vrf.queue-full": lost} if self._devices else {}
+
+    def close(self) -> None:
+        for name in list(self._vrfs):
+            self._close(name)
+
+    # Inside
+
+    def _put_vrf(self, vrf: Vrf, now: float) -> None:
+        old = self._vrfs.get(vrf.name)
+        if old == vrf:
+            return
+        if old is not None:
+            self._engine.remove_label_entry(old.key, now)
+            self._close(vrf.name)
+        self._engine.put_label_entry(vrf, now)
+        try:
+            self._open(vrf)
+        except KernelError:
+            self._engine.remove_label_entry(vrf.key, now)
+            self._close(vrf.name)
+            raise
+
+    def _open(self, vrf: Vrf) -> None:
+        device = Tun(vrf.interface, VRF_MTU)
+        self._devices[vrf.name] = device
+        self._vrfs[vrf.name] = vrf
+        if vrf.table:
+            self._routes.close_table(vrf.table)
+            for interface in (vrf.interface, *vrf.members):
+                self._routes.bind_interface(interface, vrf.table)
+            self._route_members(vrf)
+            for prefix in self._through.get(vrf.name, ()):
+                self._routes.route_in(vrf.table, prefix, device.index)
+        self._opened(vrf.name, device)
+
+    def _close(self, name: str) -> None:
+        vrf, device = self._vrfs.pop(name, None), self._devices.pop(name, None)
+        self._local.pop(name, None)
+        if device is not None:
+            self._closed(device)
+            device.close()
+        if vrf is not None and vrf.table:
+            for interface in (vrf.interface, *vrf.members):
+                self._routes.release_interface(interface, vrf.table)
+            self._routes.empty_table(vrf.table)
+
+    def _follow(self, name: str, prefix: IPNetwork, *, through: bool) -> None:
+        known = self._through.setdefault(name, set())
+        if through == (prefix in known):
+            return
+        (known.add if through else known.discard)(prefix)
+        vrf, device = self._vrfs.get(name), self._devices.get(name)
+        if vrf is not None and device is not None and vrf.table:
+            if through:
+                self._routes.route_in(vrf.table, prefix, device.index)
+            else:
+                self._routes.unroute_in(vrf.table, prefix)
+
+    def _route_members(self, vrf: Vrf) -> None:
+        if not vrf.table:
+            return
+        wanted = frozenset((it.interface, it.network) for it in self._addresses if it.interface in vrf.members)
+        standing = self._local.get(vrf.name, frozenset())
+        for _, network in standing - wanted:
+            self._routes.unroute_in(vrf.table, network, own=True)
+        for interface, network in wanted - standing:
+            self._routes.route_in(vrf.table, network, _index(interface), own=True)
+        self._local[vrf.name] = wanted
+
+
+def _index(interface: str) -> int:
+    try:
+        with open(f"/sys/class/net/{os.path.basename(interface)}/ifindex") as file:
+            return int(file.read())
+    except (OSError, ValueError):
+        return 0

@@ -1,0 +1,82 @@
+"""Two provider edges with three customers each, all of them in the same 10.0.0.0/24 and the same IPv6 subnet.
+
+Site 1 of each customer has the lower half, site 2 the upper one; hosts believe that the whole subnet is on their link, and the PE answers
+for the other half (proxy ARP and NDP). A packet that reached another customer's host of the same address would be answered there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from typing import Final
+
+from lab.namespaces import Lab, Namespace
+from lab.topology import WAN
+
+CUSTOMERS: Final = ("red", "blue", "green")
+SUBNET4: Final = IPv4Network("10.0.0.0/24")
+SUBNET6: Final = IPv6Network("fd00:c::/64")
+
+
+@dataclass(frozen=True, slots=True)
+class Customer:
+    """One customer's site: `host` behind the PE's interface `member`."""
+
+    name: str
+    host: Namespace
+    host4: IPv4Address
+    host6: IPv6Address
+    member: str
+    net4: IPv4Network
+    net6: IPv6Network
+
+
+@dataclass(frozen=True, slots=True)
+class Provider:
+    """A PE and the customers' sites behind it."""
+
+    gateway: Namespace
+    wan4: IPv4Address
+    wan6: IPv6Address
+    customers: dict[str, Customer]
+
+
+@dataclass(frozen=True, slots=True)
+class Providers:
+    lab: Lab
+    a: Provider
+    b: Provider
+
+
+def _provider(lab: Lab, letter: str, number: int) -> Provider:
+    gateway = lab.namespace(f"pe-{letter}")
+    # Strict reverse path checks know nothing of rules by interface.
+    gateway.sysctl(ipv4__ip_forward=1, ipv6__conf__all__forwarding=1, ipv4__conf__all__rp_filter=0, ipv4__conf__default__rp_filter=0)
+    net4, net6 = list(SUBNET4.subnets())[number - 1], list(SUBNET6.subnets())[number - 1]
+    customers = {}
+    for name in CUSTOMERS:
+        host, member = lab.namespace(f"{name}-{letter}"), f"ce-{name}"
+        lab.veth(host, "lan", gateway, member)
+        customer = Customer(name, host, net4[10], net6[0x10], member, net4, net6)
+        gateway.ip(f"addr add {net4[1]}/{net4.prefixlen} dev {member}", f"addr add {net6[1]}/{net6.prefixlen} dev {member} nodad")
+        gateway.sysctl(**{f"ipv4__conf__{member}__proxy_arp": 1, f"ipv4__conf__{member}__send_redirects": 0})
+        host.ip(
+            f"addr add {customer.host4}/{SUBNET4.prefixlen} dev lan",
+            f"addr add {customer.host6}/{net6.prefixlen} dev lan nodad",
+            f"route add default via {net6[1]}",
+        )
+        customers[name] = customer
+    return Provider(gateway, IPv4Address(f"192.0.2.{number}"), IPv6Address(f"2001:db8::{number}"), customers)
+
+
+@contextmanager
+def providers() -> Iterator[Providers]:
+    """The topology, up; what leads from site to site is the test's."""
+    with Lab() as lab:
+        a, b = _provider(lab, "a", 1), _provider(lab, "b", 2)
+        lab.veth(a.gateway, WAN, b.gateway, WAN)
+        for pe in (a, b):
+            pe.gateway.ip(f"addr add {pe.wan4}/24 dev {WAN}", f"addr add {pe.wan6}/64 dev {WAN} nodad")
+        yield Providers(lab, a, b)
