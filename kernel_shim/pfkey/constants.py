@@ -192,6 +192,7 @@ ENCRYPTION_OF_ENCRYPT: Final[Mapping[int, EncryptionId]] = {number: cipher for c
 
 IPSEC_PROTO_ANY: Final = 255  # what an address extension says for "any protocol" (linux/ipsec.h)
 IPSEC_MODE_ANY: Final = 0
+IPSEC_MODE_BEET: Final = 3
 IPSEC_POLICY_IPSEC: Final = 2
 UDP_ENCAP_ESPINUDP: Final = 2  # include/uapi/linux/udp.h
 REPLAY_WINDOW_MAX_BASE: Final = 255  # sadb_sa_replay is 8 bits wide

@@ -50,6 +50,8 @@ from kernel_shim.pfkey.private import SelectorExtension, UnresolvedExtension
 from kernel_shim.pfkey.sa_messages import unspecified
 
 _ICMP: Final = (PROTOCOL_ICMP, PROTOCOL_ICMPV6)
+PROTOCOL_AH: Final = 51
+PROTOCOL_IPCOMP: Final = 108
 _DIRECTION_BITS: Final = 7  # of an index: XFRM_POLICY_IN, _OUT, _FWD are 0, 1, 2
 
 
@@ -76,7 +78,7 @@ def policy_from(message: Message) -> Policy:
     if action is Action.PROTECT and not extension.requests:
         raise PfKeyError("X_POLICY", "protects with no template")  # Linux would let such packets pass in clear
     if len(extension.requests) > MAX_TEMPLATES:
-        raise PfKeyError("X_POLICY", f"more than {MAX_TEMPLATES} templates", errno.E2BIG)
+        raise PfKeyError("X_POLICY", f"more than {MAX_TEMPLATES} templates", errno.ELOOP)
     context = message.find(SecurityContextExtension)
     unresolved = message.find(UnresolvedExtension)
     return Policy(
@@ -258,7 +260,8 @@ def _request(template: Template, version: int) -> IpsecRequest:
 
 def _template(request: IpsecRequest) -> Template:
     if request.protocol != PROTOCOL_ESP:
-        raise PfKeyError("X_POLICY.ipsecrequest_proto", str(request.protocol), errno.EPROTONOSUPPORT)
+        other = request.protocol in (PROTOCOL_AH, PROTOCOL_IPCOMP)
+        raise PfKeyError("X_POLICY.ipsecrequest_proto", str(request.protocol), errno.EPROTONOSUPPORT if other else errno.EINVAL)
     try:
         mode, level = Mode(request.mode), Level(request.level)
     except ValueError:

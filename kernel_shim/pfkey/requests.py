@@ -112,31 +112,37 @@ class Requests:
         return _status(self._kernel.update_sa(sa, now), notify=True)
 
     def _delete(self, message: Message, _now: float) -> Answer:
-        _require_esp(message)
-        return _status(self._kernel.delete_sa(sa_id_from(message)), notify=True)
+        sa = sa_id_from(message)
+        _require_known(message)
+        return _status(self._kernel.delete_sa(sa), notify=True)
 
     def _get(self, message: Message, _now: float) -> Answer:
-        _require_esp(message)
-        return _status(self._kernel.get_sa(sa_id_from(message)))
+        sa = sa_id_from(message)
+        _require_known(message)
+        return _status(self._kernel.get_sa(sa))
 
     def _flush(self, message: Message, _now: float) -> Answer:
+        flushed = 0
         if message.sa_type in (SaType.UNSPEC, SaType.ESP):
-            self._kernel.flush_sas()
+            flushed = self._kernel.flush_sas()
         elif message.sa_type not in _OTHER_PROTOCOLS:
             raise PfKeyError("sadb_msg_satype", str(message.sa_type))
-        return Answer.same((), notify=True)
+        return Answer.same((), notify=flushed > 0)
 
     # SPD
 
     def _add_policy(self, message: Message, now: float) -> Answer:
+        _require_direction(message)
         policy = self._kernel.add_policy(policy_from(message), now)
         return _policy(policy, notify=True)
 
     def _update_policy(self, message: Message, now: float) -> Answer:
+        _require_direction(message)
         policy = self._kernel.update_policy(policy_from(message), now)
         return _policy(policy, notify=True)
 
     def _delete_policy(self, message: Message, _now: float) -> Answer:
+        _require_direction(message)
         direction = direction_from(message.require(PolicyExtension))
         policy = self._kernel.delete_policy(direction, selector_from(message))
         return _policy(policy, notify=True)
@@ -152,8 +158,7 @@ class Requests:
         return _policy(policy)
 
     def _flush_policies(self, _message: Message, _now: float) -> Answer:
-        self._kernel.flush_policies()
-        return Answer.same((), notify=True)
+        return Answer.same((), notify=self._kernel.flush_policies() > 0)
 
     def _migrate(self, message: Message, now: float) -> Answer:
         """The answer is the request: what else there is to know, the key managers know already."""
@@ -212,3 +217,15 @@ def _require_esp(message: Message) -> None:
         raise PfKeyError("sadb_msg_satype", str(message.sa_type), errno.EPROTONOSUPPORT)
     if message.sa_type != SaType.ESP:
         raise PfKeyError("sadb_msg_satype", str(message.sa_type))
+
+
+def _require_known(message: Message) -> None:
+    """Of other protocols there is no SA."""
+    if message.sa_type != SaType.ESP:
+        raise KernelError(errno.ESRCH, f"no SA of type {message.sa_type}")
+
+
+def _require_direction(message: Message) -> None:
+    """Only a request that names a policy by its index may leave the direction to it."""
+    if not message.require(PolicyExtension).direction:
+        raise PfKeyError("X_POLICY.dir", "0")

@@ -40,8 +40,11 @@ from kernel_shim.pfkey.constants import (
     ENCRYPTION_OF_ENCRYPT,
     INTEGRITY_OF_AUTH,
     IPSEC_MODE_ANY,
+    IPSEC_MODE_BEET,
     REPLAY_WINDOW_MAX_BASE,
     UDP_ENCAP_ESPINUDP,
+    AuthAlgorithm,
+    EncryptAlgorithm,
     ExtensionType,
 )
 from kernel_shim.pfkey.dialects import LINUX
@@ -110,7 +113,7 @@ def mode_from(number: int) -> Mode:
     try:
         return Mode(number)
     except ValueError:
-        raise PfKeyError("X_SA2.mode", str(number), errno.EOPNOTSUPP) from None
+        raise PfKeyError("X_SA2.mode", str(number), errno.EOPNOTSUPP if number == IPSEC_MODE_BEET else errno.EINVAL) from None
 
 
 def acquire_reference(acquire: AcquireSequence) -> Iterator[Extension]:
@@ -166,7 +169,7 @@ def sa_extensions(sa: SecurityAssociation, *, private: bool, keys: bool, state: 
         yield Key(ExtensionType.KEY_ENCRYPT, sa.encryption_key, len(sa.encryption_key) * 8)
     yield Sa2(sa.mode, 0, sa.reqid)
     for kind, lifetime in ((ExtensionType.LIFETIME_HARD, sa.hard), (ExtensionType.LIFETIME_SOFT, sa.soft)):
-        if lifetime != Lifetime():
+        if lifetime != Lifetime() or not (keys or private):  # Linux has both in every reply
             yield LifetimeExtension(kind, min(lifetime.packets, _UINT32_MAX), lifetime.octets, lifetime.seconds)
     if sa.encapsulation is not None:
         yield NatTType(UDP_ENCAP_ESPINUDP)
@@ -272,7 +275,9 @@ def _require_length(field: str, key: Secret, octets: int) -> None:
 
 
 def _algorithm(base: Sa, key_octets: int) -> EspAlgorithm:
-    """Linux answers ENOSYS to an algorithm that it does not have."""
+    """Linux answers ENOSYS to an algorithm that it does not have, and EINVAL to numbers beyond its tables."""
+    if base.encrypt > max(EncryptAlgorithm) or base.auth > max(AuthAlgorithm):
+        raise PfKeyError("SA", f"encryption {base.encrypt} with authentication {base.auth}")
     if base.encrypt not in ENCRYPTION_OF_ENCRYPT or base.auth not in INTEGRITY_OF_AUTH:
         raise PfKeyError("SA", f"encryption {base.encrypt} with authentication {base.auth} is not known", errno.ENOSYS)
     encryption = ENCRYPTION_OF_ENCRYPT[base.encrypt]

@@ -94,7 +94,7 @@ class Sad:
     # Changes
 
     def reserve(self, request: SpiRequest, now: float) -> SaEntry:
-        """GETSPI: a larval inbound SA. EINVAL, EEXIST, ENOENT as `choose_spi`; ENOBUFS when the SAD is full."""
+        """GETSPI: a larval inbound SA. EINVAL, ENOENT as `choose_spi`; ENOBUFS when the SAD is full."""
         self._check_room()
         spi = choose_spi(request.minimum, request.maximum, self._slot, self._inbound, self._entropy)
         sa = SecurityAssociation(spi, request.source, request.destination, Direction.IN, request.mode, request.reqid, _NO_ALGORITHM, acquire=request.acquire)

@@ -25,13 +25,13 @@ def slot_of(spi: int) -> int:
 def choose_spi(minimum: int, maximum: int, slot: int, taken: Container[int], entropy: Callable[[int], bytes]) -> Spi:
     """A free SPI in `minimum` to `maximum` with `slot`; a range of one SPI is taken as it is, whatever its slot.
 
-    KernelError: EINVAL for a range outside 0x100 to 0xFFFFFFFF, ENOENT when nothing is free.
+    KernelError: EINVAL for a range outside 0x100 to 0xFFFFFFFF, ENOENT when nothing is free, as Linux.
     """
     if not LOWEST_SPI <= minimum <= maximum <= 0xFFFFFFFF:
         raise KernelError(errno.EINVAL, f"SPI range {minimum:#x}-{maximum:#x}")
     if minimum == maximum:
         if minimum in taken:
-            raise KernelError(errno.EEXIST, f"SPI {minimum:#x} is taken")
+            raise KernelError(errno.ENOENT, f"SPI {minimum:#x} is taken")
         return Spi(minimum)
     first = minimum + (slot - minimum) % SLOTS
     count = (maximum - first) // SLOTS + 1 if first <= maximum else 0

@@ -26,6 +26,7 @@ from kernel_shim.model import (
     PortRange,
     SaId,
     SaState,
+    SaStatus,
     Selector,
     Template,
     Unresolved,
@@ -324,10 +325,11 @@ def test_what_failed_or_only_looked_is_told_to_nobody_else(session):
     assert second.hear() is None
 
 
-def test_a_monitor_that_does_not_read_is_told_of_the_gap(session):
+def test_a_monitor_that_does_not_read_is_told_of_the_gap(session, kernel):
     writer, monitor = Talk.start(session, 1), Talk.start(session, 2)
     hello(monitor)
     for _ in range(MAX_QUEUED_NOTICES + 5):
+        kernel.table[make_sa().id] = SaStatus(make_sa(), SaState.MATURE)
         writer.ask(header(9))
     kinds = [told(data).type for data in monitor.hear_all()]
     assert kinds == [MessageType.X_OVERRUN] + [MessageType.FLUSH] * MAX_QUEUED_NOTICES
