@@ -352,6 +352,7 @@ def _steps() -> Iterator[Step]:
     yield Step("DELETE for an unknown SA type", _named(_M.DELETE, DUMPED, sa_type=7))
     yield Step("DELETE", _named(_M.DELETE, DUMPED))
     yield Step("DELETE again", _named(_M.DELETE, DUMPED))
+    yield Step("DELETE of the last", _named(_M.DELETE, DUMPED + 1))
 
     yield Step("SPDDUMP of nothing", _message(_M.X_SPDDUMP))
     yield Step("SPDFLUSH of nothing", _message(_M.X_SPDFLUSH, sa_type=SaType.UNSPEC))

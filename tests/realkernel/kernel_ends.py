@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
@@ -45,8 +45,8 @@ class Ends:
 
 
 @contextmanager
-def two_ends() -> Iterator[Ends]:
-    """Two hosts on a wire; `there` takes ESP of SPI 0x1001 in, set up by iproute2."""
+def two_ends(algorithm: Sequence[str] = ("aead", "rfc4106(gcm(aes))", "0x" + KEY.hex(), "128")) -> Iterator[Ends]:
+    """Two hosts on a wire; `there` takes ESP of SPI 0x1001 in, set up by iproute2, in whose words `algorithm` is."""
     with Lab() as lab:
         here, there = lab.namespace("here"), lab.namespace("there")
         lab.veth(here, "wire", there, "wire")
@@ -55,7 +55,7 @@ def two_ends() -> Iterator[Ends]:
         tunnel = f"src {HERE} dst {PEER} proto esp"
         there.run(["ip", "xfrm", *f"policy add src {NEAR} dst {FAR} dir in tmpl {tunnel} mode tunnel".split()])
         state = f"state add {tunnel} spi {SPI:#x} mode tunnel".split()
-        there.run(["ip", "xfrm", *state, "aead", "rfc4106(gcm(aes))", "0x" + KEY.hex(), "128"])
+        there.run(["ip", "xfrm", *state, *algorithm])
         here.run(["ping", "-c", "1", "-W", "5", str(PEER)])
         yield Ends(here, there)
 
@@ -102,14 +102,14 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.01)
 
 
-def send(count: int) -> tuple[int, int]:
+def send(count: int, destination: IPv4Address = FAR[1]) -> tuple[int, int]:
     """How many packets the kernel took, and how many it refused."""
     taken = refused = 0
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
         sender.bind((str(NEAR[1]), 0))
         for number in range(count):
             try:
-                sender.sendto(number.to_bytes(4, "big"), (str(FAR[1]), 9000))
+                sender.sendto(number.to_bytes(4, "big"), (str(destination), 9000))
                 taken += 1
             except BlockingIOError:
                 refused += 1

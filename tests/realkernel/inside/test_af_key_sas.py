@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 from lab.namespaces import Namespace
-from pfkey_conversation import FAR, HERE, NEAR, PEER
-from realkernel.held_packets import HELD, Ends, Sink, ends_of, send
+from realkernel.kernel_ends import FAR, HELD, HERE, NEAR, PEER, REQID, SPI, TRAP, Ends, Sink, send, two_ends, until
 
 from kernel_shim.algorithms import EncryptionId, EspAlgorithm, IntegrityId
 from kernel_shim.channel.af_key import AfKeyChannel, AfKeyTransport
@@ -42,16 +41,13 @@ from kernel_shim.secret import Secret
 
 pytestmark = pytest.mark.realkernel
 
-REQID = ReqId(7)
-SPI = Spi(0x1001)
 CBC = EspAlgorithm(EncryptionId.AES_CBC, 128, IntegrityId.HMAC_SHA1_96)
-TRAP = Policy(Selector(AddressRange.of(NEAR), AddressRange.of(FAR)), Direction.OUT, Action.PROTECT, 1000, (Template(Mode.TUNNEL, REQID, HERE, PEER),))
 PEER_STATE = ["auth", "hmac(sha1)", "0x" + bytes(range(20)).hex(), "enc", "cbc(aes)", "0x" + bytes(range(16)).hex()]
 
 
 @pytest.fixture
 def ends() -> Iterator[Ends]:
-    with ends_of(PEER_STATE) as both:
+    with two_ends(PEER_STATE) as both:
         yield both
 
 
@@ -86,11 +82,6 @@ def within(namespace: Namespace, body: Callable[[AfKeyChannel, list[KernelEvent]
             await channel.close()
 
     namespace.call(lambda: asyncio.run(run()))
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        await asyncio.sleep(0.01)
 
 
 def test_every_algorithm_of_its_capabilities_is_taken_and_told_alike(ends: Ends) -> None:
@@ -138,7 +129,7 @@ def test_what_it_cannot_do_is_refused_by_name_and_others_are_left_alone(ends: En
 def test_policies_are_told_as_they_were_asked_for(ends: Ends) -> None:
     async def body(channel: AfKeyChannel, _: list[KernelEvent]) -> None:
         transport = replace(TRAP, direction=Direction.IN, templates=(Template(Mode.TRANSPORT, REQID, HERE, PEER),))
-        shunt = Policy(Selector(AddressRange.single(HERE), AddressRange.single(PEER), 6), Direction.OUT, Action.BYPASS, 5)
+        shunt = Policy(Selector(AddressRange.host(HERE), AddressRange.host(PEER), 6), Direction.OUT, Action.BYPASS, 5)
         put = {(await channel.add_policy(policy)).direction: policy for policy in (TRAP, transport)}
         await channel.add_policy(shunt)
         assert {replace(policy, index=TRAP.index) for policy in await channel.policies()} == {*put.values(), shunt}
@@ -174,7 +165,7 @@ def test_lifetimes_in_packets_are_reported_soft_then_hard(ends: Ends) -> None:
         await channel.add_sa(outbound(soft=Lifetime(packets=3), hard=Lifetime(packets=6)))
         send(8)
         await until(lambda: Expire(SaId(PEER, SPI), REQID, True) in events)
-        assert [event for event in events if isinstance(event, Expire)][0] == Expire(SaId(PEER, SPI), REQID, False)
+        assert next(event for event in events if isinstance(event, Expire)) == Expire(SaId(PEER, SPI), REQID, False)
 
     within(ends.here, body)
 
@@ -182,10 +173,10 @@ def test_lifetimes_in_packets_are_reported_soft_then_hard(ends: Ends) -> None:
 def test_an_acquire_that_is_given_up_does_not_block_the_next(ends: Ends) -> None:
     async def body(channel: AfKeyChannel, events: list[KernelEvent]) -> None:
         policy = await channel.add_policy(TRAP)
-        for number in (1, 2):
+        for _ in range(2):
             send(1)
-            await until(lambda number=number: len(events) == number)
-            event = events[-1]
+            await until(lambda: bool(events))
+            event = events.pop()
             assert isinstance(event, Acquire)
             assert (event.policy, event.reqid, event.source, event.destination, event.selector) == (policy.index, REQID, HERE, PEER, TRAP.selector)
             await channel.acquire_failed(event.sequence, errno.ETIMEDOUT)
@@ -201,11 +192,11 @@ def test_what_a_full_buffer_dropped_is_found_again(ends: Ends) -> None:
         overruns: list[bool] = []
         channel.on_overrun(lambda: overruns.append(True))
         for number in range(200):
-            far = AddressRange.single(FAR[256 + number])
+            far = AddressRange.host(FAR[256 + number])
             template = Template(Mode.TUNNEL, ReqId(100 + number), HERE, IPv4Address(int(PEER) + 1))
             await channel.add_policy(replace(TRAP, selector=Selector(AddressRange.of(NEAR), far), templates=(template,)))
         for number in range(200):
-            send(1, str(FAR[256 + number]))
+            send(1, FAR[256 + number])
         await until(lambda: len({event.reqid for event in events if isinstance(event, Acquire)}) == 200)
         assert overruns
         assert (await channel.statistics())["found"] > 0
