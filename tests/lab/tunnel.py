@@ -16,6 +16,7 @@ CHILD: Final = "net"
 SECRET: Final = "a laboratory secret, known to all"
 NAME_A: Final = "a.example"
 NAME_B: Final = "b.example"
+PPK_NAME: Final = "ppk.example"
 
 
 class Side(enum.Enum):
@@ -67,6 +68,11 @@ class Tunnel:
     ts_b_at_b: str = ""
     dpd_a: str = ""  # dpd_delay of A
     dpd_b: str = ""
+    connection_a: Mapping[str, str] = field(default_factory=dict)  # further lines of one side's connection
+    connection_b: Mapping[str, str] = field(default_factory=dict)
+    ppk_a: str = ""  # a post-quantum pre-shared key for PPK_NAME
+    ppk_b: str = ""
+    ppk_name_b: str = PPK_NAME  # whom B has it for
     more_children: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # name -> ts_a, ts_b; else like the first
 
     def _selector(self, site: Site, given: str) -> str:
@@ -108,6 +114,9 @@ class Tunnel:
                 (directory / folder / name).write_bytes(data)
             local.append("certs = own.pem")
             remote.append("cacerts = ca.pem")
+        ppk = self.ppk_a if side is Side.A else self.ppk_b
+        if ppk:
+            secrets += f'secrets {{\n  ppk-lab {{\n    id = {PPK_NAME if side is Side.A else self.ppk_name_b}\n    secret = "{ppk}"\n  }}\n}}\n'
         connection = {
             "version": "2",
             "local_addrs": self._outer(near),
@@ -116,6 +125,7 @@ class Tunnel:
             "encap": "yes",
             **({"dpd_delay": dpd} if dpd else {}),
             **self.connection_options,
+            **(self.connection_a if side is Side.A else self.connection_b),
         }
         children = ""
         for name, ours, theirs in ((CHILD, near_ts, far_ts), *((name, *(ts if side is Side.A else ts[::-1])) for name, ts in self.more_children.items())):

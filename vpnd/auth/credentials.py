@@ -127,9 +127,22 @@ class CredentialStore:
         best: tuple[int, int] = (0, 0)
         chosen: SharedSecret | None = None
         for secret in self._shared.values():
+            if secret.ppk:
+                continue
             quality = _ownership(secret, local, remote)
             if quality > best:
                 best, chosen = quality, secret
+        return Secret(chosen.data) if chosen else None
+
+    @property
+    def has_ppk(self) -> bool:
+        return any(secret.ppk for secret in self._shared.values())
+
+    def ppk(self, ppk_id: bytes) -> Secret | None:
+        """The post-quantum pre-shared key of that PPK_ID; one that names it goes before one that names none."""
+        candidates = [secret for secret in self._shared.values() if secret.ppk]
+        named = [secret for secret in candidates if any(owner.data == ppk_id for owner in secret.owners)]
+        chosen = next(iter([*named, *(secret for secret in candidates if not secret.owners)]), None)
         return Secret(chosen.data) if chosen else None
 
     def own_certificate(self, local: AuthRound, requested: Collection[bytes] = ()) -> OwnCertificate | None:

@@ -180,7 +180,7 @@ def validate_shared(message: Section, path: str = "load-shared") -> SharedSecret
     """A secret without an id is named after its owners; such a name begins with `~`, and `get-shared` keeps it to itself."""
     reader = Reader(message, path, [])
     name = reader.text("id", "")
-    reader.convert("type", None, _shared_type)
+    ppk = reader.convert("type", False, _shared_type)
     if "type" not in message.entries:
         reader.complain("the secret's type is missing")
     data = reader.blob("data")
@@ -193,12 +193,15 @@ def validate_shared(message: Section, path: str = "load-shared") -> SharedSecret
     if reader.errors or not data:
         raise ConfigErrors(reader.errors)
     named = tuple(owner for owner in owners if not owner.any)
-    return SharedSecret(name or "~" + ",".join(str(owner) for owner in named), data, named if len(named) == len(owners) else ())
+    unnamed = ("~ppk~" if ppk else "~") + ",".join(str(owner) for owner in named)
+    return SharedSecret(name or unnamed, data, named if len(named) == len(owners) else (), ppk)
 
 
-def _shared_type(text: str) -> None:
+def _shared_type(text: str) -> bool:
+    """Whether it is a PPK."""
     kind = text.lower()
-    if kind in ("eap", "xauth", "ntlm", "ppk"):
+    if kind in ("eap", "xauth", "ntlm"):
         raise ValueError(f"secrets of type '{kind}' are not implemented yet")
-    if kind != "ike":
+    if kind not in ("ike", "ppk"):
         raise ValueError(f"'{shown(text)}' is not a secret's type")
+    return kind == "ppk"

@@ -38,6 +38,7 @@ _LISTS: Final = (
 _FILE_LISTS: Final = {"certs": "x509", "cacerts": "x509ca", "pubkeys": "pubkey"}  # option: directory
 _CERTIFICATE_DIRECTORIES: Final = {"x509": "NONE", "x509ca": "CA"}  # directory: flag
 _DIRECTORIES_TO_COME: Final = ("x509ocsp", "x509aa", "x509ac", "x509crl", "pubkey", "pkcs12")
+_SHARED: Final = ("ike", "ppk")
 _KEY_DIRECTORIES: Final = {"private": "any", "rsa": "rsa", "ecdsa": "ecdsa", "pkcs8": "any"}  # directory: type
 _SECTIONS: Final = ("connections", "secrets", "pools", "authorities", "vpnd")
 
@@ -129,22 +130,22 @@ def _secrets(secrets: Section, messages: Messages, errors: list[ConfigError]) ->
     passphrases: list[_Passphrase] = []
     for name, node in secrets.entries.items():
         path = f"secrets.{shown(name)}"
-        prefix = next((prefix for prefix in (*options.SECRETS, "ike", *_KEY_DIRECTORIES) if name.startswith(prefix)), None)
+        prefix = next((prefix for prefix in (*options.SECRETS, *_SHARED, *_KEY_DIRECTORIES) if name.startswith(prefix)), None)
         if not isinstance(node, Section):
             errors.append(ConfigError("a section was expected", path=path, position=node.key_position))
         elif prefix is None:
-            hint = suggestion(name, ["ike", *_KEY_DIRECTORIES])
+            hint = suggestion(name, [*_SHARED, *_KEY_DIRECTORIES])
             errors.append(ConfigError(f"a section of secrets begins with its kind, such as 'ike'{hint}", path=path, position=node.key_position))
         elif prefix in options.SECRETS:
             errors.append(ConfigError(f"secrets of type '{prefix}' are not implemented yet", path=path, position=node.key_position))
-        elif prefix == "ike":
-            _shared(name, Reader(node, path, errors), messages)
+        elif prefix in _SHARED:
+            _shared(name, prefix, Reader(node, path, errors), messages)
         else:
             passphrases += _passphrases(prefix, Reader(node, path, errors))
     return passphrases
 
 
-def _shared(name: str, reader: Reader, messages: Messages) -> None:
+def _shared(name: str, kind: str, reader: Reader, messages: Messages) -> None:
     secret = reader.convert("secret", None, decode_secret)
     if "secret" not in reader.section.entries:
         reader.complain("the option 'secret' is missing")
@@ -160,7 +161,7 @@ def _shared(name: str, reader: Reader, messages: Messages) -> None:
         position = reader.section.key_position
         entries: dict[str, Node] = {
             "id": Scalar(name.encode(), position, position),
-            "type": Scalar(b"ike", position, position),
+            "type": Scalar(kind.encode(), position, position),
             "data": Scalar(secret, reader.position("secret"), position),
             "owners": Items(tuple(owners), position),
         }

@@ -38,6 +38,15 @@ class UniquePolicy(Enum):
     REPLACE = "replace"  # they go when a new one is authenticated
 
 
+class Childless(Enum):
+    """RFC 6023: whether an IKE SA may, or must, come up without a CHILD_SA."""
+
+    ALLOW = "allow"
+    PREFER = "prefer"
+    FORCE = "force"
+    NEVER = "never"
+
+
 class AuthMethod(Enum):
     PSK = "psk"
     PUBKEY = "pubkey"
@@ -133,6 +142,9 @@ class ConnectionConfig:
     rand_time: float = 1440.0
     fragmentation: Fragmentation = Fragmentation.YES
     mobike: bool = True
+    childless: Childless = Childless.ALLOW
+    ppk_id: Identity | None = None  # of a responder it may have a wildcard, and None is any
+    ppk_required: bool = False
     send_cert: str = "ifasked"
     send_certreq: bool = True
 
@@ -147,11 +159,12 @@ class PrivateKeySource:
 
 @dataclass(frozen=True, slots=True)
 class SharedSecret:
-    """A `secrets.ike*` section: a pre-shared key and the identities that it is for (none: for all)."""
+    """A `secrets.ike*` section: a pre-shared key and the identities that it is for (none: for all); with `ppk` a `secrets.ppk*` section (RFC 8784)."""
 
     name: str
     data: bytes = field(repr=False)
     owners: tuple[Identity, ...] = ()
+    ppk: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,10 +16,7 @@ CONNECTION: Final[Mapping[str, Harmless]] = {
     "vips": never,
     "pools": never,
     "dscp": is_zero,
-    "childless": one_of("allow", "never"),  # none is made unless a peer says that it supports it
     "ocsp": one_of("reply", "never"),  # a reply is sent only when there is one
-    "ppk_id": never,
-    "ppk_required": is_no,
     "mediation": is_no,
     "mediated_by": never,
     "mediation_peer": never,
@@ -60,7 +57,7 @@ CHILD: Final[Mapping[str, Harmless]] = {
     "icmp": is_no,
 }
 
-SECRETS: Final = ("eap", "xauth", "ntlm", "ppk", "pkcs12", "token")
+SECRETS: Final = ("eap", "xauth", "ntlm", "pkcs12", "token")
 """Prefixes of sections in `secrets`."""
 
 DAEMON: Final[Mapping[str, Harmless]] = {"metrics_listen": never}

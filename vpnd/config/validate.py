@@ -16,7 +16,7 @@ from vpnd.config.children import check_name, if_id, read_children, read_proposal
 from vpnd.config.credentials import certificate_der, read_credential_file
 from vpnd.config.errors import ConfigError, ConfigErrors
 from vpnd.config.lifetimes import ike_lifetime
-from vpnd.config.model import AuthMethod, AuthRound, ConnectionConfig, Fragmentation, UniquePolicy
+from vpnd.config.model import AuthMethod, AuthRound, Childless, ConnectionConfig, Fragmentation, UniquePolicy
 from vpnd.config.reader import Reader, boolean, integer, shown
 from vpnd.config.tree import Section
 from vpnd.ike.iana import ProtocolId
@@ -72,6 +72,9 @@ def _connection(reader: Reader, name: str) -> ConnectionConfig:
         rand_time=lifetime.rand,
         fragmentation=reader.choice("fragmentation", Fragmentation.YES, _FRAGMENTATION),
         mobike=reader.boolean("mobike", True),
+        childless=reader.choice("childless", Childless.ALLOW, {policy.value: policy for policy in Childless}),
+        ppk_id=reader.convert("ppk_id", None, _ppk_id),
+        ppk_required=reader.boolean("ppk_required", False),
         send_cert=reader.choice("send_cert", "ifasked", {value: value for value in ("ifasked", "always", "never")}),
         send_certreq=reader.boolean("send_certreq", True),
     )
@@ -90,6 +93,11 @@ def _check_peer(reader: Reader, connection: ConnectionConfig) -> None:
         if child.action is Action.PROTECT and child.start_action and isinstance(node, Section):
             below = Reader(node, f"{reader.path}.children.{shown(child.name)}", reader.errors)
             below.complain("remote_addrs of the connection names no peer to ask: an address or a host name is needed", "start_action")
+
+
+def _ppk_id(text: str) -> Identity | None:
+    identity = _identity(text)
+    return None if identity.any else identity
 
 
 def _is_one_peer(pattern: str) -> bool:

@@ -89,6 +89,7 @@ class IkeStatus:
     established: float | None = None  # seconds ago
     rekey_in: float | None = None
     reauth_in: float | None = None
+    ppk: bool = False  # a post-quantum pre-shared key is mixed into its keys
     tasks_queued: Sequence[str] = ()
     tasks_active: Sequence[str] = ()
     children: Sequence[ChildStatus] = ()

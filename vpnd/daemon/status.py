@@ -80,6 +80,7 @@ def ike_status(entry: Entry, usage: Usage, *, children: Sequence[ChildStatus] | 
         established=None if sa.established_at is None else now - sa.established_at,
         rekey_in=None if sa.rekey_at is None else sa.rekey_at - now,
         reauth_in=None if sa.reauth_at is None else sa.reauth_at - now,
+        ppk=sa.ppk,
         tasks_queued=sa.tasks_queued,
         tasks_active=sa.tasks_active,
         children=[child_status(child, usage, now) for child in sa.children.values()] if children is None else children,

@@ -14,7 +14,7 @@ from vpnd.config.model import AuthMethod, AuthRound, ConnectionConfig
 from vpnd.ike.iana import CertEncoding
 from vpnd.ike.identity import Identity
 from vpnd.ike.keymat import signed_octets
-from vpnd.ike.session import Session
+from vpnd.ike.session import IkeCrypto, Session
 from vpnd.ike.wire.message import Message
 from vpnd.ike.wire.payloads import AuthPayload, CertPayload, Payload
 
@@ -61,19 +61,23 @@ def own_credentials(session: Session, asked: Identity | None, peer: Identity | N
     return Own(signer.identity, signer=signer)
 
 
-def own_payloads(session: Session, own: Own, *, certificate: bool) -> list[Payload]:
-    """[CERT,] AUTH. Raises NoCredentials when our key has no scheme that the peer takes."""
-    octets = _octets(session, own.identity, initiator=session.initiator)
+def own_auth(session: Session, own: Own, keys: IkeCrypto) -> AuthPayload:
+    """AUTH with the SK_p of `keys`. Raises NoCredentials when our key has no scheme that the peer takes."""
+    octets = _octets(session, keys, own.identity, initiator=session.initiator)
     if own.secret is not None:
-        return [AuthPayload(METHOD_PSK, psk_auth(session.keys.suite.prf, own.secret, octets))]
+        return AuthPayload(METHOD_PSK, psk_auth(keys.suite.prf, own.secret, octets))
     assert own.signer is not None
     try:
         policy = SignaturePolicy.of(session.connection.local[0].signature_schemes)
         signature = sign(own.signer.key, octets, policy, session.peer_hashes)
     except (NoCommonScheme, ValueError) as error:
         raise NoCredentials(str(error)) from error
-    certificates = [CertPayload(CertEncoding.X509_SIGNATURE, own.signer.certificate.der)] if certificate else []
-    return [*certificates, AuthPayload(signature.method, signature.data)]
+    return AuthPayload(signature.method, signature.data)
+
+
+def own_certificates(session: Session, own: Own) -> list[Payload]:
+    """The CERT payloads that go with our AUTH."""
+    return [CertPayload(CertEncoding.X509_SIGNATURE, own.signer.certificate.der)] if own.signer is not None and sends_certificate(session) else []
 
 
 def sends_certificate(session: Session) -> bool:
@@ -82,11 +86,11 @@ def sends_certificate(session: Session) -> bool:
     return mode == "always" or (mode != "never" and session.peer_asks_certificate)
 
 
-def check(session: Session, connection: ConnectionConfig, peer: Identity, own: Identity, message: Message) -> None:
-    """Whether `message` (its CERT and AUTH payloads) proves that the peer is `peer`, as `connection` demands it. Raises PeerRefused."""
-    auth = message.first(AuthPayload)
-    if auth is None:
-        raise PeerRefused("no AUTH payload")
+def check(session: Session, connection: ConnectionConfig, peer: Identity, own: Identity, message: Message, auth: AuthPayload, keys: IkeCrypto) -> None:
+    """Whether `auth`, with the CERT payloads of `message` and the SK_p of `keys`, proves that the peer is `peer`, as `connection` demands it.
+
+    Raises PeerRefused.
+    """
     if not connection.remote:
         raise PeerRefused(f"{connection.name} has no remote section")
     remote = connection.remote[0]
@@ -94,12 +98,12 @@ def check(session: Session, connection: ConnectionConfig, peer: Identity, own: I
         raise PeerRefused(f"identity {peer} is not {remote.id}")
     if (auth.method == METHOD_PSK) is not (remote.auth is AuthMethod.PSK):
         raise PeerRefused(f"authentication method {auth.method} where {remote.auth.value} is required")
-    octets = _octets(session, peer, initiator=not session.initiator)
+    octets = _octets(session, keys, peer, initiator=not session.initiator)
     if remote.auth is AuthMethod.PSK:
         secret = session.context.credentials.shared_secret(own, peer)
         if secret is None:
             raise PeerRefused(f"no shared key for {own} and {peer}")
-        if not psk_verifies(session.keys.suite.prf, secret, octets, auth.data):
+        if not psk_verifies(keys.suite.prf, secret, octets, auth.data):
             raise PeerRefused("the shared key does not match")
         return
     _check_signature(session, remote, peer, message, auth, octets)
@@ -160,9 +164,9 @@ def expected_identity(connection: ConnectionConfig) -> Identity | None:
     return None if identity is None or identity.any or identity.has_wildcards else identity
 
 
-def _octets(session: Session, identity: Identity, *, initiator: bool) -> bytes:
+def _octets(session: Session, crypto: IkeCrypto, identity: Identity, *, initiator: bool) -> bytes:
     """RFC 7296 section 2.15: what the initiator's or the responder's AUTH payload signs."""
-    crypto, intermediate = session.keys, session.intermediate.octets
+    intermediate = session.intermediate.octets
     if initiator:
         return signed_octets(crypto.suite.prf, crypto.keys.pi, session.init_request, session.nonce_r, identity, intermediate)
     return signed_octets(crypto.suite.prf, crypto.keys.pr, session.init_response, session.nonce_i, identity, intermediate)

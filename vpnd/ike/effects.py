@@ -27,6 +27,7 @@ class Reason(Enum):
     NO_PROPOSAL_CHOSEN = "no proposal chosen"
     TS_UNACCEPTABLE = "traffic selectors unacceptable"
     NO_MATCHING_CONNECTION = "no matching connection"
+    CHILDLESS_REFUSED = "IKE SA with or without a CHILD_SA refused"
     NO_CREDENTIALS = "no credentials"
     INVALID_KE_PAYLOAD = "key exchange group refused"
     INVALID_SYNTAX = "invalid syntax"

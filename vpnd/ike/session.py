@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, Self, TypeVar
 
 from kernel_shim.model import Endpoint, IPAddress, SaId, Spi
+from kernel_shim.secret import Secret
 from vpnd.config.model import ConnectionConfig
 from vpnd.ike.context import ChildRequest, IkeContext
 from vpnd.ike.crypto.sk import SkCipher
@@ -33,7 +34,7 @@ from vpnd.ike.followup import Followup
 from vpnd.ike.iana import FIRST_STATUS_NOTIFY, CertEncoding, NotifyType, name_of
 from vpnd.ike.identity import Identity
 from vpnd.ike.intermediate import Intermediate
-from vpnd.ike.keymat import IkeKeys, IkeSuite
+from vpnd.ike.keymat import IkeKeys, IkeSuite, with_ppk
 from vpnd.ike.nat import detect
 from vpnd.ike.proposal import Proposal
 from vpnd.ike.state import MAX_LINGERING, Child, ChildSaState, IkeSaState
@@ -136,6 +137,10 @@ class IkeCrypto:
         send, receive = keys.ciphers(suite, initiator)
         return cls(suite, keys, send, receive)
 
+    def with_ppk(self, ppk: Secret) -> Self:
+        """RFC 8784 section 3; messages are protected as before."""
+        return replace(self, keys=with_ppk(self.suite.prf, self.keys, ppk))
+
 
 class Session:
     """The state of an IKE SA. Only its exchanges and its driver write to it."""
@@ -178,6 +183,9 @@ class Session:
         self.told_addresses: tuple[IPAddress, ...] = ()  # ours that the peer was told
         self.mapping_hash = b""  # what the peer last saw as our address, hashed
         self.arrived = (local, remote)  # the way of the datagram that is being dealt with
+        self.peer_knows_ppk = False  # it said USE_PPK (RFC 8784), and so did we
+        self.ppk = False  # the keys have a post-quantum pre-shared key mixed in
+        self.peer_childless = False  # it takes an IKE_AUTH without a CHILD_SA (RFC 6023)
         self.peer_hashes: tuple[int, ...] = ()  # the peer's SIGNATURE_HASH_ALGORITHMS
         self.peer_asks_certificate = False
         self.peer_authorities: frozenset[bytes] = frozenset()  # SHA-1 of the public keys that its CERTREQ names
@@ -338,7 +346,7 @@ class Session:
         new.asked_first = self.asked_first
         new.local_id, new.remote_id = self.local_id, self.remote_id
         new.nat_local, new.nat_remote, new.nat_fake, new.nat_supported = self.nat_local, self.nat_remote, self.nat_fake, self.nat_supported
-        new.peer_hashes, new.fragmentation = self.peer_hashes, self.fragmentation
+        new.peer_hashes, new.fragmentation, new.ppk = self.peer_hashes, self.fragmentation, self.ppk
         new.original_initiator, new.mobike, new.mapping_hash = self.original_initiator, self.mobike, b""
         new.peer_addresses, new.told_addresses = self.peer_addresses, self.told_addresses
         return new

@@ -23,8 +23,9 @@ from kernel_shim.model import Capabilities, Mode, Unresolved
 from vpnd.config import ConfigErrors, load, load_text
 from vpnd.config.capabilities import EXPECTED, beyond
 from vpnd.config.credentials import MAX_CREDENTIAL, certificate_der, is_authority, load_private_key, validate_certificate, validate_key, validate_shared
-from vpnd.config.model import DaemonConfig, KernelChoice, LogFormat
+from vpnd.config.model import DaemonConfig, KernelChoice, LogFormat, SharedSecret
 from vpnd.config.tree import Section
+from vpnd.ike.identity import Identity
 
 PEM = serialization.Encoding.PEM
 PKCS8 = serialization.PrivateFormat.PKCS8
@@ -85,7 +86,9 @@ def test_credentials_beside_the_file_are_loaded(directory: Path) -> None:
         secrets { ike-a { secret = "a b"
                           id-1 = moon
                           id-2 = %any }
-                  ike-b { secret = 0x00FF } }"""
+                  ike-b { secret = 0x00FF }
+                  ppk-c { secret = 0sAAEC
+                          id = ppk.example } }"""
     )
     loaded = load(directory / "swanctl.conf")
     configuration = loaded.configuration
@@ -97,6 +100,8 @@ def test_credentials_beside_the_file_are_loaded(directory: Path) -> None:
     assert configuration.shared["ike-a"].data == b"a b"
     assert [str(owner) for owner in configuration.shared["ike-a"].owners] == []  # %any among them: for all
     assert configuration.shared["ike-b"].data == b"\x00\xff"
+    assert configuration.shared["ppk-c"] == SharedSecret("ppk-c", b"\0\1\2", (Identity.parse("ppk.example"),), ppk=True)
+    assert not configuration.shared["ike-b"].ppk
 
 
 def test_a_certificate_by_absolute_path_and_inline(directory: Path, tmp_path: Path) -> None:

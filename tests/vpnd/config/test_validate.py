@@ -14,11 +14,11 @@ from kernel_shim.model import Action, AddressRange, Mode, PortRange, TrafficSele
 from vpnd.config import ConfigErrors, load_text
 from vpnd.config.addresses import parse_ike_address, parse_remote_address, parse_traffic_selector
 from vpnd.config.children import MAX_NAME
-from vpnd.config.model import AuthMethod, AuthRound, ChildConfig, ConnectionConfig, StartAction, TsTemplate
+from vpnd.config.model import AuthMethod, AuthRound, ChildConfig, Childless, ConnectionConfig, StartAction, TsTemplate
 from vpnd.config.options import CHILD, CONNECTION, LOCAL, REMOTE
 from vpnd.config.tree import Plain, Section
 from vpnd.config.validate import validate_connection
-from vpnd.ike.iana import ProtocolId
+from vpnd.ike.iana import Group, ProtocolId
 from vpnd.ike.identity import Identity
 from vpnd.ike.proposal import default_proposals, number_proposals, parse_proposals
 
@@ -232,11 +232,9 @@ def test_defaults_that_are_said_are_harmless() -> None:
             "pull": "yes",
             "mobike": "no",
             "fragmentation": "no",
-            "childless": "allow",
             "ocsp": "reply",
             "dscp": "000000",
             "mediation": "no",
-            "ppk_required": "no",
             "remote": {"revocation": "relaxed", "round": "0"},
             "children": {
                 "net": {
@@ -253,6 +251,15 @@ def test_defaults_that_are_said_are_harmless() -> None:
             },
         }
     )
+
+
+def test_how_keys_come_about() -> None:
+    config = connection({"childless": "prefer", "ppk_id": "ppk.example", "ppk_required": "yes", "proposals": ["aes256gcm16-sha384-x25519-ke1_mlkem768"]})
+    assert config.childless is Childless.PREFER
+    assert (str(config.ppk_id), config.ppk_required) == ("ppk.example", True)
+    assert config.proposals[0].additional == (Group.ML_KEM_768,)
+    assert connection({"ppk_id": "%any"}).ppk_id is None
+    assert len(complaints({"childless": "sometimes", "ppk_required": "perhaps"})) == 2
 
 
 def test_every_option_that_is_to_come_says_so() -> None:

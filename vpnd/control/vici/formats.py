@@ -17,7 +17,7 @@ from vpnd.config.model import AuthMethod, AuthRound, ChildConfig, ConnectionConf
 from vpnd.config.tree import Items, Node, Scalar, Section
 from vpnd.control.backend import ChildState, ChildStatus, DaemonStats, IkeState, IkeStatus, LogLine, PolicyStatus
 from vpnd.control.vici.codec import encode_message
-from vpnd.ike.iana import Encryption, Group, Integrity, PrfId, TransformType
+from vpnd.ike.iana import ADDITIONAL_KEY_EXCHANGE_TYPES, Encryption, Group, Integrity, PrfId, TransformType
 from vpnd.ike.identity import Identity
 from vpnd.ike.proposal import Proposal
 
@@ -104,6 +104,7 @@ def ike_sa(ike: IkeStatus) -> Section:
     builder.flag("nat-any", ike.nat_any)
     if ike.proposal:
         _algorithms(builder, ike.proposal)
+    builder.flag("ppk", ike.ppk)
     if ike.state is IkeState.ESTABLISHED:
         builder.add("established", _whole(ike.established))
         builder.add("rekey-time", _whole(ike.rekey_in))
@@ -157,6 +158,10 @@ def _algorithms(builder: Builder, proposal: Proposal) -> None:
     group = proposal.first(TransformType.KE)
     if group and group.id != Group.NONE:
         builder.add("dh-group", _name(Group, group.id))
+    for number, kind in enumerate(ADDITIONAL_KEY_EXCHANGE_TYPES, 1):
+        additional = proposal.first(kind)
+        if additional and additional.id != Group.NONE:
+            builder.add(f"ake{number}", _name(Group, additional.id))
 
 
 def _name(names: type[Encryption] | type[Integrity] | type[PrfId] | type[Group], number: int) -> str:

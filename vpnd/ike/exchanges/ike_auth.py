@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from kernel_shim.model import Action
+from vpnd.config.model import Childless
+from vpnd.ike import ppk as postquantum
 from vpnd.ike import reauthentication
-from vpnd.ike.authenticate import NoCredentials, PeerRefused, check, expected_identity, fitting, own_credentials, own_payloads, sends_certificate
+from vpnd.ike.authenticate import NoCredentials, PeerRefused, check, expected_identity, fitting, own_auth, own_certificates, own_credentials
 from vpnd.ike.child import ChildRefused, Keying, Offer, choose, make_offer, read_answer
 from vpnd.ike.context import ChildRequest
 from vpnd.ike.effects import AuthenticationRejected, ChildDenied, IkeClosed, InitialContact, Reason
 from vpnd.ike.exchanges import mobike
-from vpnd.ike.exchanges.create_child_sa import bring_up, finish
+from vpnd.ike.exchanges.create_child_sa import bring_up, create_child, finish
 from vpnd.ike.exchanges.ike_sa_init import certificate_requests
 from vpnd.ike.exchanges.informational import delete_spi
 from vpnd.ike.iana import Exchange, NotifyType, name_of
@@ -32,8 +34,11 @@ def initiate(session: Session, task: Task) -> Steps[None]:
     if task.child is None:
         child = next((child for child in connection.children.values() if child.action is Action.PROTECT), None)
         task.child = ChildRequest(child) if child else None
+    if not _defer_child(session, task):
+        return
     try:
         own = own_credentials(session, None, None)
+        ppk = postquantum.of_initiator(session)
     except NoCredentials as error:
         session.emit(AuthenticationRejected(connection.name, None, f"cannot authenticate ourselves: {error}"))
         session.close(Reason.NO_CREDENTIALS, f"{connection.name}: {error}")
@@ -42,7 +47,8 @@ def initiate(session: Session, task: Task) -> Steps[None]:
     offer: Offer | None = None
     try:
         offer = (yield from make_offer(session, task.child, key_exchange=False)) if task.child else None
-        authentication = own_payloads(session, own, certificate=sends_certificate(session))
+        auth = own_auth(session, own, ppk.keys if ppk else session.keys)
+        without_ppk = own_auth(session, own, session.keys) if ppk and not connection.ppk_required else None
     except ChildRefused as refused:
         # RFC 7296 section 1.2: IKE_AUTH brings a CHILD_SA up, so without one there is nothing to ask
         session.fail_child(task, refused.reason, refused.detail)
@@ -55,18 +61,18 @@ def initiate(session: Session, task: Task) -> Steps[None]:
 
     # HDR, SK {IDi, [CERT,] [CERTREQ,] [IDr,] AUTH, SAi2, TSi, TSr} -->   <-- HDR, SK {IDr, [CERT,] AUTH, SAr2, TSi, TSr}
     expected = expected_identity(connection)
-    *certificates, auth = authentication
-    payloads: list[Payload] = [IdiPayload(own.identity), *certificates]
+    payloads: list[Payload] = [IdiPayload(own.identity), *own_certificates(session, own)]
     # RFC 7296 section 2.4: only when it is true
     if session.context.settings.initial_contact and session.context.first_contact(connection):
         payloads.append(NotifyPayload(NotifyType.INITIAL_CONTACT))
     payloads += certificate_requests(session.context, (connection,))
     payloads += [IdrPayload(expected)] if expected else []
     payloads += [auth, *(offer.payloads() if offer else ()), *mobike.announcement(session)]
+    payloads += postquantum.request_payloads(ppk, without_ppk) if ppk else []
     response = yield from ask(Ask(Exchange.IKE_AUTH, tuple(payloads)))
 
-    idr, error_notify = response.first(IdrPayload), first_error(response)
-    if idr is None or response.first(AuthPayload) is None:
+    idr, peer_auth, error_notify = response.first(IdrPayload), response.first(AuthPayload), first_error(response)
+    if idr is None or peer_auth is None:
         # RFC 7296 section 2.21.2: without AUTH, an error is about the IKE SA
         reason = reason_of(error_notify) if error_notify else Reason.INVALID_SYNTAX
         if reason is Reason.PEER_AUTHENTICATION_FAILED:
@@ -76,7 +82,8 @@ def initiate(session: Session, task: Task) -> Steps[None]:
         return
     session.remote_id = idr.identity
     try:
-        check(session, connection, idr.identity, own.identity, response)
+        ppk = postquantum.taken(session, ppk, response)
+        check(session, connection, idr.identity, own.identity, response, peer_auth, ppk.keys if ppk else session.keys)
     except PeerRefused as error:
         session.emit(AuthenticationRejected(connection.name, idr.identity, f"peer {session.remote}: {error}; told it AUTHENTICATION_FAILED"))
         # RFC 7296 section 2.21.2: the peer thinks that it stands; it is told in an exchange of its own, and not waited for
@@ -84,11 +91,28 @@ def initiate(session: Session, task: Task) -> Steps[None]:
         session.close(Reason.AUTHENTICATION_FAILED, f"{session.describe()}: {error}")
         return
     mobike.notice(session, response)
+    postquantum.apply(session, ppk)
     session.established()
     reauthentication.plan(session)
     reauthentication.heed(session, response)
     if offer is not None:
         _take_child(session, task, offer, response, error_notify)
+
+
+def _defer_child(session: Session, task: Task) -> bool:
+    """RFC 6023: whether IKE_AUTH may go on, with the CHILD_SA of `task` in it or, afterwards, in an exchange of its own."""
+    policy, child = session.connection.childless, task.child
+    if session.peer_childless and (child is None or policy in (Childless.PREFER, Childless.FORCE)):
+        if child is not None:
+            task.child = None
+            session.queue.appendleft(Task("CHILD_CREATE", create_child, child))
+        return True
+    if child is not None and policy is not Childless.FORCE:
+        return True
+    why = "the peer takes no IKE SA without a CHILD_SA"
+    session.fail_child(task, Reason.CHILDLESS_REFUSED, why)
+    session.close(Reason.CHILDLESS_REFUSED, f"{session.describe()}: {why}")
+    return False
 
 
 def _take_child(session: Session, task: Task, offer: Offer, response: Message, error: NotifyPayload | None) -> None:
@@ -133,25 +157,34 @@ def respond(session: Session, request: Message) -> Steps[Response]:
     try:
         own = own_credentials(session, asked, idi.identity)
         session.local_id = own.identity
-        check(session, connection, idi.identity, own.identity, request)
-        *certificates, own_auth = own_payloads(session, own, certificate=sends_certificate(session))
+        ppk, peer_auth = postquantum.of_responder(session, request, auth)
+        keys = ppk.keys if ppk else session.keys
+        check(session, connection, idi.identity, own.identity, request, peer_auth, keys)
+        proof = own_auth(session, own, keys)
     except NoCredentials as error:
         return _refuse(session, connection.name, idi.identity, Reason.NO_CREDENTIALS, f"cannot authenticate ourselves: {error}")
     except PeerRefused as error:
         return _refuse(session, connection.name, idi.identity, Reason.AUTHENTICATION_FAILED, str(error))
     if not session.context.admits(connection, own.identity, idi.identity, session.remote.address):
         return _refuse(session, connection.name, idi.identity, Reason.NOT_UNIQUE, f"unique = {connection.unique.value}: {Reason.NOT_UNIQUE.value}")
+    childless = request.first(SaPayload) is None and request.first(TsiPayload) is None and request.first(TsrPayload) is None
+    # RFC 6023 section 3: only what we announced
+    if connection.childless is (Childless.NEVER if childless else Childless.FORCE):
+        why = f"an IKE SA with{'out' if childless else ''} a CHILD_SA, against the connection's childless = {connection.childless.value}"
+        return _refuse(session, connection.name, idi.identity, Reason.CHILDLESS_REFUSED, why, NotifyType.INVALID_SYNTAX)
     session.candidates = (connection,)
+    postquantum.apply(session, ppk)
     mobike.notice(session, request)
     session.established()
     reauthentication.plan(session)
     if request.notify(NotifyType.INITIAL_CONTACT) is not None:
         session.emit(InitialContact(own.identity, idi.identity))
     told = (*(mobike.announcement(session) if session.mobike else ()), *reauthentication.lifetime_payloads(session))
-    base: tuple[Payload, ...] = (IdrPayload(own.identity), *certificates, own_auth, *told)
+    told = (*told, *((NotifyPayload(NotifyType.PPK_IDENTITY),) if ppk else ()))
+    base: tuple[Payload, ...] = (IdrPayload(own.identity), *own_certificates(session, own), proof, *told)
 
     # RFC 6023: an IKE SA without a CHILD_SA
-    if request.first(SaPayload) is None and request.first(TsiPayload) is None and request.first(TsrPayload) is None:
+    if childless:
         return Response(base)
     try:
         asked_child = choose(session, request, key_exchange=False)

@@ -9,7 +9,7 @@ from typing import Final, TypeVar
 from kernel_shim.model import Endpoint
 from kernel_shim.secret import Secret
 from vpnd.auth.signature import SUPPORTED_HASHES
-from vpnd.config.model import AuthMethod, ConnectionConfig, Fragmentation
+from vpnd.config.model import AuthMethod, Childless, ConnectionConfig, Fragmentation
 from vpnd.ike.context import IkeContext
 from vpnd.ike.cookie import COOKIE_MAXIMUM, NONCE_MAXIMUM, NONCE_MINIMUM, stateless_reply
 from vpnd.ike.crypto.exchange import KeyExchange
@@ -82,6 +82,9 @@ def _request(session: Session, proposals: Sequence[Proposal], exchange: KeyExcha
     payloads: list[Payload] = [NotifyPayload(NotifyType.COOKIE, cookie)] if cookie is not None else []
     payloads += [SaPayload(tuple(proposals)), KePayload(exchange.group, exchange.public), NoncePayload(session.nonce_i)]
     payloads += _capabilities(session, NO_SPI, session.local, session.remote, fake)
+    # RFC 8784 section 3
+    if session.connection.ppk_id is not None:
+        payloads.append(NotifyPayload(NotifyType.USE_PPK))
     # RFC 9370 section 2.2.2
     if any(proposal.asks_additional for proposal in proposals):
         payloads.append(NotifyPayload(NotifyType.INTERMEDIATE_EXCHANGE_SUPPORTED))
@@ -129,6 +132,8 @@ def _complete(session: Session, proposals: Sequence[Proposal], exchange: KeyExch
     _features(session, response, session.local, session.remote, response.header.responder_spi)
     session.init_response = session.received
     session.notice_certificate_requests(response)
+    session.peer_knows_ppk = session.connection.ppk_id is not None and response.notify(NotifyType.USE_PPK) is not None
+    session.peer_childless = response.notify(NotifyType.CHILDLESS_IKEV2_SUPPORTED) is not None
     # RFC 7296 section 2.23: a NAT, real or pretended, moves us to port 4500; RFC 4555 section 3.3: so does the wish for MOBIKE
     if session.nat_local or session.nat_remote or session.nat_fake or (session.nat_supported and session.connection.mobike):
         session.local, session.remote = floated(session.local), floated(session.remote)
@@ -221,6 +226,12 @@ def respond(
     payloads: list[Payload] = [SaPayload((choice.proposal,)), KePayload(chosen_group, public), NoncePayload(session.nonce_r)]
     payloads += _capabilities(session, session.wire_spi_r, local, remote, fake)
     payloads += certificate_requests(context, choice.candidates)
+    session.peer_knows_ppk = context.credentials.has_ppk and request.notify(NotifyType.USE_PPK) is not None
+    if session.peer_knows_ppk:
+        payloads.append(NotifyPayload(NotifyType.USE_PPK))
+    # RFC 6023 section 3
+    if any(candidate.childless is not Childless.NEVER for candidate in choice.candidates):
+        payloads.append(NotifyPayload(NotifyType.CHILDLESS_IKEV2_SUPPORTED))
     if choice.proposal.additional:
         payloads.append(NotifyPayload(NotifyType.INTERMEDIATE_EXCHANGE_SUPPORTED))
     reply = Header(session.wire_spi_i, session.wire_spi_r, Exchange.IKE_SA_INIT, MessageId(0), initiator=False, response=True)
