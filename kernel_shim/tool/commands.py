@@ -105,9 +105,10 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _monitor(options: argparse.Namespace) -> int:
-    if not KERNELS[options.kernel].messages:
+    connect = KERNELS[options.kernel].messages
+    if connect is None:
         return _failed(f"the kernel {options.kernel} has no PF_KEY messages to show; try `ip xfrm monitor`")
     from kernel_shim.tool.monitor import monitor
 
-    monitor(Path(options.socket), as_json=options.json, show=lambda line: print(line, flush=True))
+    monitor(connect(Path(options.socket)), doubled=options.kernel == "pfkey", as_json=options.json, show=lambda line: print(line, flush=True))
     return EXIT_OK

@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
+from itertools import chain
 from pathlib import Path
 from typing import Final
 
@@ -19,21 +20,37 @@ from kernel_shim.pfkey.private import Hello, Lost
 from kernel_shim.tool.decode import as_line, as_values
 
 ANSWER_TIMEOUT: Final = 5.0  # s
+LOADING_TIMEOUT: Final = 60.0  # s, in which Linux may have to load its cipher modules first
 RECEIVE_BUFFER: Final = 1 << 20  # octets
 
 _CODEC: Final = Codec()
 
 
-class Monitor:
-    """A promiscuous client of the shim at `path`. Raises OSError when no kernel answers, KernelError when it refuses."""
+def open_shim(path: Path) -> socket.socket:
+    """A connection to the shim at `path`. OSError when none listens."""
+    opened = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    try:
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
+        opened.settimeout(ANSWER_TIMEOUT)
+        opened.connect(os.fspath(path))
+    except BaseException:
+        opened.close()
+        raise
+    return opened
 
-    def __init__(self, path: Path) -> None:
-        self._socket: Final = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+
+class Monitor:
+    """A promiscuous client of the kernel at the other end of `opened`, which it owns. Raises OSError when no kernel answers, KernelError when it refuses.
+
+    `doubled`: a kernel that tells promiscuous sockets once more what it tells everybody, as Linux; the second of two same messages is not shown.
+    """
+
+    def __init__(self, opened: socket.socket, *, doubled: bool = False) -> None:
+        self._socket: Final = opened
+        self._doubled = doubled
         self._held: list[bytes] = []  # what came before the answers to the requests below
         try:
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
-            self._socket.settimeout(ANSWER_TIMEOUT)
-            self._socket.connect(os.fspath(path))
+            self._socket.settimeout(LOADING_TIMEOUT if doubled else ANSWER_TIMEOUT)
             self._ask(Message(MessageType.REGISTER, SaType.UNSPEC, 0, 1, os.getpid(), (Hello(),)))
             self._ask(Message(MessageType.X_PROMISC, 1, 0, 2, os.getpid()))
             self._socket.settimeout(None)
@@ -45,7 +62,7 @@ class Monitor:
         self._socket.send(_CODEC.encode(request))
         while True:
             data = self._read()
-            reply = _CODEC.decode(data)
+            reply = _CODEC.decode(data, from_kernel=True)
             if (reply.type, reply.sequence, reply.pid) != (request.type, request.sequence, request.pid):
                 self._held.append(data)
                 continue
@@ -61,10 +78,13 @@ class Monitor:
 
     def messages(self) -> Iterator[bytes]:
         """For ever; ConnectionError when the kernel goes away."""
-        yield from self._held
-        self._held.clear()
-        while True:
-            yield self._read()
+        before = b""
+        for data in chain(self._held, iter(self._read, None)):
+            before, again = data, self._doubled and data == before
+            if again:
+                before = b""
+            else:
+                yield data
 
     def close(self) -> None:
         self._socket.close()
@@ -74,7 +94,7 @@ def json_line(data: bytes, now: float) -> str:
     """`now` is Unix time."""
     values: dict[str, object] = {"time": now}
     try:
-        message = _CODEC.decode(data)
+        message = _CODEC.decode(data, from_kernel=True)
     except PfKeyError as error:
         return json.dumps(values | {"malformed": str(error), "octets": len(data)})
     lost = _lost(message)
@@ -84,7 +104,7 @@ def json_line(data: bytes, now: float) -> str:
 def text_line(data: bytes, now: float) -> str:
     clock = datetime.fromtimestamp(now).astimezone().strftime("%H:%M:%S.%f")
     try:
-        message = _CODEC.decode(data)
+        message = _CODEC.decode(data, from_kernel=True)
     except PfKeyError as error:
         return f"{clock} malformed, {len(data)} octets: {error}"
     lost = _lost(message)
@@ -96,10 +116,10 @@ def _lost(message: Message) -> int:
     return found.messages if found is not None else 0
 
 
-def monitor(path: Path, *, as_json: bool, show: Callable[[str], None], clock: Callable[[], float] = time.time) -> None:
+def monitor(opened: socket.socket, *, as_json: bool, doubled: bool = False, show: Callable[[str], None], clock: Callable[[], float] = time.time) -> None:
     """Shows messages until the kernel goes away (ConnectionError) or `show` raises."""
     write = json_line if as_json else text_line
-    watching = Monitor(path)
+    watching = Monitor(opened, doubled=doubled)
     try:
         for data in watching.messages():
             show(write(data, clock()))

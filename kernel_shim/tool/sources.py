@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import socket
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -42,18 +43,40 @@ def _xfrm(_socket: Path) -> Source:
     return XfrmChannel(listens=False, require_esp=False)
 
 
+def _af_key(_socket: Path) -> Source:
+    from kernel_shim.channel.af_key import AfKeyChannel
+
+    return AfKeyChannel(listens=False, require_esp=False)
+
+
+def _shim_messages(path: Path) -> socket.socket:
+    from kernel_shim.tool.monitor import open_shim
+
+    return open_shim(path)
+
+
+def _af_key_messages(_path: Path) -> socket.socket:
+    from kernel_shim.channel.af_key import open_af_key
+
+    return open_af_key()
+
+
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """`make` gives a source for the socket that was named, an `InspectableSource` where it is `inspectable`. What has `messages` can be monitored."""
+    """`make` gives a source for the socket that was named, an `InspectableSource` where it is `inspectable`.
+
+    `messages` connects to a kernel whose messages can be monitored.
+    """
 
     make: Callable[[Path], Source]
     inspectable: bool = False
-    messages: bool = False
+    messages: Callable[[Path], socket.socket] | None = None
 
 
 KERNELS: Final[Mapping[str, Kernel]] = {
-    "userspace": Kernel(_userspace, inspectable=True, messages=True),
+    "userspace": Kernel(_userspace, inspectable=True, messages=_shim_messages),
     "xfrm": Kernel(_xfrm),
+    "pfkey": Kernel(_af_key, messages=_af_key_messages),
 }
 
 

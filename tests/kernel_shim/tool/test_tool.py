@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -34,9 +36,11 @@ from kernel_shim.model import (
 )
 from kernel_shim.packet.virtio import VnetHeader
 from kernel_shim.pfkey.codec import Codec
+from kernel_shim.pfkey.constants import MessageType
 from kernel_shim.pfkey.event_messages import expire_message
+from kernel_shim.pfkey.messages import Message
 from kernel_shim.secret import Secret
-from kernel_shim.tool.monitor import Monitor, json_line, monitor, text_line
+from kernel_shim.tool.monitor import Monitor, json_line, monitor, open_shim, text_line
 
 KEY = bytes(range(0xA0, 0xB0))
 LEFT, RIGHT = addresses("192.0.2.1/32").first, addresses("192.0.2.2/32").first
@@ -166,7 +170,7 @@ def test_what_another_kernel_does_not_have_is_refused_by_name(capsys: pytest.Cap
 
 async def test_monitor(channel: PfKeyChannel, edge: SocketEdge, tmp_path: Path) -> None:
     lines: list[str] = []
-    watching = asyncio.create_task(asyncio.to_thread(monitor, tmp_path / "kernel", as_json=True, show=lines.append))
+    watching = asyncio.create_task(asyncio.to_thread(monitor, open_shim(tmp_path / "kernel"), as_json=True, show=lines.append))
     async with asyncio.timeout(10):
         while (await channel.statistics())["pfkey.promiscuous"] == 0:
             await asyncio.sleep(0)
@@ -186,7 +190,7 @@ async def test_monitor(channel: PfKeyChannel, edge: SocketEdge, tmp_path: Path) 
 
 
 async def test_monitor_shows_events_on_one_line(edge: SocketEdge, tmp_path: Path) -> None:
-    watching = await asyncio.to_thread(Monitor, tmp_path / "kernel")
+    watching = await asyncio.to_thread(lambda: Monitor(open_shim(tmp_path / "kernel")))
     engine = engine_of(edge)
     engine.add_policy(policy("10.3.0.0/16", 2), 0.0)
     send(engine, "10.3.0.1", 0.0)
@@ -210,3 +214,19 @@ def test_expire_is_about_an_sa() -> None:
     assert "EXPIRE ESP" in line
     assert "spi=00000abc" in line
     assert "from the kernel" in line
+
+
+def test_what_a_kernel_tells_everybody_twice_is_shown_once() -> None:
+    """Linux sends a promiscuous socket what it sends to all, and then the copy (pfkey_broadcast)."""
+    kernel, opened = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    codec = Codec()
+    answers = [codec.encode(Message(MessageType.REGISTER, 0, 0, 1, os.getpid())), codec.encode(Message(MessageType.X_PROMISC, 1, 0, 2, os.getpid()))]
+    flush = codec.encode(Message(MessageType.FLUSH, 3, 0, 9, 77))
+    other = codec.encode(Message(MessageType.X_SPDFLUSH, 0, 0, 10, 77))
+    with kernel:
+        for data in (*answers, flush, flush, flush, flush, other, flush):
+            kernel.send(data)
+        watching = Monitor(opened, doubled=True)
+        messages = watching.messages()
+        assert [next(messages) for _ in range(4)] == [flush, flush, other, flush]
+        watching.close()
