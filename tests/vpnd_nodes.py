@@ -21,6 +21,7 @@ from vpnd.daemon.manager import Manager
 from vpnd.daemon.operations import Operations
 from vpnd.gate import GateSettings
 from vpnd.ike.context import IkeSettings, Retransmission
+from vpnd.ike.exchanges.crash_detection import TokenMaker
 from vpnd.telemetry.counters import Counters
 
 CONFIG = """
@@ -78,7 +79,9 @@ class Node:
         counters = Counters()
         side = KernelSide(self._connect, counters)
         ike = IkeSettings(retransmission=Retransmission(0.05, 1.2, 3), rekeyed_delay=0.02)
-        self.manager = Manager(side, self, CredentialStore.of(loaded.configuration), ike, gate or GateSettings(), counters)
+        self.manager = Manager(
+            side, self, CredentialStore.of(loaded.configuration), ike, gate or GateSettings(), counters, tokens=TokenMaker(str(address).encode())
+        )
         self.demands = Demands(self.manager, mark=1)
         self.operations = Operations(self.manager, self.demands, settings)
         side.event = self.demands.kernel_event

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -37,10 +38,12 @@ from vpnd.daemon.operations import Operations
 from vpnd.gate import GateSettings
 from vpnd.ike.context import IkeSettings, Retransmission
 from vpnd.ike.effects import Reason
+from vpnd.ike.exchanges.crash_detection import SECRET_LENGTH, TokenMaker
 from vpnd.io.addresses import local_addresses, path_mtu, source_towards, watch_addresses
 from vpnd.io.ike_sockets import Bypass, open_ike_sockets
 from vpnd.io.kernel_choice import Verdict, choose
 from vpnd.io.shim import ShimStartError, shim_listens, start_shim
+from vpnd.io.state import kept_secret
 from vpnd.io.systemd import notify
 from vpnd.io.udp import IkeSockets
 from vpnd.telemetry.counters import Counters
@@ -134,10 +137,13 @@ class Daemon:
             retransmission=Retransmission(config.retransmit_timeout, config.retransmit_base, config.retransmit_tries),
             half_open_timeout=config.half_open_timeout,
             keepalive=config.keep_alive,
+            follow_redirects=config.follow_redirects,
             fragment_size=config.fragment_size,
         )
         gate = GateSettings(config.cookie_threshold, config.cookie_threshold_ip, config.block_threshold, config.half_open_limit)
-        self._manager = Manager(self._kernel, self._sockets, CredentialStore.of(loaded.configuration), settings, gate, self._counters, HostView(self._sockets))
+        tokens, host = _tokens(config), HostView(self._sockets)
+        credentials = CredentialStore.of(loaded.configuration)
+        self._manager = Manager(self._kernel, self._sockets, credentials, settings, gate, self._counters, host, tokens)
         self._demands = Demands(self._manager, SOCKET_MARK)
         self._interfaces = Interfaces()
         self._operations = Operations(self._manager, self._demands, config, self._interfaces, [str(verdict) for verdict in verdicts])
@@ -302,6 +308,17 @@ class Daemon:
 def _settings_file(config: DaemonConfig) -> Path:
     """Which kernel settings we changed; beside the control socket, so that daemons of several network namespaces keep apart."""
     return config.control_socket.with_name(config.control_socket.name + ".settings")
+
+
+def _tokens(config: DaemonConfig) -> TokenMaker | None:
+    """Crash tokens that outlive us (RFC 6290); without a place to keep their secret they would prove nothing."""
+    if not config.crash_detection:
+        return None
+    try:
+        return TokenMaker(kept_secret(config.state_dir, "crash-tokens", SECRET_LENGTH, os.urandom))
+    except OSError as error:
+        log.warning("no quick crash detection", state_dir=str(config.state_dir), error=str(error))
+        return None
 
 
 def _negotiation_seconds(config: DaemonConfig) -> int:

@@ -58,6 +58,7 @@ class Gateway(Daemon):
             f"  shim_socket = {self.shim_path}\n"
             f"  start_shim = {'yes' if self.shim_from_vpnd else 'no'}\n"
             f"  control_socket = {self.vici_path}\n"
+            f"  state_dir = {self.directory / 'state'}\n"
             f"{own}}}\n" + (f"include {self.config}\n" if self.load_swanctl_conf else "")
         )
 

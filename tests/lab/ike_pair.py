@@ -34,6 +34,7 @@ from vpnd.ike.effects import (
     Send,
     SendKeepalive,
 )
+from vpnd.ike.exchanges.crash_detection import TokenMaker
 from vpnd.ike.fragments import ReassemblyBudget
 from vpnd.ike.iana import Exchange, ProtocolId, name_of
 from vpnd.ike.identity import Identity
@@ -106,6 +107,8 @@ class Peer:
     contacts: bool = True
     admitting: bool = True
     reassembly: ReassemblyBudget = field(default_factory=ReassemblyBudget)
+    tokens: TokenMaker | None = None
+    follows: bool = True
     further_addresses: list[str] = field(default_factory=list)
     narrowest: int = 0  # path MTU that is known
     _init: dict[tuple[bytes, Endpoint], IkeSa] = field(default_factory=dict)
@@ -122,6 +125,12 @@ class Peer:
 
     def source_towards(self, remote: IPAddress) -> IPAddress | None:
         return next((address for address in self.addresses() if address.version == remote.version), None)
+
+    def admits_redirect(self, connection: ConnectionConfig) -> bool:
+        return self.follows
+
+    def crash_token(self, spi_i: bytes, spi_r: bytes) -> bytes:
+        return self.tokens.make(spi_i, spi_r) if self.tokens else b""
 
     def path_mtu(self, local: IPAddress, remote: IPAddress) -> int:
         return self.narrowest

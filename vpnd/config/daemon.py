@@ -49,6 +49,9 @@ def validate_daemon(section: Section, errors: list[ConfigError], path: str = "vp
         make_before_break=reader.boolean("make_before_break", defaults.make_before_break),
         inactivity_close_ike=reader.boolean("inactivity_close_ike", defaults.inactivity_close_ike),
         shutdown_timeout=reader.convert("shutdown_timeout", defaults.shutdown_timeout, lambda text: _decimal(text, 0, 600)),
+        state_dir=reader.convert("state_dir", defaults.state_dir, _directory),
+        follow_redirects=reader.boolean("follow_redirects", defaults.follow_redirects),
+        crash_detection=reader.boolean("crash_detection", defaults.crash_detection),
         fragment_size=reader.convert("fragment_size", defaults.fragment_size, _fragment_size),
     )
     if len(daemon.listen) > MAX_LISTEN:
@@ -91,6 +94,13 @@ def _listen(text: str) -> IPAddress:
     if address.is_unspecified or address.is_multicast:
         raise ValueError(f"'{shown(text)}' is not the address of a host")
     return address
+
+
+def _directory(text: str) -> Path:
+    path = Path(text)
+    if not path.is_absolute() or not text.isprintable():
+        raise ValueError(f"'{shown(text)}' is not an absolute path")
+    return path
 
 
 def _fragment_size(text: str) -> int:

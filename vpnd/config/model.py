@@ -12,6 +12,7 @@ from pathlib import Path
 
 from kernel_shim.model import DEFAULT_COPIES, NO_MARK, Action, HeaderCopies, IPAddress, Mark, Mode, PortRange, TrafficSelector, Unresolved
 from vpnd.config.tree import Section
+from vpnd.ike.gateway_id import GatewayId
 from vpnd.ike.identity import Identity
 from vpnd.ike.proposal import Proposal
 
@@ -59,6 +60,13 @@ class Fragmentation(Enum):
     ACCEPT = "accept"  # the peer may, we do not
     FORCE = "force"
     NO = "no"
+
+
+class RedirectIn(Enum):
+    """When a client is sent to another gateway (RFC 5685): at once, or once it is authenticated."""
+
+    INIT = "init"
+    AUTH = "auth"
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +150,8 @@ class ConnectionConfig:
     rand_time: float = 1440.0
     fragmentation: Fragmentation = Fragmentation.YES
     mobike: bool = True
+    redirect: GatewayId | None = None  # our own option: clients that follow are sent there
+    redirect_in: RedirectIn = RedirectIn.AUTH
     childless: Childless = Childless.ALLOW
     ppk_id: Identity | None = None  # of a responder it may have a wildcard, and None is any
     ppk_required: bool = False
@@ -216,6 +226,9 @@ class DaemonConfig:
     make_before_break: bool = True  # a reauthentication makes the new IKE SA before it deletes the old one
     inactivity_close_ike: bool = False  # an IKE SA whose last CHILD_SA was not used goes with it
     shutdown_timeout: float = 3.0  # for the peers to answer our deletes
+    state_dir: Path = Path("/var/lib/vpnd")  # what outlives the daemon
+    follow_redirects: bool = True  # as a client, where a gateway sends us
+    crash_detection: bool = True  # peers that know RFC 6290 learn at once that we lost our IKE SAs
     fragment_size: int = 1280  # octets of an IP packet that IKE fragments may fill; 0: 576 for IPv4, 1280 for IPv6
 
 

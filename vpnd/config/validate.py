@@ -16,9 +16,10 @@ from vpnd.config.children import check_name, if_id, read_children, read_proposal
 from vpnd.config.credentials import certificate_der, read_credential_file
 from vpnd.config.errors import ConfigError, ConfigErrors
 from vpnd.config.lifetimes import ike_lifetime
-from vpnd.config.model import AuthMethod, AuthRound, Childless, ConnectionConfig, Fragmentation, UniquePolicy
+from vpnd.config.model import AuthMethod, AuthRound, Childless, ConnectionConfig, Fragmentation, RedirectIn, UniquePolicy
 from vpnd.config.reader import Reader, boolean, integer, shown
 from vpnd.config.tree import Section
+from vpnd.ike.gateway_id import GatewayId
 from vpnd.ike.iana import ProtocolId
 from vpnd.ike.identity import Identity
 
@@ -71,6 +72,8 @@ def _connection(reader: Reader, name: str) -> ConnectionConfig:
         over_time=lifetime.over,
         rand_time=lifetime.rand,
         fragmentation=reader.choice("fragmentation", Fragmentation.YES, _FRAGMENTATION),
+        redirect=reader.convert("redirect", None, GatewayId.parse),
+        redirect_in=reader.choice("redirect_in", RedirectIn.AUTH, {when.value: when for when in RedirectIn}),
         mobike=reader.boolean("mobike", True),
         childless=reader.choice("childless", Childless.ALLOW, {policy.value: policy for policy in Childless}),
         ppk_id=reader.convert("ppk_id", None, _ppk_id),

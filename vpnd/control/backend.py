@@ -12,6 +12,7 @@ from typing import Protocol
 
 from kernel_shim.model import Endpoint, Mode, TrafficSelector
 from vpnd.config.model import ConnectionConfig, PrivateKeySource, SharedSecret
+from vpnd.ike.gateway_id import GatewayId
 from vpnd.ike.identity import Identity
 from vpnd.ike.proposal import Proposal
 
@@ -204,6 +205,11 @@ class ControlBackend(Protocol):
 
     def rekey(self, *, child: str | None = None, ike: str | None = None, child_id: int | None = None, ike_id: int | None = None, reauth: bool = False) -> int:
         """Begin to rekey the CHILD_SAs that match, or without `child` and `child_id` the IKE SAs (`reauth`: to reauthenticate them); how many those are."""
+
+    def redirect(
+        self, gateway: GatewayId, *, ike: str | None = None, ike_id: int | None = None, peer_ip: str | None = None, peer_id: Identity | None = None
+    ) -> int:
+        """Send the clients of the IKE SAs that match, and that follow, to another gateway; how many those are. `peer_ip`: an address, network or range."""
 
     async def install(self, child: str, ike: str | None) -> None: ...
     async def uninstall(self, child: str, ike: str | None) -> None: ...

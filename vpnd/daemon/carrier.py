@@ -40,11 +40,13 @@ from vpnd.ike.effects import (
     MigrateSa,
     Reason,
     ReauthenticationDue,
+    Redirected,
     RekeyFailed,
     RemoveSa,
     Send,
     SendKeepalive,
 )
+from vpnd.ike.gateway_id import GatewayId
 from vpnd.ike.sa import IkeSa
 from vpnd.policies import PolicySpec, policies_for
 from vpnd.telemetry.counters import Counters
@@ -74,6 +76,7 @@ class Carrier:
         self._installing: Counter[int] = Counter()  # half installed CHILD_SAs by reqid
         self._background = Background()
         self.listener: Listener | None = None
+        self.redirected: Callable[[Entry, GatewayId], None] = lambda entry, gateway: None
         self.advanced: Callable[[Entry], None] = lambda entry: None
 
     def installing(self, reqid: int) -> bool:
@@ -263,6 +266,8 @@ class Carrier:
                         self.listener.child_established(entry, child)
                     else:
                         self.listener.child_rekeyed(entry, replaces, child)
+            case Redirected(gateway):
+                self.redirected(entry.current, gateway)
             case IkeMoved(local, remote):
                 entry = entry.current
                 for child_id in list(entry.installing):  # of one that sends not yet, the SA out did not move

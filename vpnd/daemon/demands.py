@@ -105,7 +105,7 @@ class Demands:
             await asyncio.sleep(delay)
         name = demand.connection.name
         known = self._manager.established(name) is not None
-        remote = None if known else await self._endpoints.remote(demand.connection)
+        remote = None if known else await self._endpoints.gateway(demand.connection)
         async with self._turn:
             await asyncio.sleep(0)  # a thousand ACQUIREs at once do not hold up the datagrams
             if self._demands.get(key) is not demand:
@@ -129,6 +129,8 @@ class Demands:
             entry = self._manager.add_initiator(
                 demand.connection, Endpoint(local, demand.connection.local_port), Endpoint(remote, demand.connection.remote_port)
             )
+            redirection = self._manager.redirects.take(name)
+            entry.sa.redirected_from = redirection.origin if redirection is not None else None
             self._manager.say(f"initiating IKE_SA {name}[{entry.sa.unique_id}] to {remote}", entry)
         elif not demand.acquires and not self.ends.succession_of(key) and (child := standing_child(entry.sa, demand.child)) is not None:
             self._manager.say(f"CHILD_SA {child.sa.name}{{{child.sa.id}}} stands already", entry)
@@ -154,6 +156,10 @@ class Demands:
             demand.attempts += 1
             demand.entry = None
             self._background.start(self._pursue(key, demand, delay))
+            return
+        if reason is Reason.REDIRECTED and config is not None and not self._stopping:
+            demand.entry = None
+            self._background.start(self._pursue(key, demand))
             return
         del self._demands[key]
         self.ends.retire(key)

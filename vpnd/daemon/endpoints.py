@@ -49,6 +49,13 @@ class Endpoints:
                 return address
         return None
 
+    async def gateway(self, connection: ConnectionConfig) -> IPAddress | None:
+        """Where its next IKE SA goes: to where it was redirected, else to its `remote`."""
+        redirection = self._manager.redirects.next(connection.name)
+        where = redirection.gateway.where if redirection is not None else None
+        address = await resolve(where) if isinstance(where, str) else where
+        return address or await self.remote(connection)
+
     def look_up(self, connection: ConnectionConfig) -> None:
         """Resolve its names in the background, again and again, so that a peer who asks first is recognised by its address."""
         if connection.name not in self._looking_up and host_names(connection.remote_addrs):

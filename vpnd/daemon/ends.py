@@ -145,6 +145,10 @@ class Ends:
             case Reason.EXPIRED | Reason.KERNEL_LOST:
                 asked = StartAction.START in config.start_action or (entry.sa.initiator and not self._traps.trapped(entry.sa.connection.name, child.name))
                 return StartAction.START if asked and child.id not in self._retired else StartAction.NONE
+            case Reason.REDIRECTED:
+                return StartAction.START if entry.sa.original_initiator else StartAction.NONE
+            case Reason.PEER_RESTARTED:
+                return StartAction.START if entry.sa.initiator or StartAction.START in config.start_action else StartAction.NONE
             case Reason.PEER_SILENT:
                 return (config.start_action & StartAction.START) | config.dpd_action
             case Reason.PEER_DELETED:

@@ -21,12 +21,15 @@ from vpnd.daemon.carrier import Carrier, Sockets
 from vpnd.daemon.entry import Entry, Listener
 from vpnd.daemon.kernel_side import KernelSide
 from vpnd.daemon.news import News
+from vpnd.daemon.redirects import Redirection, Redirects
 from vpnd.daemon.registry import Registry
 from vpnd.daemon.reqids import ReqIds
 from vpnd.gate import Admitted, Gate, GateSettings, Refused, Reply
 from vpnd.ike.context import IkeSettings
 from vpnd.ike.effects import AuthenticationRejected, Effect, Send
+from vpnd.ike.exchanges.crash_detection import TokenMaker
 from vpnd.ike.fragments import ReassemblyBudget
+from vpnd.ike.gateway_id import GatewayId
 from vpnd.ike.iana import Exchange
 from vpnd.ike.identity import Identity
 from vpnd.ike.sa import IkeSa
@@ -40,6 +43,8 @@ MAXIMUM_IKE_SAS: Final = 100_000  # with peers that ask; some 25 kB each
 TIMERS_AT_ONCE: Final = 64  # IKE SAs whose deadline has come, before datagrams get their turn
 REFUSALS_AT_ONCE: Final = 20  # log lines about IKE_SA_INITs that were refused; anybody can cause them
 REFUSALS_A_SECOND: Final = 1.0
+LOST_AT_ONCE: Final = 1000  # answers that we lost an IKE SA: after a restart every peer wants one, and anybody can cause them
+LOST_A_SECOND: Final = 200.0
 
 
 class Host(Protocol):
@@ -75,6 +80,7 @@ class Manager:
         gate: GateSettings,
         counters: Counters,
         host: Host | None = None,
+        tokens: TokenMaker | None = None,
     ) -> None:
         self.kernel: Final = kernel
         self.counters: Final = counters
@@ -82,6 +88,9 @@ class Manager:
         self._settings = settings
         self._sockets = sockets
         self._host: Host = host or Nowhere()
+        self._tokens = tokens
+        self.redirects: Final = Redirects()
+        self._lost = Throttle(LOST_AT_ONCE, LOST_A_SECOND)
         self._reassembly = ReassemblyBudget()
         self._gate = Gate(gate, os.urandom)
         self.connections: Final = Connections()
@@ -92,6 +101,7 @@ class Manager:
         self.say: Final = self.news.say
         self._carrier = Carrier(kernel, sockets, self.registry, self.reqids, self.news, counters)
         self._carrier.advanced = self._advanced
+        self._carrier.redirected = self._redirected
         self._deadlines: Deadlines[int] = Deadlines()
         self._timer: asyncio.TimerHandle | None = None
         self._next_ike_id = 0
@@ -127,6 +137,12 @@ class Manager:
 
     def source_towards(self, remote: IPAddress) -> IPAddress | None:
         return self._host.source_towards(remote)
+
+    def admits_redirect(self, connection: ConnectionConfig) -> bool:
+        return self.redirects.admits(connection.name, self._now())
+
+    def crash_token(self, spi_i: bytes, spi_r: bytes) -> bytes:
+        return self._tokens.make(spi_i, spi_r) if self._tokens else b""
 
     def path_mtu(self, local: IPAddress, remote: IPAddress) -> int:
         return self._host.path_mtu(local, remote)
@@ -213,6 +229,24 @@ class Manager:
             self._initial(local, remote, data)
         else:
             self.counters.add("ike_unknown_spi")
+            self._unknown(local, remote, data)
+
+    def _unknown(self, local: Endpoint, remote: Endpoint, data: bytes) -> None:
+        """RFC 6290 section 4.2, but not for an IKE SA that stands: with one of its SPIs in the wrong place a stranger would get its token."""
+        known = any(int.from_bytes(data[at : at + 8]) in self.registry for at in (0, 8))
+        if self._tokens is None or known or self._draining or (answer := self._tokens.answer(data)) is None:
+            return
+        if self._lost.admit(self._now()) is None:
+            self.counters.add("ike_lost_not_answered")
+            return
+        self.counters.add("ike_lost_answered")
+        self._sockets.send(local, remote, answer)
+
+    def _redirected(self, entry: Entry, gateway: GatewayId) -> None:
+        name = entry.sa.connection.name
+        self.counters.add("ike_redirected")
+        self.say(f"IKE_SA {name}[{entry.sa.unique_id}] is redirected to {gateway}", entry)
+        self.redirects.sent(name, Redirection(gateway, GatewayId(entry.sa.remote.address)), self._now())
 
     def addresses_changed(self) -> None:
         """The host's addresses or routes changed."""

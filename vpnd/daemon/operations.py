@@ -23,7 +23,10 @@ from vpnd.daemon.reload import Reloading
 from vpnd.daemon.status import list_sas
 from vpnd.daemon.traps import selectors
 from vpnd.ike.effects import Reason
+from vpnd.ike.gateway_id import GatewayId
+from vpnd.ike.identity import Identity
 from vpnd.ike.sa import ChildSaState, IkeSaState
+from vpnd.peers import NOT, match
 
 QUEUED_LINES: Final = 1000  # log lines kept for one slow control client
 
@@ -220,6 +223,22 @@ class Operations:
                     self._reauthentications.begin(entry)
                 else:
                     self._manager.run(entry, sa.rekey(now))
+        return found
+
+    def redirect(
+        self, gateway: GatewayId, *, ike: str | None = None, ike_id: int | None = None, peer_ip: str | None = None, peer_id: Identity | None = None
+    ) -> int:
+        now, found = self._monotonic(), 0
+        for entry in self._manager.entries():
+            sa = entry.sa
+            if (ike is not None and sa.connection.name != ike) or (ike_id is not None and sa.unique_id != ike_id) or not sa.may_be_redirected:
+                continue
+            if peer_ip is not None and match((peer_ip,), sa.remote.address, {}) == NOT:
+                continue
+            if peer_id is not None and (sa.remote_id is None or not sa.remote_id.matches(peer_id)):
+                continue
+            found += 1
+            self._manager.run(entry, sa.redirect(gateway, now))
         return found
 
     async def terminate(

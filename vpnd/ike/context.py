@@ -41,6 +41,7 @@ class IkeSettings:
     keepalive: float = 20.0  # NAT keepalives, RFC 3948 section 4; 0 is off
     vendor_id: bytes = b""  # ours; empty: none is sent
     initial_contact: bool = True
+    follow_redirects: bool = True  # RFC 5685, as a client
     fragment_size: int = 1280  # octets of an IP packet that IKE fragments may fill; 0: 576 for IPv4, 1280 for IPv6
     rekeyed_delay: float = 5.0  # a rekeyed CHILD_SA's SA in still takes packets that are under way (strongSwan's `charon.delete_rekeyed_delay`)
 
@@ -82,6 +83,12 @@ class IkeContext(Protocol):
 
     def source_towards(self, remote: IPAddress) -> IPAddress | None:
         """The address of ours by which the host's routing reaches `remote`; None without a route."""
+
+    def crash_token(self, spi_i: bytes, spi_r: bytes) -> bytes:
+        """Our token of an IKE SA (RFC 6290); empty when we make none."""
+
+    def admits_redirect(self, connection: ConnectionConfig) -> bool:
+        """Whether an IKE SA of the connection may be sent to another gateway now."""
 
     def path_mtu(self, local: IPAddress, remote: IPAddress) -> int:
         """What is known of the longest IP packet, in octets, that passes from `local` to `remote`; 0: nothing is."""

@@ -11,6 +11,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Final
 
 from kernel_shim.model import AcquireSequence, Endpoint, Mode, SaId, SecurityAssociation, TrafficSelector
+from vpnd.ike.gateway_id import GatewayId
 from vpnd.ike.identity import Identity
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ class Reason(Enum):
     REAUTHENTICATION = "reauthentication"
     INACTIVE = "inactivity"
     NOT_UNIQUE = "another IKE SA of this peer stands"
+    REDIRECTED = "redirected to another gateway"
+    PEER_RESTARTED = "peer has lost the IKE SA"
     ADDRESS_CHANGED = "its address changed"
     ADDRESS_REFUSED = "peer refuses our addresses"
     KERNEL_LOST = "kernel side lost the SA"
@@ -157,6 +160,13 @@ class ReauthenticationDue:
 
 
 @dataclass(frozen=True, slots=True)
+class Redirected:
+    """RFC 5685: the gateway sends us to another one; this IKE SA closes (REDIRECTED)."""
+
+    gateway: GatewayId
+
+
+@dataclass(frozen=True, slots=True)
 class IkeMoved:
     """The IKE SA and its CHILD_SAs have these addresses now (RFC 4555, or a NAT's new mapping)."""
 
@@ -229,6 +239,7 @@ Effect = (
     | InstallSa
     | MigrateSa
     | IkeMoved
+    | Redirected
     | RemoveSa
     | IkeEstablished
     | IkeClosed

@@ -26,9 +26,10 @@ from vpnd.ike.effects import (
     RemoveSa,
     SendKeepalive,
 )
-from vpnd.ike.exchanges import create_child_sa, ike_auth, ike_intermediate, ike_sa_init, informational, mobike, rekey_ike
+from vpnd.ike.exchanges import crash_detection, create_child_sa, ike_auth, ike_intermediate, ike_sa_init, informational, mobike, redirect, rekey_ike
 from vpnd.ike.followup import Followup
 from vpnd.ike.fragments import Outgoing
+from vpnd.ike.gateway_id import GatewayId
 from vpnd.ike.session import Session, Steps, Task
 from vpnd.ike.state import MAX_TASKS, Child, ChildSaState, IkeSaState
 from vpnd.ike.transport import Transport
@@ -91,7 +92,9 @@ class IkeSa(Transport):
         # RFC 7296 section 2.6: the other side's flag, and SPIs that are ours
         if header.initiator is self.initiator or not self._addressed(header):
             return []
-        if header.response:
+        if crash_detection.proves_loss(self, message):
+            self.close(Reason.PEER_RESTARTED, self.describe())
+        elif header.response:
             self._response(datagram, message, local, remote)
         else:
             self._request(datagram, message, local, remote)
@@ -254,6 +257,18 @@ class IkeSa(Transport):
         self._rekey_child(child_id)
         return self._done()
 
+    @property
+    def may_be_redirected(self) -> bool:
+        """The peer is a client of ours that follows redirections."""
+        return self.redirectable and not self.original_initiator and self.state in (IkeSaState.ESTABLISHED, IkeSaState.REKEYING)
+
+    def redirect(self, gateway: GatewayId, now: float) -> list[Effect]:
+        """Send the peer to another gateway (RFC 5685 section 5)."""
+        self.now = now
+        if self.may_be_redirected:
+            self._enqueue(redirect.send_away(gateway))
+        return self._done()
+
     def spi_allocated(self, token: int, spi: Spi | None, now: float) -> list[Effect]:
         """The answer to AllocateSpi; None: the kernel gave none. After IkeClosed the effects give the SPI back."""
         self.now = now
@@ -385,8 +400,8 @@ class IkeSa(Transport):
     def _lifetime_end(self) -> float | None:
         if self.established_at is None or self.state is IkeSaState.DELETING:
             return None
-        if self.ends_at is not None:
-            return self.ends_at
+        if self.ends_at is not None or self.departs_at is not None:
+            return min(end for end in (self.ends_at, self.departs_at) if end is not None)
         ends = [] if self.reauth_end is None else [self.reauth_end]
         if self.connection.rekey_time:
             ends.append(self.established_at + self.connection.rekey_time + self.connection.over_time)
@@ -444,7 +459,7 @@ class IkeSa(Transport):
     def _check_lifetime(self) -> None:
         end = self._lifetime_end
         if end is not None and self.now >= end:
-            self._delete(Reason.EXPIRED if self.ends_at is None else Reason.REKEYED)
+            self._delete(Reason.REKEYED if self.ends_at is not None else Reason.EXPIRED if self.departs_at is None else Reason.REDIRECTED)
         again = self._reauth_due
         if again is not None and self.now >= again:
             self.reauth_at = None

@@ -31,6 +31,7 @@ from vpnd.ike.effects import (
     RemoveSa,
 )
 from vpnd.ike.followup import Followup
+from vpnd.ike.gateway_id import GatewayId
 from vpnd.ike.iana import FIRST_STATUS_NOTIFY, CertEncoding, NotifyType, name_of
 from vpnd.ike.identity import Identity
 from vpnd.ike.intermediate import Intermediate
@@ -177,6 +178,10 @@ class Session:
         self.nonce_r = b""
         self.fragmentation = False  # both sides know IKE fragmentation, and we are to use it
         self.intermediate = Intermediate()
+        self.redirected_from: GatewayId | None = None  # who sent us here
+        self.redirectable = False  # the peer, who initiated, follows redirections
+        self.departs_at: float | None = None  # it was redirected; it is deleted by us if that takes until then
+        self.crash_token = b""  # the peer's, of this IKE SA
         self.original_initiator = initiator  # of the first of the IKE SAs that followed each other by rekeying
         self.mobike = False  # both sides know MOBIKE
         self.peer_addresses: tuple[IPAddress, ...] = ()  # besides the one that is in use
@@ -347,6 +352,7 @@ class Session:
         new.local_id, new.remote_id = self.local_id, self.remote_id
         new.nat_local, new.nat_remote, new.nat_fake, new.nat_supported = self.nat_local, self.nat_remote, self.nat_fake, self.nat_supported
         new.peer_hashes, new.fragmentation, new.ppk = self.peer_hashes, self.fragmentation, self.ppk
+        new.redirectable = self.redirectable
         new.original_initiator, new.mobike, new.mapping_hash = self.original_initiator, self.mobike, b""
         new.peer_addresses, new.told_addresses = self.peer_addresses, self.told_addresses
         return new

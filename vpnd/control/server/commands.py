@@ -16,6 +16,8 @@ from vpnd.config.validate import validate_connection
 from vpnd.control.backend import ControlBackend, ControlError, LogLine
 from vpnd.control.vici import formats
 from vpnd.control.vici.codec import TooLong
+from vpnd.ike.gateway_id import GatewayId
+from vpnd.ike.identity import Identity
 
 Stream = Callable[[str, Section], Awaitable[None]]
 """Sends an event of the running command to its client, if that is registered for it."""
@@ -49,7 +51,6 @@ EVENTS: Final = frozenset(
 """What a client may register for. `x-events-lost` is ours: how many events were dropped because the client did not read them."""
 
 NOT_IMPLEMENTED: Final = (
-    "redirect",
     "reload-settings",
     "load-token",
     "load-pool",
@@ -95,6 +96,7 @@ class Commands:
             "initiate": self._initiate,
             "terminate": self._terminate,
             "rekey": self._rekey,
+            "redirect": self._redirect,
             "install": self._install,
             "uninstall": self._uninstall,
             "x-wait": self._wait,
@@ -285,6 +287,20 @@ class Commands:
             raise ControlError("missing rekey selector")
         matches = self._backend.rekey(child=child, ike=ike, child_id=child_id, ike_id=ike_id, reauth=_flag(request, "reauth"))
         answer = success() if matches else failure("no matching SAs to rekey found")
+        return Section({"success": answer.entries["success"], "matches": Scalar(str(matches).encode()), **answer.entries})
+
+    async def _redirect(self, request: Section, _stream: Stream) -> Section:
+        """As strongSwan: answers once the clients are being told."""
+        ike, ike_id, peer_ip, peer_id = request.text("ike"), _number(request, "ike-id"), request.text("peer-ip"), request.text("peer-id")
+        if ike is None and ike_id is None and peer_ip is None and peer_id is None:
+            raise ControlError("missing redirect selector")
+        try:
+            gateway = GatewayId.parse(_required(request, "gateway", "missing gateway"))
+            identity = Identity.parse(peer_id) if peer_id is not None else None
+        except ValueError as error:
+            raise ControlError(str(error)) from error
+        matches = self._backend.redirect(gateway, ike=ike, ike_id=ike_id, peer_ip=peer_ip, peer_id=identity)
+        answer = success() if matches else failure("no matching SAs to redirect found")
         return Section({"success": answer.entries["success"], "matches": Scalar(str(matches).encode()), **answer.entries})
 
     async def _install(self, request: Section, _stream: Stream) -> Section:

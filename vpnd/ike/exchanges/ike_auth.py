@@ -9,16 +9,16 @@ from vpnd.ike import reauthentication
 from vpnd.ike.authenticate import NoCredentials, PeerRefused, check, expected_identity, fitting, own_auth, own_certificates, own_credentials
 from vpnd.ike.child import ChildRefused, Keying, Offer, choose, make_offer, read_answer
 from vpnd.ike.context import ChildRequest
-from vpnd.ike.effects import AuthenticationRejected, ChildDenied, IkeClosed, InitialContact, Reason
-from vpnd.ike.exchanges import mobike
+from vpnd.ike.effects import AuthenticationRejected, ChildDenied, IkeClosed, InitialContact, Reason, Redirected
+from vpnd.ike.exchanges import crash_detection, mobike, redirect
 from vpnd.ike.exchanges.create_child_sa import bring_up, create_child, finish
 from vpnd.ike.exchanges.ike_sa_init import certificate_requests
 from vpnd.ike.exchanges.informational import delete_spi
-from vpnd.ike.iana import Exchange, NotifyType, name_of
+from vpnd.ike.iana import Exchange, NotifyType, ProtocolId, name_of
 from vpnd.ike.identity import Identity
 from vpnd.ike.session import Ask, Response, Session, Steps, Task, Tell, ask, error_name, first_error, reason_of
 from vpnd.ike.wire.message import Message
-from vpnd.ike.wire.payloads import AuthPayload, IdiPayload, IdrPayload, NotifyPayload, Payload, SaPayload, TsiPayload, TsrPayload
+from vpnd.ike.wire.payloads import AuthPayload, DeletePayload, IdiPayload, IdrPayload, NotifyPayload, Payload, SaPayload, TsiPayload, TsrPayload
 
 # Initiator
 
@@ -67,7 +67,7 @@ def initiate(session: Session, task: Task) -> Steps[None]:
         payloads.append(NotifyPayload(NotifyType.INITIAL_CONTACT))
     payloads += certificate_requests(session.context, (connection,))
     payloads += [IdrPayload(expected)] if expected else []
-    payloads += [auth, *(offer.payloads() if offer else ()), *mobike.announcement(session)]
+    payloads += [auth, *(offer.payloads() if offer else ()), *mobike.announcement(session), *crash_detection.token_payloads(session)]
     payloads += postquantum.request_payloads(ppk, without_ppk) if ppk else []
     response = yield from ask(Ask(Exchange.IKE_AUTH, tuple(payloads)))
 
@@ -90,8 +90,16 @@ def initiate(session: Session, task: Task) -> Steps[None]:
         yield Tell(Exchange.INFORMATIONAL, (NotifyPayload(NotifyType.AUTHENTICATION_FAILED),))
         session.close(Reason.AUTHENTICATION_FAILED, f"{session.describe()}: {error}")
         return
+    gateway = redirect.protected(session, response)
+    # RFC 5685 section 6: the IKE SA goes as soon as it is there
+    if gateway is not None:
+        session.emit(Redirected(gateway))
+        yield Tell(Exchange.INFORMATIONAL, (DeletePayload(ProtocolId.IKE),))
+        session.close(Reason.REDIRECTED, f"{session.describe()}: to {gateway}")
+        return
     mobike.notice(session, response)
     postquantum.apply(session, ppk)
+    crash_detection.keep_token(session, response)
     session.established()
     reauthentication.plan(session)
     reauthentication.heed(session, response)
@@ -175,13 +183,18 @@ def respond(session: Session, request: Message) -> Steps[Response]:
     session.candidates = (connection,)
     postquantum.apply(session, ppk)
     mobike.notice(session, request)
+    crash_detection.keep_token(session, request)
     session.established()
     reauthentication.plan(session)
     if request.notify(NotifyType.INITIAL_CONTACT) is not None:
         session.emit(InitialContact(own.identity, idi.identity))
-    told = (*(mobike.announcement(session) if session.mobike else ()), *reauthentication.lifetime_payloads(session))
+    told = (*crash_detection.token_payloads(session), *(mobike.announcement(session) if session.mobike else ()), *reauthentication.lifetime_payloads(session))
     told = (*told, *((NotifyPayload(NotifyType.PPK_IDENTITY),) if ppk else ()))
     base: tuple[Payload, ...] = (IdrPayload(own.identity), *own_certificates(session, own), proof, *told)
+    elsewhere = redirect.in_auth(session)
+    if elsewhere is not None:
+        redirect.await_departure(session)
+        return Response((*base, redirect.payload(elsewhere)))
 
     # RFC 6023: an IKE SA without a CHILD_SA
     if childless:

@@ -14,7 +14,8 @@ from vpnd.ike.context import IkeContext
 from vpnd.ike.cookie import COOKIE_MAXIMUM, NONCE_MAXIMUM, NONCE_MINIMUM, stateless_reply
 from vpnd.ike.crypto.exchange import KeyExchange
 from vpnd.ike.crypto.groups import group, implemented_groups
-from vpnd.ike.effects import AuthenticationRejected, Effect, Reason, Send
+from vpnd.ike.effects import AuthenticationRejected, Effect, Reason, Redirected, Send
+from vpnd.ike.exchanges import redirect
 from vpnd.ike.iana import CertEncoding, Exchange, NotifyType
 from vpnd.ike.keymat import IkeSuite, ike_keys, skeyseed
 from vpnd.ike.nat import HASH_LENGTH, detection_payloads, floated
@@ -69,6 +70,14 @@ def initiate(session: Session) -> Steps[bool]:
                 continue
             exchange, restarts = group(number).initiate(context.entropy), restarts + 1
             tried.add(number)
+        elif response.notify(NotifyType.REDIRECT) is not None:
+            gateway = redirect.unprotected(session, response)
+            if gateway is not None:
+                session.emit(Redirected(gateway))
+                session.close(Reason.REDIRECTED, f"{session.connection.name}: peer {session.remote}: to {gateway}")
+                return False
+            waiting = KeepWaiting(Reason.PEER_ERROR, f"{session.connection.name}: peer {session.remote} redirects us, which we do not follow")
+            continue
         else:
             refusal = _complete(session, proposals, exchange, response)
             if refusal is None:
@@ -85,6 +94,7 @@ def _request(session: Session, proposals: Sequence[Proposal], exchange: KeyExcha
     # RFC 8784 section 3
     if session.connection.ppk_id is not None:
         payloads.append(NotifyPayload(NotifyType.USE_PPK))
+    payloads += redirect.support(session)
     # RFC 9370 section 2.2.2
     if any(proposal.asks_additional for proposal in proposals):
         payloads.append(NotifyPayload(NotifyType.INTERMEDIATE_EXCHANGE_SUPPORTED))
@@ -195,6 +205,10 @@ def respond(
     if sa is None or ke is None or nonce is None or not NONCE_MINIMUM <= len(nonce.data) <= NONCE_MAXIMUM:
         return refuse(NotifyType.INVALID_SYNTAX)
     candidates = context.candidates(local, remote)
+    elsewhere = redirect.in_init(candidates[0], request, nonce.data) if candidates else None
+    # RFC 5685 section 3: only who sent the request knows its nonce
+    if elsewhere is not None:
+        return refuse(NotifyType.REDIRECT, elsewhere)
     if not candidates:
         return refuse(NotifyType.NO_PROPOSAL_CHOSEN, why="no connection for these addresses")
     intermediate = request.notify(NotifyType.INTERMEDIATE_EXCHANGE_SUPPORTED) is not None
@@ -221,6 +235,7 @@ def respond(
     session.proposal = choice.proposal
     session.init_request = datagram
     _features(session, request, local, remote, NO_SPI)
+    redirect.notice(session, request)
     _derive(session, suite, shared)
     fake = context.entropy(HASH_LENGTH) if session.nat_fake else None
     payloads: list[Payload] = [SaPayload((choice.proposal,)), KePayload(chosen_group, public), NoncePayload(session.nonce_r)]

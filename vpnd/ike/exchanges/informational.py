@@ -8,7 +8,7 @@ from typing import Final
 from kernel_shim.model import Spi
 from vpnd.ike import reauthentication
 from vpnd.ike.effects import IkeClosed, Reason
-from vpnd.ike.exchanges import mobike
+from vpnd.ike.exchanges import crash_detection, mobike, redirect
 from vpnd.ike.iana import Exchange, NotifyType, ProtocolId
 from vpnd.ike.session import MAX_EARLY_DELETES, Ask, Response, Session, Steps, Task, ask
 from vpnd.ike.state import MAX_TASKS, Child, ChildSaState, IkeSaState
@@ -67,6 +67,11 @@ def respond(session: Session, request: Message) -> Steps[Response]:
     if request.notify(NotifyType.AUTHENTICATION_FAILED) is not None:
         return Response(close=IkeClosed(Reason.PEER_AUTHENTICATION_FAILED, session.describe()))
     reauthentication.heed(session, request)
+    crash_detection.keep_token(session, request)
+    gateway = redirect.protected(session, request)
+    if gateway is not None:
+        redirect.leave(session, gateway)
+        return Response()
     deletes = request.all(DeletePayload)
     # RFC 7296 section 1.4.1: the IKE SA; the answer is empty
     if any(payload.protocol == ProtocolId.IKE for payload in deletes):

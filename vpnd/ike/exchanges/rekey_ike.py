@@ -14,6 +14,7 @@ from kernel_shim.secret import Secret
 from vpnd.ike.cookie import NONCE_MAXIMUM, NONCE_MINIMUM
 from vpnd.ike.crypto.groups import group, implemented_groups
 from vpnd.ike.effects import IkeOpened, Reason, RekeyFailed
+from vpnd.ike.exchanges import crash_detection
 from vpnd.ike.exchanges.ike_followup_ke import PASSING, KeyExchangeFailed, follow_up, room, wait_for
 from vpnd.ike.followup import Followup
 from vpnd.ike.iana import Exchange, NotifyType, ProtocolId
@@ -79,6 +80,7 @@ def rekey(session: Session, task: Task) -> Steps[None]:
         return
     deleting = session.state is IkeSaState.DELETING
     session.hand_over(new)
+    crash_detection.announce(new)
     if rival is not None and rival.ike is not None:
         rival.ike.undecided = None
         rival.ike.ends_at = session.now + REPLACED_TIMEOUT
@@ -127,6 +129,7 @@ def _negotiate(session: Session, new: Session, nonce: bytes) -> Steps[bytes]:
     except KeyExchangeFailed as failed:
         raise _Refused(failed.reason, failed.detail, answer=failed.answer) from failed
     _derive(session, new, chosen, suite, (shared, *additional), nonce, nonce_r.data)
+    crash_detection.keep_token(new, response)
     return min(nonce, nonce_r.data)
 
 
@@ -179,7 +182,8 @@ def respond(session: Session, request: Message) -> Response:
     nonce_r = session.context.entropy(NONCE_LENGTH)
     new = session.successor(initiator=False)
     answer = chosen.with_spi(new.spi_local.to_bytes(SPI_LENGTH, "big"))
-    payloads: tuple[Payload, ...] = SaPayload((answer,)), NoncePayload(nonce_r), KePayload(ke.group, public)
+    new.spi_remote = int.from_bytes(chosen.spi, "big")
+    payloads: tuple[Payload, ...] = SaPayload((answer,)), NoncePayload(nonce_r), KePayload(ke.group, public), *crash_detection.token_payloads(new)
 
     def complete(shared: Sequence[Secret]) -> None:
         _derive(session, new, chosen, suite, shared, nonce_i.data, nonce_r)
