@@ -29,6 +29,7 @@ async def test_the_token_of_an_ike_sa_that_stands_stays_secret() -> None:
     request[19] ^= FLAG_INITIATOR
     # once it is gone, the same request is answered
     b.manager.run(entry, entry.sa.abort(now, Reason.DELETED))
+    await until(lambda: len(b.manager) == 0)
     b.manager.datagram(Endpoint(B, 4500), Endpoint(A, 4500), bytes(request))
     assert len(network.sent) == before + 1
 
@@ -39,6 +40,7 @@ async def test_a_peer_that_lost_the_ike_sa_gets_a_new_one_at_once() -> None:
     entry = next(b.manager.entries())
     now = asyncio.get_running_loop().time()
     b.manager.run(entry, entry.sa.abort(now, Reason.SHUTDOWN))
+    await until(lambda: len(b.manager) == 0)
     a_entry = next(a.manager.entries())
     a.manager.run(a_entry, a_entry.sa.probe(now))
     await until(lambda: len(b.manager) == 1 and next(b.manager.entries()).sa.established_at is not None)
@@ -54,6 +56,7 @@ async def test_answers_are_rationed() -> None:
     request = network.sent[-1]
     entry = next(b.manager.entries())
     b.manager.run(entry, entry.sa.abort(asyncio.get_running_loop().time(), Reason.DELETED))
+    await until(lambda: len(b.manager) == 0)
     before = len(network.sent)
     for _ in range(2 * LOST_AT_ONCE):
         b.manager.datagram(Endpoint(B, 4500), Endpoint(A, 4500), request)
