@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Final
 
-from kernel_shim.algorithms import EncryptionId, EspAlgorithm
+from kernel_shim.algorithms import EncryptionId, EspAlgorithm, IntegrityId
 from kernel_shim.model import (
     Acquire,
     AcquireSequence,
@@ -54,13 +53,12 @@ from kernel_shim.pfkey.policy_messages import policy_extensions, policy_from
 from kernel_shim.pfkey.private import FlowExtension, SelectorExtension
 from kernel_shim.pfkey.sa_messages import addresses, addresses_from, host_address, mode_from, sa_id_extensions, sa_id_from, unspecified
 
-_IV_LENGTH: Final = {EncryptionId.NULL: 0, EncryptionId.AES_CBC: 16}  # octets; 8 for the counter modes
-
 
 def proposal_of(capabilities: Capabilities) -> Proposal:
-    """What an ACQUIRE proposes: everything that the kernel can do."""
+    """What an ACQUIRE proposes: everything that the kernel can do and that keeps a secret, the strongest first (RFC 2367 section 2.3.7)."""
+    secret = [algorithm for algorithm in capabilities.algorithms if algorithm.encryption is not EncryptionId.NULL]
     combinations = []
-    for algorithm in sorted(capabilities.algorithms, key=lambda a: (a.encryption, a.key_bits, a.integrity)):
+    for algorithm in sorted(secret, key=_weakness):
         auth_bits = algorithm.integrity_key_length * 8
         combinations.append(
             Combination(
@@ -75,6 +73,11 @@ def proposal_of(capabilities: Capabilities) -> Proposal:
     return Proposal(min(capabilities.maximum_replay_window, REPLAY_WINDOW_MAX_BASE), tuple(combinations))
 
 
+def _weakness(algorithm: EspAlgorithm) -> tuple[bool, bool, int, int, int, int]:
+    old = algorithm.integrity is IntegrityId.HMAC_SHA1_96
+    return old, not algorithm.aead, -algorithm.icv_length, -algorithm.key_bits, -algorithm.encryption, algorithm.integrity
+
+
 def supported_bits(algorithm: EspAlgorithm) -> int:
     """A cipher's key length in the reply to REGISTER: of AES-CTR with its nonce, of the AEADs without their salt (net/xfrm/xfrm_algo.c)."""
     return algorithm.key_bits + 32 if algorithm.encryption is EncryptionId.AES_CTR else algorithm.key_bits
@@ -86,7 +89,7 @@ def supported_extensions(capabilities: Capabilities) -> Iterator[Extension]:
     encrypt: dict[int, Algorithm] = {}
     for algorithm in capabilities.algorithms:
         number, bits = ENCRYPT_OF_ENCRYPTION[algorithm.encryption], supported_bits(algorithm)
-        iv_length = _IV_LENGTH.get(algorithm.encryption, 8)
+        iv_length = algorithm.iv_length
         known = encrypt.get(number, Algorithm(number, iv_length, bits, bits))
         encrypt[number] = Algorithm(number, iv_length, min(bits, known.minimum_bits), max(bits, known.maximum_bits))
         if not algorithm.aead:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pfkey_support import A, B, make_sa, without_keys
 
 from kernel_shim.algorithms import EncryptionId, EspAlgorithm, IntegrityId
+from kernel_shim.channel.userspace import USERSPACE
 from kernel_shim.inspection import CachedBundle, PendingQueue
 from kernel_shim.model import (
     Acquire,
@@ -54,7 +55,7 @@ from kernel_shim.mpls.node import LabelBinding, Tunnel, Vrf, VrfRoute
 from kernel_shim.pfkey import messages as m
 from kernel_shim.pfkey import private as p
 from kernel_shim.pfkey.codec import Codec, header_of
-from kernel_shim.pfkey.constants import MAX_EXTENSIONS, MAX_REQUESTS, MessageType, SaType
+from kernel_shim.pfkey.constants import AUTH_OF_INTEGRITY, ENCRYPT_OF_ENCRYPTION, MAX_EXTENSIONS, MAX_REQUESTS, MessageType, SaType
 from kernel_shim.pfkey.constants import ExtensionType as X
 from kernel_shim.pfkey.dialects import Dialect
 from kernel_shim.pfkey.event_messages import event_from, event_message, proposal_of
@@ -604,3 +605,13 @@ def test_a_key_of_the_wrong_length_is_refused():
     sa = make_sa(encryption_key=Secret(bytes(19)))
     with pytest.raises(m.PfKeyError, match="KEY_ENCRYPT"):
         sa_from(through_the_wire(sa_extensions(sa, private=True, keys=True)), Direction.OUT, keys=True)
+
+
+def test_an_acquire_proposes_the_strongest_first_and_nothing_that_keeps_no_secret() -> None:
+    offered = [(it.encrypt, it.auth, it.encrypt_minimum_bits) for it in proposal_of(USERSPACE).combinations]
+    assert offered[0][2] == 256
+    assert len(offered) == len(set(offered)) == len([one for one in USERSPACE.algorithms if one.encryption is not EncryptionId.NULL])
+    sha1 = AUTH_OF_INTEGRITY[IntegrityId.HMAC_SHA1_96]
+    old = [auth == sha1 for _, auth, _ in offered]
+    assert old == sorted(old)
+    assert ENCRYPT_OF_ENCRYPTION[EncryptionId.NULL] not in {encrypt for encrypt, _, _ in offered}
