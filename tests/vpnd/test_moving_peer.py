@@ -26,7 +26,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> list[IPAddress]:
 
 
 def outer(node: Node) -> set[object]:
-    return {policy.templates[0].destination for policy in node.kernel.policies.values() if policy.direction is Direction.OUT}
+    return {policy.templates[0].destination for policy in node.kernel.policies.values() if policy.direction is Direction.OUT and policy.templates}
 
 
 async def test_its_traps_follow_it(answers: list[IPAddress]) -> None:
