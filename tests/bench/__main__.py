@@ -27,6 +27,7 @@ GROUPS: Final = {
     "pfkey-dump": "bench.pfkey_dump",
     "acquire-storm": "bench.acquire_storm",
     "channel-drift": "bench.channel_drift",
+    "rekey-under-load": "bench.rekey_under_load",
     "kernel-hold": "bench.kernel_hold",
 }
 

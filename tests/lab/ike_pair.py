@@ -335,11 +335,12 @@ class Pair:
                 datagram = self.take()
                 if not drop(datagram):
                     self.deliver(datagram)
-            elif not self._tick():
+            elif not self.tick():
                 return
         raise AssertionError("the pair does not settle")
 
-    def _tick(self) -> bool:
+    def tick(self) -> bool:
+        """Let one IKE SA whose time has come act; False when none has to."""
         for peer in self.peers:
             for sa in list(peer.sas.values()):
                 deadline = sa.next_deadline()

@@ -79,7 +79,7 @@ def test_a_child_is_replaced(asks: str, config: ChildConfig) -> None:
     assert [len(spis(peer)[direction]) for direction in (Direction.IN, Direction.OUT)] == [2, 2]
     passes(pair)
     # INFORMATIONAL { D(old) } -->
-    pair._tick()
+    pair.tick()
     pair.step()
     assert spis(other)[Direction.OUT] == spis(peer)[Direction.IN] - {old[peer.name].inbound.spi}
     passes(pair)
