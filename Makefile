@@ -16,7 +16,7 @@ export PYTHONDONTWRITEBYTECODE ?= 1
 
 help:
 	@echo 'make test [T=unit,property,pair,interop]   run all tests, or some tiers'
-	@echo 'make test T=realkernel                     in a Debian kernel under QEMU: NETLINK_XFRM with ESP'
+	@echo 'make test T=realkernel                     only those in a Debian kernel under QEMU (part of all, too)'
 	@echo 'make lint                                  ruff, formatting, mypy --strict'
 	@echo 'make demo                                  two gateways and two hosts, in under a minute'
 	@echo 'make bench [ROWS=a,b]                      figures, beside strongSwan'

@@ -95,3 +95,13 @@ def test_marks_and_interface_ids() -> None:
 def test_a_child_has_the_interface_ids_of_its_connection_unless_it_has_its_own() -> None:
     both = connection(if_id_in="7", if_id_out="8", children={"net": {"if_id_in": "9"}}).children["net"]
     assert (both.if_id_in, both.if_id_out) == (9, 8)
+
+
+def test_an_interface_of_ours_has_the_number_of_its_child() -> None:
+    found = child(if_id_in="42", if_id_out="42", xfrm_interface="ipsec0", xfrm_routes="no")
+    assert (found.xfrm_interface, found.xfrm_routes) == ("ipsec0", False)
+    assert connection(if_id_in="42", if_id_out="42", children={"net": {"xfrm_interface": "ipsec0"}}).children["net"].if_id_out == 42
+    for wrong in ({}, {"if_id_out": "42"}, {"if_id_in": "41", "if_id_out": "42"}):
+        assert any("if_id_in and if_id_out" in text for text in complaints({"children": {"net": {"xfrm_interface": "ipsec0", **wrong}}}))
+    for name in ("a" * 16, "..", "a/b", "eth0:1", "a%d", "\u00e4"):
+        assert any("not the name of an interface" in text for text in complaints({"children": {"net": {"xfrm_interface": name}}}))
