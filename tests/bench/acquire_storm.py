@@ -63,6 +63,9 @@ class _Nowhere:
     def write_tun(self, frame: memoryview) -> None:
         """ICMP to a sender whose packet was dropped."""
 
+    def write_vrf(self, vrf: str, frame: memoryview) -> None:
+        raise AssertionError("a packet to a VRF")
+
     def bypass(self, frame: memoryview) -> None:
         raise AssertionError("a packet in clear")
 
