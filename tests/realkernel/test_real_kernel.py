@@ -59,6 +59,8 @@ def guest(tmp_path_factory: pytest.TempPathFactory) -> Guest:
         if os.environ.get("CI") == "true":
             pytest.fail(reason, pytrace=False)
         pytest.skip(reason)
+    # Here it takes seconds, there half a minute.
+    subprocess.run([sys.executable, "-m", "compileall", "-q", "vpnd", "kernel_shim", "tests/lab", "tests/realkernel"], cwd=REPOSITORY, check=False)
     exchange = tmp_path_factory.mktemp("realkernel")
     arguments = [
         "tests/realkernel/inside",
@@ -66,12 +68,15 @@ def guest(tmp_path_factory: pytest.TempPathFactory) -> Guest:
         "realkernel",
         "-p",
         "no:cacheprovider",
+        *("-p", "pytest_timeout", "-p", "pytest_asyncio.plugin"),
+        "--confcutdir=tests/realkernel/inside",
         "--timeout=300",
         "--junitxml=/exchange/junit.xml",
         "-v",
         "--durations=20",
     ]
-    environment = ["REALKERNEL_GUEST=1", f"PYTHONPATH={REPOSITORY}:{HERE.parent}", f"CI={os.environ.get('CI', '')}"]
+    # Under emulation what is imported in vain costs half a minute: plugins are named, and the outer conftest.py brings hypothesis.
+    environment = ["REALKERNEL_GUEST=1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD=1", f"PYTHONPATH={REPOSITORY}:{HERE.parent}", f"CI={os.environ.get('CI', '')}"]
     console = exchange / "console.log"  # what to look at while it runs
     with console.open("wb") as output:
         done = subprocess.run(
