@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from vpnd_nodes import DEFAULTS, A, B, Network, Node, config, mirrored, pair, until
 
-from kernel_shim.model import Action, Direction, Expire, SaId, SaState, SaStatus
+from kernel_shim.model import Action, Direction, Expire, KernelError, SaId, SaState, SaStatus
 from vpnd.config.model import DaemonConfig
 from vpnd.daemon import ends, inactivity
 from vpnd.ike.sa import REKEY_SPACING
@@ -164,3 +164,20 @@ async def test_a_volume_that_is_used_up_at_once_is_not_rekeyed_at_line_rate() ->
         await until(lambda old=old: mirrored(a, b) and old.spi not in a.spis(Direction.OUT))
     assert asyncio.get_running_loop().time() - begin >= 1.9 * REKEY_SPACING
     assert a.manager.counters.snapshot()["child_rekeyed"] == 2
+
+
+# Late refusals
+
+
+async def test_an_sa_out_that_the_kernel_refuses_late_is_made_anew_without_a_clear_packet() -> None:
+    """Of a rekeying of the peer's, the SA out comes only when the old CHILD_SA goes."""
+    a, b, _ = await pair("start")
+    await until(lambda: mirrored(a, b))
+    first, fewest = a.spis(Direction.OUT), []
+    a.manager.news.subscribe(lambda _event: fewest.append(protecting(a)))
+    a.kernel.faults["add_sa"] = KernelError(12, "no memory")
+    b.operations.rekey(child="net")
+    await until(lambda: "add_sa" not in a.kernel.faults)
+    await until(lambda: mirrored(a, b) and not a.spis(Direction.OUT) & first)
+    assert min(fewest) == 3
+    assert any("kernel refused the outbound SA" in line for line in a.lines)

@@ -173,8 +173,10 @@ class Carrier:
                 except KERNEL_ERRORS as error:
                     self._news.say(f"kernel refused the {sa.direction.name.lower()}bound SA {sa.spi:08x}: {error}", entry, group="KNL", warning=True)
                     step.clear()
-                    self._release(entry.current, child_id)
                     answer = entry.sa.install_failed(child_id, sa.direction, asyncio.get_running_loop().time())
+                    # of one that was up, the end decides what becomes of its policies
+                    if not any(isinstance(effect, ChildClosed) and effect.child.id == child_id for effect in answer):
+                        self._release(entry.current, child_id)
             case MigrateSa(child_id, old, new):
                 try:
                     await self._migrate(entry, child_id, old, new)

@@ -138,11 +138,11 @@ class Ends:
         if trap:
             self._background.start(self._trap(connection, config))
         if StartAction.START in action:
-            self._restart(key, now=reason is not Reason.PEER_DELETED)
+            self._restart(key, now=reason not in (Reason.PEER_DELETED, Reason.KERNEL_REFUSED))
 
     def _action(self, entry: Entry, child: ChildSa, config: ChildConfig, reason: Reason) -> StartAction:
         match reason:
-            case Reason.EXPIRED | Reason.KERNEL_LOST:
+            case Reason.EXPIRED | Reason.KERNEL_LOST | Reason.KERNEL_REFUSED:
                 asked = StartAction.START in config.start_action or (entry.sa.initiator and not self._traps.trapped(entry.sa.connection.name, child.name))
                 return StartAction.START if asked and child.id not in self._retired else StartAction.NONE
             case Reason.REDIRECTED:
