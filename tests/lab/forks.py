@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import array
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -71,9 +72,10 @@ class ForkedChild:
 
 
 class ForkServer:
-    """`modules` are imported once, before the first program starts."""
+    """`modules` are imported once, before the first program starts. `script`: it forks only programs of this file name; else all."""
 
-    def __init__(self, modules: Sequence[str]) -> None:
+    def __init__(self, modules: Sequence[str], script: str = "") -> None:
+        self._script = script
         _libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
@@ -81,10 +83,11 @@ class ForkServer:
                 [sys.executable, str(Path(__file__)), str(theirs.fileno()), *modules], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
             )
 
-    @staticmethod
-    def serves(argv: Sequence[str]) -> bool:
+    def serves(self, argv: Sequence[str]) -> bool:
         """Whether this is a Python program in a network namespace, run by this interpreter."""
-        return tuple(argv[:3]) == NETNS and len(argv) > 5 and argv[4] == sys.executable
+        if tuple(argv[:3]) != NETNS or len(argv) <= 5 or argv[4] != sys.executable:
+            return False
+        return not self._script or any(Path(word).name == self._script for word in argv[5:8])
 
     def start(self, argv: Sequence[str], log: int, env: Mapping[str, str] | None, pass_fds: Sequence[int]) -> ForkedChild:
         """`argv` as `serves` takes it; both outputs go to the descriptor `log`. OSError when the server is gone."""
@@ -196,5 +199,6 @@ if __name__ == "__main__":
     sys.path[0] = os.getcwd()
     for name in sys.argv[2:]:
         importlib.import_module(name)
+    gc.freeze()  # else the first collection of each child copies all pages
     with socket.socket(fileno=int(sys.argv[1])) as asked:
         _serve(asked)

@@ -48,17 +48,18 @@ def run(argv: Sequence[str], *, check: bool = True, timeout: float = 60.0, text_
 
 
 class Process:
-    """A running program; its outputs go to `log_path`. With a `fork_server` what it serves is not started anew but forked."""
+    """A running program; its outputs go to `log_path`. What one of the `fork_servers` serves, the first first, is not started anew but forked."""
 
-    fork_server: ForkServer | None = None
+    fork_servers: Sequence[ForkServer] = ()
 
     def __init__(self, argv: Sequence[str], log_path: Path, *, env: Mapping[str, str] | None = None, pass_fds: Sequence[int] = ()) -> None:
         self.argv = list(argv)
         self.log_path = log_path
         self._child: subprocess.Popen[bytes] | ForkedChild
         with log_path.open("ab") as log:
-            if self.fork_server is not None and self.fork_server.serves(argv):
-                self._child = self.fork_server.start(argv, log.fileno(), env, pass_fds)
+            server = next((server for server in self.fork_servers if server.serves(argv)), None)
+            if server is not None:
+                self._child = server.start(argv, log.fileno(), env, pass_fds)
                 return
             # The death signal takes the program along when the test run itself is killed.
             self._child = subprocess.Popen(

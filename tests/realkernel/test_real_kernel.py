@@ -18,7 +18,7 @@ import pytest
 HERE: Final = Path(__file__).resolve().parent
 REPOSITORY: Final = HERE.parents[1]
 PROGRAMS: Final = ("qemu-system-x86_64", "busybox", "cpio", "modprobe", "flock")
-BOOT_SECONDS: Final = 1500  # with all tests, on a busy machine
+BOOT_SECONDS: Final = 2400  # with all tests, on a busy machine
 LACKS: Final = 126  # exit status of `boot` when something is missing on this machine
 SHOWN: Final = 6000  # octets of the guest's console in a failure
 

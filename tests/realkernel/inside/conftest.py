@@ -13,7 +13,7 @@ from lab.forks import ForkServer
 from lab.process import Process
 
 EMULATION = 6  # how many times longer things may take in the guest
-PROGRAMS: Final = ("vpnd.app", "vpnd.cli.daemon", "vpnd.cli.control", "kernel_shim.io.shim", "kernel_shim.io.main", "lab.agent", "asyncio_dgram")
+PROGRAMS: Final = ("vpnd.app", "vpnd.cli.daemon", "vpnd.cli.control", "kernel_shim.io.shim", "kernel_shim.io.main", "asyncio_dgram")
 
 collect_ignore_glob = [] if os.environ.get("REALKERNEL_GUEST") else ["test_*.py"]
 
@@ -23,10 +23,11 @@ if os.environ.get("REALKERNEL_GUEST"):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def fork_server() -> Iterator[None]:
-    """No test pays for the start of an interpreter."""
-    server = ForkServer(PROGRAMS)
-    Process.fork_server = server
+def fork_servers() -> Iterator[None]:
+    """No test pays for the start of an interpreter; the lab's small agents fork from a small process."""
+    servers = ForkServer(("json", "socket", "hashlib", "select", "struct"), script="agent.py"), ForkServer(PROGRAMS)
+    Process.fork_servers = servers
     yield
-    Process.fork_server = None
-    server.close()
+    Process.fork_servers = ()
+    for server in servers:
+        server.close()
