@@ -39,6 +39,7 @@ from vpnd.ike.fragments import ReassemblyBudget
 from vpnd.ike.iana import Exchange, ProtocolId, name_of
 from vpnd.ike.identity import Identity
 from vpnd.ike.proposal import parse_proposals
+from vpnd.ike.resumption import Resumption
 from vpnd.ike.sa import IkeSa
 
 KEY = b"a pre-shared key of the tests"
@@ -109,6 +110,7 @@ class Peer:
     reassembly: ReassemblyBudget = field(default_factory=ReassemblyBudget)
     tokens: TokenMaker | None = None
     follows: bool = True
+    resumption: Resumption = field(default_factory=lambda: Resumption(random.Random(0).randbytes))
     further_addresses: list[str] = field(default_factory=list)
     narrowest: int = 0  # path MTU that is known
     _init: dict[tuple[bytes, Endpoint], IkeSa] = field(default_factory=dict)
@@ -194,7 +196,7 @@ class Peer:
         sa = self.sas.get(own) or (self._init.get(key) if own == 0 else None)
         if sa is not None:
             self.run(sa, sa.receive(data, datagram.local, datagram.remote, now), now)
-        elif own == 0 and data[18] == Exchange.IKE_SA_INIT:
+        elif own == 0 and data[18] in (Exchange.IKE_SA_INIT, Exchange.IKE_SESSION_RESUME):
             sa, effects = IkeSa.respond(self, data, datagram.local, datagram.remote, now)
             if sa is not None:
                 self.sas[sa.spi_local] = self._init[key] = sa

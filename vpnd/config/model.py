@@ -153,6 +153,7 @@ class ConnectionConfig:
     redirect: GatewayId | None = None  # our own option: clients that follow are sent there
     redirect_in: RedirectIn = RedirectIn.AUTH
     childless: Childless = Childless.ALLOW
+    resumption: bool = False  # our own option: tickets for session resumption (RFC 5723), asked for, given and used
     ppk_id: Identity | None = None  # of a responder it may have a wildcard, and None is any
     ppk_required: bool = False
     send_cert: str = "ifasked"

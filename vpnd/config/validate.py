@@ -76,6 +76,7 @@ def _connection(reader: Reader, name: str) -> ConnectionConfig:
         redirect_in=reader.choice("redirect_in", RedirectIn.AUTH, {when.value: when for when in RedirectIn}),
         mobike=reader.boolean("mobike", True),
         childless=reader.choice("childless", Childless.ALLOW, {policy.value: policy for policy in Childless}),
+        resumption=reader.boolean("resumption", False),
         ppk_id=reader.convert("ppk_id", None, _ppk_id),
         ppk_required=reader.boolean("ppk_required", False),
         send_cert=reader.choice("send_cert", "ifasked", {value: value for value in ("ifasked", "always", "never")}),

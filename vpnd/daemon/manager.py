@@ -32,12 +32,15 @@ from vpnd.ike.fragments import ReassemblyBudget
 from vpnd.ike.gateway_id import GatewayId
 from vpnd.ike.iana import Exchange
 from vpnd.ike.identity import Identity
+from vpnd.ike.resumption import Resumption
 from vpnd.ike.sa import IkeSa
 from vpnd.ike.wire.header import FLAG_INITIATOR, FLAG_RESPONSE, HEADER_LENGTH
 from vpnd.peers import Connections
 from vpnd.schedule import Deadlines
 from vpnd.telemetry.counters import Counters
 from vpnd.telemetry.throttle import Throttle
+
+OPENING: Final = (Exchange.IKE_SA_INIT, Exchange.IKE_SESSION_RESUME)
 
 MAXIMUM_IKE_SAS: Final = 100_000  # with peers that ask; some 25 kB each
 TIMERS_AT_ONCE: Final = 64  # IKE SAs whose deadline has come, before datagrams get their turn
@@ -92,6 +95,7 @@ class Manager:
         self.redirects: Final = Redirects()
         self._lost = Throttle(LOST_AT_ONCE, LOST_A_SECOND)
         self._reassembly = ReassemblyBudget()
+        self._resumption = Resumption(os.urandom)
         self._gate = Gate(gate, os.urandom)
         self.connections: Final = Connections()
         self.resolved: Final[dict[str, IPAddress]] = {}  # host names of remote_addrs
@@ -131,6 +135,10 @@ class Manager:
     @property
     def reassembly(self) -> ReassemblyBudget:
         return self._reassembly
+
+    @property
+    def resumption(self) -> Resumption:
+        return self._resumption
 
     def addresses(self) -> Sequence[IPAddress]:
         return self._host.addresses()
@@ -225,7 +233,7 @@ class Manager:
         entry = self.registry.by_spi(spi)
         if entry is not None:
             self.run(entry, entry.sa.receive(data, local, remote, self._now()))
-        elif spi == 0 and from_initiator and data[18] == Exchange.IKE_SA_INIT and not data[19] & FLAG_RESPONSE:
+        elif spi == 0 and from_initiator and data[18] in OPENING and not data[19] & FLAG_RESPONSE:
             self._initial(local, remote, data)
         else:
             self.counters.add("ike_unknown_spi")

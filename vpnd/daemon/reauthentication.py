@@ -58,7 +58,7 @@ class Reauthentications:
             if child.state not in GOING:
                 config = connection.children.get(child.sa.name, child.config)
                 effects += new.sa.create_child(config, self._now(), reqid=child.sa.reqid, like=child.sa)
-        self._manager.run(new, [*effects, *new.sa.initiate(self._now())])
+        self._manager.run(new, [*effects, *new.sa.initiate(self._now(), resume=False)])
 
     # News of the manager
 

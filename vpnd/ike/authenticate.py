@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -31,7 +32,7 @@ class PeerRefused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Own:
-    """What we authenticate with; exactly one of `secret` and `signer` is set."""
+    """What we authenticate with: `secret` or `signer`, or neither when the IKE SA is resumed."""
 
     identity: Identity
     secret: Secret | None = None
@@ -43,6 +44,8 @@ def own_credentials(session: Session, asked: Identity | None, peer: Identity | N
     if not session.connection.local:
         raise NoCredentials(f"{session.connection.name} has no local section")
     local = session.connection.local[0]
+    if session.resumed is not None:
+        return Own(session.resumed.local_id)
     configured = local.id if local.id is not None and not local.id.any and not local.id.has_wildcards else None
     identity = configured or asked
     store = session.context.credentials
@@ -64,6 +67,8 @@ def own_credentials(session: Session, asked: Identity | None, peer: Identity | N
 def own_auth(session: Session, own: Own, keys: IkeCrypto) -> AuthPayload:
     """AUTH with the SK_p of `keys`. Raises NoCredentials when our key has no scheme that the peer takes."""
     octets = _octets(session, keys, own.identity, initiator=session.initiator)
+    if session.resumed is not None:
+        return AuthPayload(METHOD_PSK, _resumed_auth(keys, octets, initiator=session.initiator))
     if own.secret is not None:
         return AuthPayload(METHOD_PSK, psk_auth(keys.suite.prf, own.secret, octets))
     assert own.signer is not None
@@ -91,6 +96,12 @@ def check(session: Session, connection: ConnectionConfig, peer: Identity, own: I
 
     Raises PeerRefused.
     """
+    if session.resumed is not None:
+        octets = _octets(session, keys, peer, initiator=not session.initiator)
+        right = hmac.compare_digest(auth.data, _resumed_auth(keys, octets, initiator=not session.initiator))
+        if peer != session.resumed.remote_id or auth.method != METHOD_PSK or not right:
+            raise PeerRefused("the ticket is not this peer's")
+        return
     if not connection.remote:
         raise PeerRefused(f"{connection.name} has no remote section")
     remote = connection.remote[0]
@@ -162,6 +173,11 @@ def expected_identity(connection: ConnectionConfig) -> Identity | None:
     """The peer's identity, if the configuration names exactly one."""
     identity = connection.remote[0].id if connection.remote else None
     return None if identity is None or identity.any or identity.has_wildcards else identity
+
+
+def _resumed_auth(keys: IkeCrypto, octets: bytes, *, initiator: bool) -> bytes:
+    """RFC 5723 section 5.1: AUTH = prf(SK_px, octets)."""
+    return keys.suite.prf((keys.keys.pi if initiator else keys.keys.pr).reveal(), octets)
 
 
 def _octets(session: Session, crypto: IkeCrypto, identity: Identity, *, initiator: bool) -> bytes:

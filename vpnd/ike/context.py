@@ -13,6 +13,7 @@ from vpnd.config.model import ChildConfig, ConnectionConfig
 from vpnd.ike.effects import NO_ACQUIRE, ChildSa
 from vpnd.ike.fragments import ReassemblyBudget
 from vpnd.ike.identity import Identity
+from vpnd.ike.resumption import Resumption
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,9 @@ class IkeContext(Protocol):
 
     @property
     def reassembly(self) -> ReassemblyBudget: ...
+
+    @property
+    def resumption(self) -> Resumption: ...
 
     def addresses(self) -> Sequence[IPAddress]:
         """Our own addresses, on which a peer can reach us."""

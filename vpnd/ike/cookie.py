@@ -69,7 +69,7 @@ def _digest(secret: bytes, nonce: bytes, address: IPAddress, spi: bytes) -> byte
 
 @dataclass(frozen=True, slots=True)
 class InitRequest:
-    """What a gate reads of an IKE_SA_INIT request."""
+    """What a gate reads of an IKE_SA_INIT or IKE_SESSION_RESUME request."""
 
     header: Header
     nonce: bytes
@@ -81,13 +81,13 @@ class InitRequest:
 
 
 def parse_init_request(datagram: bytes) -> InitRequest | None:
-    """None when it is not an IKE_SA_INIT request that may open an IKE SA."""
+    """None when it is not a request that may open an IKE SA."""
     try:
         message = decode_message(datagram)
     except MalformedMessage:
         return None
     header = message.header
-    opens = header.exchange == Exchange.IKE_SA_INIT and header.initiator and not header.response and header.message_id == 0
+    opens = header.exchange in (Exchange.IKE_SA_INIT, Exchange.IKE_SESSION_RESUME) and header.initiator and not header.response and header.message_id == 0
     nonce = message.first(NoncePayload)
     if not opens or header.responder_spi != NO_SPI or header.initiator_spi == NO_SPI or nonce is None:
         return None
@@ -103,7 +103,7 @@ def cookie_reply(request: InitRequest, cookie: bytes) -> bytes:
 
 
 def stateless_reply(request: Header, notify: int, data: bytes = b"") -> bytes:
-    """An IKE_SA_INIT response of one notification, for which nothing is remembered."""
+    """A response of one notification, for which nothing is remembered."""
     header = Header(request.initiator_spi, request.responder_spi, request.exchange, request.message_id, initiator=False, response=True)
     return encode_message(Message(header, (NotifyPayload(notify, data),)))
 

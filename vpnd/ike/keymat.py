@@ -85,6 +85,11 @@ def rekey_skeyseed(old_prf: Prf, old_d: Secret, shared: Sequence[Secret], nonce_
     return Secret(old_prf(old_d.reveal(), _mixed(shared, nonce_i, nonce_r)))
 
 
+def resumed_skeyseed(prf: Prf, old_d: Secret, nonce_i: bytes, nonce_r: bytes) -> Secret:
+    """RFC 5723 section 5.1: SKEYSEED = prf(SK_d (old), "Resumption" | Ni | Nr)."""
+    return Secret(prf(old_d.reveal(), b"Resumption" + nonce_i + nonce_r))
+
+
 def ike_keys(suite: IkeSuite, seed: Secret, nonce_i: bytes, nonce_r: bytes, spi_i: IkeSpi, spi_r: IkeSpi) -> IkeKeys:
     """RFC 7296 section 2.14: {SK_d | SK_ai | SK_ar | SK_ei | SK_er | SK_pi | SK_pr} = prf+(SKEYSEED, Ni | Nr | SPIi | SPIr)."""
     p, a, e = suite.prf.length, integrity_key_length(suite.integrity), encryption_key_length(suite.encryption)

@@ -26,10 +26,22 @@ from vpnd.ike.effects import (
     RemoveSa,
     SendKeepalive,
 )
-from vpnd.ike.exchanges import crash_detection, create_child_sa, ike_auth, ike_intermediate, ike_sa_init, informational, mobike, redirect, rekey_ike
+from vpnd.ike.exchanges import (
+    crash_detection,
+    create_child_sa,
+    ike_auth,
+    ike_intermediate,
+    ike_sa_init,
+    ike_session_resume,
+    informational,
+    mobike,
+    redirect,
+    rekey_ike,
+)
 from vpnd.ike.followup import Followup
 from vpnd.ike.fragments import Outgoing
 from vpnd.ike.gateway_id import GatewayId
+from vpnd.ike.iana import Exchange
 from vpnd.ike.session import Session, Steps, Task
 from vpnd.ike.state import MAX_TASKS, Child, ChildSaState, IkeSaState
 from vpnd.ike.transport import Transport
@@ -57,22 +69,26 @@ class IkeSa(Transport):
 
     @classmethod
     def respond(cls, context: IkeContext, datagram: bytes, local: Endpoint, remote: Endpoint, now: float) -> tuple[IkeSa | None, list[Effect]]:
-        """Answer an IKE_SA_INIT request that passed the gate. Without an IKE SA the effects are a stateless refusal, or nothing."""
+        """Answer an IKE_SA_INIT or IKE_SESSION_RESUME request that passed the gate. Without an IKE SA the effects are a stateless refusal, or nothing."""
 
         def make(connection: ConnectionConfig) -> IkeSa:
             return cls(context, connection, local, remote, initiator=False, now=now)
 
-        sa, effects = ike_sa_init.respond(make, context, datagram, local, remote, now)
+        resumes = datagram[18] == Exchange.IKE_SESSION_RESUME
+        sa, effects = (ike_session_resume if resumes else ike_sa_init).respond(make, context, datagram, local, remote, now)
         if sa is not None:
             sa._inbox.answered(datagram, Outgoing((sa.init_response,)))
         return sa, effects
 
     # Inputs
 
-    def initiate(self, now: float) -> list[Effect]:
-        """Send IKE_SA_INIT. IKE_AUTH carries the first CHILD_SA asked for, or else the connection's first child."""
+    def initiate(self, now: float, *, resume: bool = True) -> list[Effect]:
+        """Send IKE_SA_INIT. IKE_AUTH carries the first CHILD_SA asked for, or else the connection's first child.
+
+        `resume`: a ticket of an earlier IKE SA will do (RFC 5723); not where the peers are to prove anew who they are.
+        """
         self.now = now
-        task = Task("IKE_INIT", _connect)
+        task = Task("IKE_INIT", _resume if resume else _connect)
         task.steps = task.begin(self, task)
         self.active = task
         self._run(task, None)
@@ -492,6 +508,14 @@ class IkeSa(Transport):
         if at is not None and self.now >= at:
             self._sent_at = self.now
             self.emit(SendKeepalive(self.local, self.remote))
+
+
+def _resume(session: Session, task: Task) -> Steps[None]:
+    ticket = ike_session_resume.ticket_of(session)
+    if ticket is not None and (yield from ike_session_resume.initiate(session, ticket)):
+        yield from ike_auth.initiate(session, task)
+    else:
+        yield from _connect(session, task)
 
 
 def _connect(session: Session, task: Task) -> Steps[None]:

@@ -38,6 +38,7 @@ from vpnd.ike.intermediate import Intermediate
 from vpnd.ike.keymat import IkeKeys, IkeSuite, with_ppk
 from vpnd.ike.nat import detect
 from vpnd.ike.proposal import Proposal
+from vpnd.ike.resumption import Resumable
 from vpnd.ike.state import MAX_LINGERING, Child, ChildSaState, IkeSaState
 from vpnd.ike.wire.header import IkeSpi
 from vpnd.ike.wire.message import Message
@@ -55,6 +56,8 @@ MAX_AUTHORITIES: Final = 256  # hashes of a CERTREQ that are looked at
 RETRY_FIRST: Final = 1.0  # s; doubles
 RETRY_LAST: Final = 15.0  # s
 RETRIES: Final = 24  # about 5 minutes
+RESUMABLE: Final = frozenset({Reason.PEER_SILENT, Reason.REKEYED, Reason.REPLACED, Reason.KERNEL_LOST, Reason.SHUTDOWN})  # ends after which tickets stay good
+
 REKEY_AGAIN: Final = 30.0  # s, after a rekeying was refused for good
 
 OF_ONE_IKE_SA: Final = frozenset({"IKE_DPD", "IKE_REKEY", "IKE_DELETE"})  # exchanges that are not handed over
@@ -190,6 +193,8 @@ class Session:
         self.arrived = (local, remote)  # the way of the datagram that is being dealt with
         self.peer_knows_ppk = False  # it said USE_PPK (RFC 8784), and so did we
         self.ppk = False  # the keys have a post-quantum pre-shared key mixed in
+        self.resumed: Resumable | None = None  # what it was made of, without a key exchange (RFC 5723)
+        self.ticket_id = b""  # of the ticket that we gave the peer
         self.peer_childless = False  # it takes an IKE_AUTH without a CHILD_SA (RFC 6023)
         self.peer_hashes: tuple[int, ...] = ()  # the peer's SIGNATURE_HASH_ALGORITHMS
         self.peer_asks_certificate = False
@@ -308,6 +313,7 @@ class Session:
         self.predecessor = None
         self.state = IkeSaState.DESTROYING
         self.forget_followups()
+        self._void_tickets(reason)
         for sa_id in sorted(self.held):
             self.emit(RemoveSa(sa_id))
         self.held.clear()
@@ -322,6 +328,15 @@ class Session:
         self.queue.clear()
         self.postponed.clear()
         self.emit(IkeClosed(reason, detail))
+
+    def _void_tickets(self, reason: Reason) -> None:
+        """An IKE SA that ended on purpose, or with a refusal, is not resumed."""
+        if reason in RESUMABLE:
+            return
+        if self.initiator:
+            self.context.resumption.wallet.drop(self.connection.name)
+        if self.ticket_id:
+            self.context.resumption.office.spend(self.ticket_id, self.now)
 
     def forget_followups(self) -> None:
         """The requests of the peer's that wait for key exchanges are answered with STATE_NOT_FOUND from now on."""
@@ -353,6 +368,7 @@ class Session:
         new.nat_local, new.nat_remote, new.nat_fake, new.nat_supported = self.nat_local, self.nat_remote, self.nat_fake, self.nat_supported
         new.peer_hashes, new.fragmentation, new.ppk = self.peer_hashes, self.fragmentation, self.ppk
         new.redirectable = self.redirectable
+        new.ticket_id = self.ticket_id
         new.original_initiator, new.mobike, new.mapping_hash = self.original_initiator, self.mobike, b""
         new.peer_addresses, new.told_addresses = self.peer_addresses, self.told_addresses
         return new

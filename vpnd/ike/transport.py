@@ -175,7 +175,7 @@ class Transport(Session):
         if header.initiator_spi != self.wire_spi_i:
             return False
         # RFC 7296 section 2.6: the responder's SPI is 0 in the first request and in stateless answers to it
-        return header.responder_spi == self.wire_spi_r or header.exchange == Exchange.IKE_SA_INIT
+        return header.responder_spi == self.wire_spi_r or header.exchange in (Exchange.IKE_SA_INIT, Exchange.IKE_SESSION_RESUME)
 
     def _response(self, datagram: bytes, message: Message, local: Endpoint, remote: Endpoint) -> None:
         outstanding, task = self._outstanding, self.active

@@ -259,6 +259,8 @@ def test_how_keys_come_about() -> None:
     assert (str(config.ppk_id), config.ppk_required) == ("ppk.example", True)
     assert config.proposals[0].additional == (Group.ML_KEM_768,)
     assert connection({"ppk_id": "%any"}).ppk_id is None
+    assert connection({"resumption": "yes"}).resumption
+    assert not connection({}).resumption
     assert len(complaints({"childless": "sometimes", "ppk_required": "perhaps"})) == 2
 
 

@@ -10,7 +10,7 @@ from vpnd.ike.authenticate import NoCredentials, PeerRefused, check, expected_id
 from vpnd.ike.child import ChildRefused, Keying, Offer, choose, make_offer, read_answer
 from vpnd.ike.context import ChildRequest
 from vpnd.ike.effects import AuthenticationRejected, ChildDenied, IkeClosed, InitialContact, Reason, Redirected
-from vpnd.ike.exchanges import crash_detection, mobike, redirect
+from vpnd.ike.exchanges import crash_detection, ike_session_resume, mobike, redirect
 from vpnd.ike.exchanges.create_child_sa import bring_up, create_child, finish
 from vpnd.ike.exchanges.ike_sa_init import certificate_requests
 from vpnd.ike.exchanges.informational import delete_spi
@@ -38,7 +38,7 @@ def initiate(session: Session, task: Task) -> Steps[None]:
         return
     try:
         own = own_credentials(session, None, None)
-        ppk = postquantum.of_initiator(session)
+        ppk = None if session.resumed else postquantum.of_initiator(session)
     except NoCredentials as error:
         session.emit(AuthenticationRejected(connection.name, None, f"cannot authenticate ourselves: {error}"))
         session.close(Reason.NO_CREDENTIALS, f"{connection.name}: {error}")
@@ -68,6 +68,7 @@ def initiate(session: Session, task: Task) -> Steps[None]:
     payloads += certificate_requests(session.context, (connection,))
     payloads += [IdrPayload(expected)] if expected else []
     payloads += [auth, *(offer.payloads() if offer else ()), *mobike.announcement(session), *crash_detection.token_payloads(session)]
+    payloads += ike_session_resume.ask_for_ticket(session)
     payloads += postquantum.request_payloads(ppk, without_ppk) if ppk else []
     response = yield from ask(Ask(Exchange.IKE_AUTH, tuple(payloads)))
 
@@ -82,7 +83,7 @@ def initiate(session: Session, task: Task) -> Steps[None]:
         return
     session.remote_id = idr.identity
     try:
-        ppk = postquantum.taken(session, ppk, response)
+        ppk = None if session.resumed else postquantum.taken(session, ppk, response)
         check(session, connection, idr.identity, own.identity, response, peer_auth, ppk.keys if ppk else session.keys)
     except PeerRefused as error:
         session.emit(AuthenticationRejected(connection.name, idr.identity, f"peer {session.remote}: {error}; told it AUTHENTICATION_FAILED"))
@@ -103,6 +104,7 @@ def initiate(session: Session, task: Task) -> Steps[None]:
     session.established()
     reauthentication.plan(session)
     reauthentication.heed(session, response)
+    ike_session_resume.keep_ticket(session, response)
     if offer is not None:
         _take_child(session, task, offer, response, error_notify)
 
@@ -156,7 +158,7 @@ def respond(session: Session, request: Message) -> Steps[Response]:
     # RFC 7296 section 2.16: without AUTH the initiator wants EAP
     if auth is None:
         return _refuse(session, None, idi.identity, Reason.AUTHENTICATION_FAILED, "the peer wants EAP")
-    connection = fitting(session, idi.identity, asked, auth.method)
+    connection = session.candidates[0] if session.resumed else fitting(session, idi.identity, asked, auth.method)
     if connection is None:
         why = f"no connection for this identity{f' and ours being {asked}' if asked else ''} with authentication method {auth.method}"
         return _refuse(session, None, idi.identity, Reason.NO_MATCHING_CONNECTION, why)
@@ -165,10 +167,13 @@ def respond(session: Session, request: Message) -> Steps[Response]:
     try:
         own = own_credentials(session, asked, idi.identity)
         session.local_id = own.identity
-        ppk, peer_auth = postquantum.of_responder(session, request, auth)
+        ppk, peer_auth = (None, auth) if session.resumed else postquantum.of_responder(session, request, auth)
         keys = ppk.keys if ppk else session.keys
         check(session, connection, idi.identity, own.identity, request, peer_auth, keys)
         proof = own_auth(session, own, keys)
+        # a ticket is good for one IKE SA; only who has its keys can use it up
+        if session.resumed and not session.context.resumption.office.spend(session.resumed.id, session.now):
+            raise PeerRefused("the ticket was used before")
     except NoCredentials as error:
         return _refuse(session, connection.name, idi.identity, Reason.NO_CREDENTIALS, f"cannot authenticate ourselves: {error}")
     except PeerRefused as error:
@@ -189,6 +194,7 @@ def respond(session: Session, request: Message) -> Steps[Response]:
     if request.notify(NotifyType.INITIAL_CONTACT) is not None:
         session.emit(InitialContact(own.identity, idi.identity))
     told = (*crash_detection.token_payloads(session), *(mobike.announcement(session) if session.mobike else ()), *reauthentication.lifetime_payloads(session))
+    told = (*told, *ike_session_resume.give_ticket(session, request))
     told = (*told, *((NotifyPayload(NotifyType.PPK_IDENTITY),) if ppk else ()))
     base: tuple[Payload, ...] = (IdrPayload(own.identity), *own_certificates(session, own), proof, *told)
     elsewhere = redirect.in_auth(session)

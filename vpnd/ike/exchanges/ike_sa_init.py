@@ -90,7 +90,7 @@ def initiate(session: Session) -> Steps[bool]:
 def _request(session: Session, proposals: Sequence[Proposal], exchange: KeyExchange, fake: bytes | None, cookie: bytes | None) -> bytes:
     payloads: list[Payload] = [NotifyPayload(NotifyType.COOKIE, cookie)] if cookie is not None else []
     payloads += [SaPayload(tuple(proposals)), KePayload(exchange.group, exchange.public), NoncePayload(session.nonce_i)]
-    payloads += _capabilities(session, NO_SPI, session.local, session.remote, fake)
+    payloads += capabilities(session, NO_SPI, session.local, session.remote, fake)
     # RFC 8784 section 3
     if session.connection.ppk_id is not None:
         payloads.append(NotifyPayload(NotifyType.USE_PPK))
@@ -103,7 +103,7 @@ def _request(session: Session, proposals: Sequence[Proposal], exchange: KeyExcha
     return session.init_request
 
 
-def _capabilities(session: Session, spi_r: bytes, local: Endpoint, remote: Endpoint, fake: bytes | None) -> list[Payload]:
+def capabilities(session: Session, spi_r: bytes, local: Endpoint, remote: Endpoint, fake: bytes | None) -> list[Payload]:
     context, spi_i = session.context, session.wire_spi_i
     # RFC 7427 section 4
     hashes = b"".join(number.to_bytes(2, "big") for number in SUPPORTED_HASHES)
@@ -139,7 +139,7 @@ def _complete(session: Session, proposals: Sequence[Proposal], exchange: KeyExch
     session.nonce_r = nonce.data
     session.proposal = chosen
     _derive(session, suite, shared)
-    _features(session, response, session.local, session.remote, response.header.responder_spi)
+    features(session, response, session.local, session.remote, response.header.responder_spi)
     session.init_response = session.received
     session.notice_certificate_requests(response)
     session.peer_knows_ppk = session.connection.ppk_id is not None and response.notify(NotifyType.USE_PPK) is not None
@@ -157,7 +157,7 @@ def _derive(session: Session, suite: IkeSuite, shared: Secret) -> None:
     session.intermediate.pending.extend(session.proposal.additional if session.proposal else ())
 
 
-def _features(session: Session, message: Message, local: Endpoint, remote: Endpoint, spi_r: bytes) -> None:
+def features(session: Session, message: Message, local: Endpoint, remote: Endpoint, spi_r: bytes) -> None:
     session.notice_nat(message, session.wire_spi_i, spi_r, local, remote)
     announced = message.notify(NotifyType.IKEV2_FRAGMENTATION_SUPPORTED) is not None
     session.fragmentation = announced and session.connection.fragmentation is not Fragmentation.NO
@@ -234,12 +234,12 @@ def respond(
     session.nonce_i, session.nonce_r = nonce.data, context.entropy(NONCE_LENGTH)
     session.proposal = choice.proposal
     session.init_request = datagram
-    _features(session, request, local, remote, NO_SPI)
+    features(session, request, local, remote, NO_SPI)
     redirect.notice(session, request)
     _derive(session, suite, shared)
     fake = context.entropy(HASH_LENGTH) if session.nat_fake else None
     payloads: list[Payload] = [SaPayload((choice.proposal,)), KePayload(chosen_group, public), NoncePayload(session.nonce_r)]
-    payloads += _capabilities(session, session.wire_spi_r, local, remote, fake)
+    payloads += capabilities(session, session.wire_spi_r, local, remote, fake)
     payloads += certificate_requests(context, choice.candidates)
     session.peer_knows_ppk = context.credentials.has_ppk and request.notify(NotifyType.USE_PPK) is not None
     if session.peer_knows_ppk:

@@ -1,0 +1,182 @@
+"""IKE_SESSION_RESUME (RFC 5723): an IKE SA made of the keys of an earlier one, without a key exchange, and the tickets for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final, TypeVar
+
+from kernel_shim.model import Endpoint
+from kernel_shim.secret import Secret
+from vpnd.config.model import AuthMethod, ConnectionConfig
+from vpnd.ike.context import IkeContext
+from vpnd.ike.cookie import COOKIE_MAXIMUM, NONCE_MAXIMUM, NONCE_MINIMUM, stateless_reply
+from vpnd.ike.effects import Effect, Reason, Send
+from vpnd.ike.exchanges.ike_sa_init import capabilities, features
+from vpnd.ike.iana import Exchange, NotifyType
+from vpnd.ike.keymat import IkeSuite, ike_keys, resumed_skeyseed
+from vpnd.ike.nat import HASH_LENGTH, floated
+from vpnd.ike.resumption import LIFETIME, MAX_AGE, Resumable, Ticket
+from vpnd.ike.session import NONCE_LENGTH, Ask, IkeCrypto, KeepWaiting, Session, Steps, ask
+from vpnd.ike.state import IkeSaState
+from vpnd.ike.wire.errors import MalformedMessage
+from vpnd.ike.wire.header import NO_SPI, Header, MessageId
+from vpnd.ike.wire.message import Message, decode_message, encode_message
+from vpnd.ike.wire.payloads import NoncePayload, NotifyPayload, Payload, UnknownPayload
+
+LIFETIME_LENGTH: Final = 4  # octets before the ticket in TICKET_LT_OPAQUE, RFC 5723 section 7.2
+
+S = TypeVar("S", bound=Session)
+
+
+# Initiator
+
+
+def ticket_of(session: Session) -> Ticket | None:
+    """The ticket to begin with, if we have one that the configuration still allows."""
+    if not session.connection.resumption:
+        return None
+    ticket = session.context.resumption.wallet.take(session.connection.name, session.now)
+    return ticket if ticket is not None and _still_fits(session.context, session.connection, ticket.state) else None
+
+
+def initiate(session: Session, ticket: Ticket) -> Steps[bool]:
+    """Until keys stand; False when the responder does not take the ticket, and a full exchange is to follow."""
+    context, state = session.context, ticket.state
+    session.state = IkeSaState.CONNECTING
+    session.nonce_i = context.entropy(NONCE_LENGTH)
+    fake = context.entropy(HASH_LENGTH) if session.force_encapsulation else None
+    cookie: bytes | None = None
+    waiting: Ask | KeepWaiting = _request(session, ticket, fake, cookie)
+    while True:
+        # HDR, [N(COOKIE),] Ni, N(TICKET_OPAQUE), ... -->   <-- HDR, Nr, ...
+        response = yield from ask(waiting)
+        wanted, nonce = response.notify(NotifyType.COOKIE), response.first(NoncePayload)
+        if response.notify(NotifyType.TICKET_NACK) is not None:
+            return False
+        if wanted is not None and nonce is None and cookie is None and 1 <= len(wanted.data) <= COOKIE_MAXIMUM:
+            cookie = wanted.data
+            waiting = _request(session, ticket, fake, cookie)
+        elif nonce is None or not NONCE_MINIMUM <= len(nonce.data) <= NONCE_MAXIMUM or response.header.responder_spi == NO_SPI:
+            waiting = KeepWaiting(Reason.INVALID_SYNTAX, f"{session.connection.name}: peer {session.remote} answered IKE_SESSION_RESUME incompletely")
+        else:
+            break
+    session.spi_remote = int.from_bytes(response.header.responder_spi, "big")
+    session.nonce_r = nonce.data
+    _derive(session, state)
+    features(session, response, session.local, session.remote, response.header.responder_spi)
+    session.init_response = session.received
+    session.peer_childless = response.notify(NotifyType.CHILDLESS_IKEV2_SUPPORTED) is not None
+    if session.nat_local or session.nat_remote or session.nat_fake or (session.nat_supported and session.connection.mobike):
+        session.local, session.remote = floated(session.local), floated(session.remote)
+    return True
+
+
+def _request(session: Session, ticket: Ticket, fake: bytes | None, cookie: bytes | None) -> Ask:
+    payloads: list[Payload] = [NotifyPayload(NotifyType.COOKIE, cookie)] if cookie is not None else []
+    payloads += [NoncePayload(session.nonce_i), NotifyPayload(NotifyType.TICKET_OPAQUE, ticket.data)]
+    payloads += capabilities(session, NO_SPI, session.local, session.remote, fake)
+    header = Header(session.wire_spi_i, NO_SPI, Exchange.IKE_SESSION_RESUME, MessageId(0), initiator=True, response=False)
+    session.init_request = encode_message(Message(header, tuple(payloads)))
+    return Ask(Exchange.IKE_SESSION_RESUME, plain=session.init_request)
+
+
+def ask_for_ticket(session: Session) -> tuple[NotifyPayload, ...]:
+    """For IKE_AUTH."""
+    return (NotifyPayload(NotifyType.TICKET_REQUEST),) if session.connection.resumption else ()
+
+
+def keep_ticket(session: Session, response: Message) -> None:
+    """Of the answer to IKE_AUTH, once the responder is authenticated."""
+    notify = response.notify(NotifyType.TICKET_LT_OPAQUE)
+    if notify is None or len(notify.data) <= LIFETIME_LENGTH or not session.connection.resumption:
+        return
+    lifetime = int.from_bytes(notify.data[:LIFETIME_LENGTH], "big")
+    state = _resumable(session, float(lifetime))
+    if state is not None:
+        session.context.resumption.wallet.keep(Ticket(notify.data[LIFETIME_LENGTH:], state))
+
+
+# Responder
+
+
+def respond(
+    make: Callable[[ConnectionConfig], S], context: IkeContext, datagram: bytes, local: Endpoint, remote: Endpoint, now: float
+) -> tuple[S | None, list[Effect]]:
+    """The IKE SA, opened by `make`, with its answer; or a refusal that leaves no state."""
+    try:
+        request = decode_message(datagram)
+    except MalformedMessage:
+        return None, []
+    header, nonce = request.header, request.first(NoncePayload)
+    opens = header.exchange == Exchange.IKE_SESSION_RESUME and header.initiator and not header.response and header.message_id == 0
+    if not opens or header.responder_spi != NO_SPI or nonce is None or not NONCE_MINIMUM <= len(nonce.data) <= NONCE_MAXIMUM:
+        return None, []
+    unknown = next((payload for payload in request.payloads if isinstance(payload, UnknownPayload) and payload.critical), None)
+    if unknown is not None:
+        return None, [Send(local, remote, stateless_reply(header, NotifyType.UNSUPPORTED_CRITICAL_PAYLOAD, bytes([unknown.type])))]
+    ticket = request.notify(NotifyType.TICKET_OPAQUE)
+    state = context.resumption.office.open(ticket.data, now) if ticket is not None else None
+    connection = next((each for each in context.candidates(local, remote) if state is not None and _still_fits(context, each, state)), None)
+    # RFC 5723 section 4.3.2: then the initiator comes with a full exchange
+    if state is None or connection is None:
+        return None, [Send(local, remote, stateless_reply(header, NotifyType.TICKET_NACK))]
+    session = make(connection)
+    session.state = IkeSaState.CONNECTING
+    session.candidates = (connection,)
+    session.spi_remote = int.from_bytes(header.initiator_spi, "big")
+    session.nonce_i, session.nonce_r = nonce.data, context.entropy(NONCE_LENGTH)
+    session.init_request = datagram
+    features(session, request, local, remote, NO_SPI)
+    _derive(session, state)
+    fake = context.entropy(HASH_LENGTH) if session.nat_fake else None
+    payloads: list[Payload] = [NoncePayload(session.nonce_r), *capabilities(session, session.wire_spi_r, local, remote, fake)]
+    payloads.append(NotifyPayload(NotifyType.CHILDLESS_IKEV2_SUPPORTED))
+    reply = Header(session.wire_spi_i, session.wire_spi_r, Exchange.IKE_SESSION_RESUME, MessageId(0), initiator=False, response=True)
+    session.init_response = encode_message(Message(reply, tuple(payloads)))
+    return session, [Send(local, remote, session.init_response)]
+
+
+def give_ticket(session: Session, request: Message) -> tuple[NotifyPayload, ...]:
+    """For the answer to IKE_AUTH: what a TICKET_REQUEST gets."""
+    if request.notify(NotifyType.TICKET_REQUEST) is None:
+        return ()
+    state = _resumable(session, LIFETIME) if session.connection.resumption else None
+    if state is None:
+        return (NotifyPayload(NotifyType.TICKET_NACK),)
+    session.ticket_id, ticket = session.context.resumption.office.seal(state, session.now)
+    lifetime = max(0, int(state.expires - session.now)).to_bytes(LIFETIME_LENGTH, "big")
+    return (NotifyPayload(NotifyType.TICKET_LT_OPAQUE, lifetime + ticket),)
+
+
+# Both
+
+
+def _still_fits(context: IkeContext, connection: ConnectionConfig, state: Resumable) -> bool:
+    """Whether the configuration would allow today what it allowed then."""
+    if not connection.resumption or connection.name != state.connection or not connection.local or not connection.remote:
+        return False
+    remote = connection.remote[0]
+    if remote.auth is AuthMethod.PSK and context.credentials.shared_secret(state.local_id, state.remote_id) is None:
+        return False
+    chosen = set(state.proposal.transforms)
+    same = any(chosen <= set(each.transforms) for each in connection.proposals)
+    return same and (remote.id is None or state.remote_id.matches(remote.id)) and (state.ppk or not connection.ppk_required)
+
+
+def _resumable(session: Session, lifetime: float) -> Resumable | None:
+    if session.local_id is None or session.remote_id is None or session.proposal is None:
+        return None
+    authenticated_at = session.resumed.authenticated_at if session.resumed is not None else session.now
+    # no longer than the peers may go on without proving anew who they are
+    expires = min(session.now + lifetime, authenticated_at + (session.connection.reauth_time or MAX_AGE))
+    keys = session.keys.keys
+    return Resumable(session.connection.name, session.local_id, session.remote_id, session.proposal, keys.d, session.ppk, authenticated_at, expires)
+
+
+def _derive(session: Session, state: Resumable) -> None:
+    suite = IkeSuite.of(state.proposal)
+    seed: Secret = resumed_skeyseed(suite.prf, state.d, session.nonce_i, session.nonce_r)
+    keys = ike_keys(suite, seed, session.nonce_i, session.nonce_r, session.wire_spi_i, session.wire_spi_r)
+    session.crypto = IkeCrypto.of(suite, keys, session.initiator)
+    session.proposal, session.ppk, session.resumed = state.proposal, state.ppk, state
+    session.local_id, session.remote_id = state.local_id, state.remote_id
