@@ -47,7 +47,7 @@ from kernel_shim.model import (
 )
 from kernel_shim.secret import Secret
 from kernel_shim.xfrm.constants import OURS, Group, MessageType
-from kernel_shim.xfrm.events import notice_from
+from kernel_shim.xfrm.events import Report, notice_from
 from kernel_shim.xfrm.information import (
     HashThreshold,
     SadInformation,
@@ -380,10 +380,13 @@ class XfrmChannel:
             return
         if notice is None:
             return
+        event = notice.event
+        if isinstance(event, Report):
+            self._counters["reports"] += 1  # nobody's: there is no SA
+            return
         if not notice.ours:
             self._counters["foreign"] += 1
             return
-        event = notice.event
         if isinstance(event, Acquire):
             self._counters["acquires"] += 1
             self._acquires.add(event)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench.__main__ import GROUPS, chosen_groups
+from bench.kernel_hold import AS_SHIPPED, KICKED, POLLED, Held, rows
 from bench.rows import Row, median_row
 
 PROVIDE = Path(__file__).resolve().parents[2] / ".ci" / "provide"
@@ -60,3 +61,15 @@ def test_rows_are_chosen_by_name_or_beginning() -> None:
 )
 def test_tiers(tiers: str, expression: str) -> None:
     assert subprocess.run([PROVIDE, "tiers", tiers], capture_output=True, text=True, check=True).stdout == expression
+
+
+def test_held_packets_are_judged_by_the_worst_run() -> None:
+    held = [Held(AS_SHIPPED, 0.05, 0, None, None)]
+    for kicked, polled in ((20.0, 60.0), (30.0, 800.0), (25.0, 400.0)):
+        held += [Held(KICKED, 0.1, 101, kicked, kicked + 1), Held(POLLED, 0.1, 101, polled, polled + 1)]
+    delivered, first, last = rows(held)
+    assert (delivered.name, delivered.ours, delivered.peer, delivered.met) == ("kernel-hold.delivered", 101.0, 101.0, True)
+    assert (first.ours, first.peer, last.ours, last.ratio) == (25.0, 400.0, 26.0, 401 / 26)
+    assert "800 ms" in first.note
+    worse = rows([*held, Held(KICKED, 0.1, 99, 1.0, 2.0)])[0]
+    assert (worse.ours, worse.met) == (99.0, False)
