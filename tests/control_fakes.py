@@ -32,6 +32,7 @@ from vpnd.control.backend import (
     PolicyStatus,
 )
 from vpnd.control.server import ControlServer
+from vpnd.ike.gateway_id import GatewayId
 from vpnd.ike.iana import ProtocolId
 from vpnd.ike.identity import Identity
 from vpnd.ike.proposal import parse_proposals
@@ -218,6 +219,12 @@ class FakeBackend:
 
     def rekey(self, *, child: str | None = None, ike: str | None = None, child_id: int | None = None, ike_id: int | None = None, reauth: bool = False) -> int:
         self.called.append(f"rekey {child} {ike} {child_id} {ike_id}{' reauth' if reauth else ''}")
+        return len(self.sas)
+
+    def redirect(
+        self, gateway: GatewayId, *, ike: str | None = None, ike_id: int | None = None, peer_ip: str | None = None, peer_id: Identity | None = None
+    ) -> int:
+        self.called.append(f"redirect {gateway} {ike} {ike_id} {peer_ip} {peer_id}")
         return len(self.sas)
 
     async def install(self, child: str, ike: str | None) -> None:

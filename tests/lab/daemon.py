@@ -54,6 +54,7 @@ class IkeSa:
     initiator: bool
     initiator_spi: str
     responder_spi: str
+    remote_host: str
     children: tuple[ChildSa, ...]
 
 
@@ -95,6 +96,7 @@ def _ike(name: str, raw: Mapping[str, Any]) -> IkeSa:
         initiator=raw.get("initiator") == "yes",
         initiator_spi=raw.get("initiator-spi", ""),
         responder_spi=raw.get("responder-spi", ""),
+        remote_host=raw.get("remote-host", ""),
         children=tuple(_child(child) for child in raw.get("child-sas", {}).values()),
     )
 

@@ -62,6 +62,11 @@ def parser() -> argparse.ArgumentParser:
         added.add_argument("child", metavar="CHILD")
         if name != "wait":
             added.add_argument("--ike", metavar="CONNECTION", help="the child's connection, where several have one of that name")
+    redirect = command("redirect", "send clients to another gateway (RFC 5685)")
+    redirect.add_argument("gateway", metavar="GATEWAY", help="its address or domain name")
+    redirect.add_argument("--ike", metavar="CONNECTION", help="only clients of a connection")
+    redirect.add_argument("--peer-ip", metavar="ADDRESS", help="only clients at this address, or in this network or range")
+    redirect.add_argument("--peer-id", metavar="IDENTITY", help="only clients of this identity, which may have wildcards")
     return top
 
 
@@ -96,6 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "up": _up,
         "down": _down,
         "wait": _wait,
+        "redirect": _redirect,
     }[options.command]
     try:
         return run(options)
@@ -224,6 +230,16 @@ def _up(options: argparse.Namespace) -> int:
 
 def _down(options: argparse.Namespace) -> int:
     return _order(options, "terminate")
+
+
+def _redirect(options: argparse.Namespace) -> int:
+    selectors = {"ike": options.ike, "peer-ip": options.peer_ip, "peer-id": options.peer_id}
+    chosen = {name: value for name, value in selectors.items() if value is not None}
+    # without a selector: everybody
+    message = {"gateway": options.gateway, **(chosen or {"peer-id": "%any"})}
+    with ViciClient(options.socket, options.timeout or ANSWER_TIMEOUT) as client:
+        matches = client.request("redirect", message).text("matches") or "0"
+    return _print(options, {"success": True, "matches": int(matches)}, lambda: print(f"{visible(matches)} redirected to {visible(options.gateway)}"))
 
 
 def _order(options: argparse.Namespace, command: str) -> int:

@@ -146,3 +146,13 @@ def test_completion(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parser().parse_args(["--print-completion", "bash"])
     assert "policies" in capsys.readouterr().out
+
+
+def test_redirect(served: ServedBackend, vpnctl: Run) -> None:
+    served.backend.sas.append(ike_status())
+    assert vpnctl("redirect", "203.0.113.9")[1] == "1 redirected to 203.0.113.9\n"
+    assert vpnctl("redirect", "gateway.example", "--ike", "gw", "--peer-ip", "192.0.2.0/24", "--peer-id", "*.example")[0] == 0
+    assert served.backend.called[-2:] == ["redirect 203.0.113.9 None None None %any", "redirect gateway.example gw None 192.0.2.0/24 *.example"]
+    status, _, complaint = vpnctl("redirect", "224.0.0.1")
+    assert status == 1
+    assert "not the address of a host" in complaint
