@@ -112,6 +112,7 @@ class PfKeyLink:
         self._futures: dict[Ticket, asyncio.Future[Replied]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._writing = False
+        self._looking = False
         self._buffer = bytearray()
         self.overruns = 0
 
@@ -233,6 +234,10 @@ class PfKeyLink:
             self._session.receive(bytes(self._buffer[:length]), descriptors, self._loop.time())
         self._pump()
 
+    def _look(self) -> None:
+        self._looking = False
+        self._readable()
+
     def _writable(self) -> None:
         self._pump()
 
@@ -269,6 +274,9 @@ class PfKeyLink:
                 self._lost()
                 return
             self._session.output_sent()
+            if self._transport.answers_at_once and not self._looking:
+                self._looking = True
+                self._loop.call_soon(self._look)  # also when nothing came: then the answer was lost
         if self._writing and self._socket is not None:
             self._writing = False
             self._loop.remove_writer(self._socket)
