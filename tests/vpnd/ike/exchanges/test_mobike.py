@@ -10,6 +10,7 @@ from lab.ike_pair import Datagram, Pair, agree, child, psk_pair
 
 from kernel_shim.model import Endpoint, Mode
 from vpnd.ike.effects import ChildClosed, IkeMoved, Reason
+from vpnd.ike.exchanges import mobike
 from vpnd.ike.exchanges.mobike import MAX_ADDITIONAL
 from vpnd.ike.iana import Exchange, NotifyType
 from vpnd.ike.session import Ask, Session, Steps, Task, ask
@@ -95,9 +96,9 @@ def test_no_data_goes_to_an_address_before_its_route_is_checked() -> None:
 def test_a_cookie_that_does_not_come_back_closes(monkeypatch: pytest.MonkeyPatch) -> None:
     """RFC 4555 section 3.7."""
     pair = connected()
-    monkeypatch.setattr("vpnd.ike.exchanges.informational.mobike.answer", lambda session, request: [])
-    pair.b.sa.queue.append(Task("IKE_ROUTE_CHECK", __import__("vpnd.ike.exchanges.mobike", fromlist=["_"])._check_route))
-    pair.b.run(pair.b.sa, pair.b.sa.timer(pair.now), pair.now)
+    answer = mobike.answer
+    monkeypatch.setattr(mobike, "answer", lambda session, request: [] if session.initiator else answer(session, request))
+    roam(pair, NEW)
     pair.settle()
     assert pair.b.closed is Reason.INVALID_SYNTAX
     assert not pair.b.sad
