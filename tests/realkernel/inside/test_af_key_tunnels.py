@@ -13,7 +13,7 @@ PLAIN = {"encap": "no"}  # ESP without UDP
 CBC = "aes256-sha512"
 
 
-@pytest.mark.parametrize("esp", ["aes128-sha1", "aes256-sha384", "aes128ctr-sha512"])
+@pytest.mark.parametrize("esp", ["aes128-sha1", "aes128ctr-sha384"])
 def test_two_of_ours(esp: str) -> None:
     with kernel_pair(pfkey, pfkey, Tunnel(esp_proposals=esp, connection_options=PLAIN)) as both:
         a, b = both.link.a, both.link.b
