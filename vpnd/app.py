@@ -25,6 +25,7 @@ from kernel_shim.channel.xfrm import XfrmChannel
 from kernel_shim.model import SOCKET_MARK, Endpoint, IPAddress, KernelError
 from vpnd.auth.credentials import CredentialError, CredentialStore
 from vpnd.config import load
+from vpnd.config.capabilities import without_labels
 from vpnd.config.errors import ConfigErrors
 from vpnd.config.model import DaemonConfig, KernelChoice, LoadedConfiguration
 from vpnd.control.backend import ControlError
@@ -34,6 +35,7 @@ from vpnd.daemon.demands import Demands
 from vpnd.daemon.interfaces import Interfaces
 from vpnd.daemon.kernel_side import KernelSide
 from vpnd.daemon.manager import Manager
+from vpnd.daemon.mpls import Mpls
 from vpnd.daemon.operations import Operations
 from vpnd.gate import GateSettings
 from vpnd.ike.context import IkeSettings, Retransmission
@@ -146,7 +148,8 @@ class Daemon:
         self._manager = Manager(self._kernel, self._sockets, credentials, settings, gate, self._counters, host, tokens)
         self._demands = Demands(self._manager, SOCKET_MARK)
         self._interfaces = Interfaces()
-        self._operations = Operations(self._manager, self._demands, config, self._interfaces, [str(verdict) for verdict in verdicts])
+        self._mpls = Mpls(self._kernel.labels, _beside_the_socket(config, ".labels"))
+        self._operations = Operations(self._manager, self._demands, config, self._interfaces, [str(verdict) for verdict in verdicts], self._mpls)
         if source is not None:
             self._operations.reload_from(lambda: asyncio.to_thread(load, source.path), source.loaded)
         self._background = Background()
@@ -166,7 +169,10 @@ class Daemon:
         self._control.bind()  # first: a second daemon must not touch the kernel of the one that runs
         if self._config.kernel is KernelChoice.USERSPACE:
             Sysctls(_settings_file(self._config)).restore()  # an earlier run may have had the host's own kernel, and was killed
+        self._mpls.load(self._configuration.mpls)  # before the kernel is read: what is right in it stays
         await self._kernel.open()
+        if errors := without_labels(self._configuration, self._kernel.capabilities()):
+            raise StartError("; ".join(map(str, errors)))
         self._addresses_task = asyncio.create_task(self._follow_addresses(), name="addresses")
         await self._operations.load(self._configuration)
         await self._control.start()
@@ -306,8 +312,13 @@ class Daemon:
 
 
 def _settings_file(config: DaemonConfig) -> Path:
-    """Which kernel settings we changed; beside the control socket, so that daemons of several network namespaces keep apart."""
-    return config.control_socket.with_name(config.control_socket.name + ".settings")
+    """Which kernel settings we changed."""
+    return _beside_the_socket(config, ".settings")
+
+
+def _beside_the_socket(config: DaemonConfig, suffix: str) -> Path:
+    """A file of ours beside the control socket: so daemons of several network namespaces keep apart."""
+    return config.control_socket.with_name(config.control_socket.name + suffix)
 
 
 def _tokens(config: DaemonConfig) -> TokenMaker | None:

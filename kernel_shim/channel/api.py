@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from kernel_shim.model import (
     AcquireSequence,
@@ -19,6 +19,7 @@ from kernel_shim.model import (
     Spi,
     SpiRequest,
 )
+from kernel_shim.mpls.node import NodeEntry
 
 
 class ChannelClosed(ConnectionError):
@@ -77,3 +78,16 @@ class KernelChannel(Protocol):
     async def unbind(self, address: IPAddress) -> None: ...
 
     async def statistics(self) -> Mapping[str, int]: ...
+
+
+@runtime_checkable
+class LabelChannel(Protocol):
+    """The part of a channel whose kernel forwards labels (`Capabilities.labels`)."""
+
+    async def put_labels(self, entries: Sequence[NodeEntry]) -> None:
+        """Add or replace entries. What was put before an entry that is refused stands; putting it all again is harmless."""
+
+    async def delete_labels(self, entries: Sequence[NodeEntry]) -> None:
+        """Take entries away, by their keys; it is no error that one is gone."""
+
+    async def labels(self) -> Sequence[NodeEntry]: ...

@@ -12,6 +12,7 @@ USERSPACE: Final = Capabilities(
     algorithms=ALGORITHMS,
     encapsulation_preferred=True,
     tfc_padding=True,
+    labels=True,
     unresolved_modes=frozenset(Unresolved),
     binds_ike_sockets=True,
 )

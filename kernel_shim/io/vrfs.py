@@ -18,7 +18,7 @@ from kernel_shim.io.connected import HostAddress
 from kernel_shim.io.routes import HostRoutes
 from kernel_shim.io.tun import Tun
 from kernel_shim.model import IPNetwork, KernelError
-from kernel_shim.mpls.lfib import Key, ToPeer
+from kernel_shim.mpls.lfib import Key, ToInterface
 from kernel_shim.mpls.node import NodeEntry, Vrf, VrfRoute
 
 # The host never finds a packet too big for this interface: its errors know no VRF, and the data plane's go back by the interface.
@@ -40,7 +40,7 @@ class VrfDevices:
         self._devices = devices  # by the VRF's name
         self._opened, self._closed = opened, closed
         self._vrfs: dict[str, Vrf] = {}
-        self._through: dict[str, set[IPNetwork]] = {}  # prefixes of a VRF that lie behind peers
+        self._through: dict[str, set[IPNetwork]] = {}  # prefixes of a VRF that lie elsewhere
         self._local: dict[str, frozenset[tuple[str, IPNetwork]]] = {}
         self._addresses: tuple[HostAddress, ...] = ()
 
@@ -53,7 +53,7 @@ class VrfDevices:
             return self._put_vrf(entry, now)
         self._engine.put_label_entry(entry, now)
         if isinstance(entry, VrfRoute):
-            self._follow(entry.vrf, entry.prefix, through=any(isinstance(path.next_hop, ToPeer) for path in entry.paths))
+            self._follow(entry.vrf, entry.prefix, through=any(path.next_hop != ToInterface(entry.vrf) for path in entry.paths))
 
     def remove_label_entry(self, key: Key, now: float) -> None:
         self._engine.remove_label_entry(key, now)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final, Self
 
 CLASSES: Final = 8
@@ -25,6 +26,24 @@ class ClassMap:
     @classmethod
     def class_selectors(cls) -> Self:
         return cls(tuple(dscp >> 3 for dscp in range(CODE_POINTS)), tuple(tc << 3 for tc in range(CLASSES)))
+
+    def but(self, to_class: Mapping[int, int], to_dscp: Mapping[int, int]) -> Self:
+        """This one with other values at some places. Raises ValueError."""
+        return type(self)(
+            tuple(to_class.get(dscp, tc) for dscp, tc in enumerate(self._to_class)),
+            tuple(to_dscp.get(tc, dscp) for tc, dscp in enumerate(self._to_dscp)),
+        )
+
+    @property
+    def tables(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Traffic classes by DSCP, code points by traffic class."""
+        return self._to_class, self._to_dscp
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ClassMap) and self.tables == other.tables
+
+    def __hash__(self) -> int:
+        return hash(self.tables)
 
     def traffic_class(self, dscp: int) -> int:
         return self._to_class[dscp]

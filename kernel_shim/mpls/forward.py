@@ -76,7 +76,7 @@ def entropy_label(number: int) -> Label:
 class Forwarder:
     def __init__(self, lfib: Lfib, classes: ClassMap | None = None) -> None:
         self.lfib: Final = lfib
-        self.classes: Final = classes if classes is not None else ClassMap.class_selectors()
+        self.classes = classes if classes is not None else ClassMap.class_selectors()
 
     # 1. Departure
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from kernel_shim.model import IPAddress, IPNetwork
+from kernel_shim.mpls.diffserv import ClassMap
 from kernel_shim.mpls.encapsulation import Encapsulation
 from kernel_shim.mpls.forward import Forwarder
 from kernel_shim.mpls.labels import Label
@@ -83,7 +84,18 @@ class VrfRoute:
         return Key("route", (self.vrf, self.prefix))
 
 
-NodeEntry = Vrf | Tunnel | Peer | LabelBinding | VrfRoute
+@dataclass(frozen=True, slots=True)
+class Classes:
+    """How traffic classes and code points stand for each other, in all of the node."""
+
+    map: ClassMap
+
+    @property
+    def key(self) -> Key:
+        return Key("classes", ())
+
+
+NodeEntry = Vrf | Tunnel | Peer | LabelBinding | VrfRoute | Classes
 
 
 class LabelNode:
@@ -97,6 +109,7 @@ class LabelNode:
         self._tunnels: dict[str, Tunnel] = {}
         self._ends: dict[tuple[IPAddress, IPAddress], Tunnel] = {}
         self._udp_tunnels = 0
+        self._classes: Classes | None = None
 
     def put(self, entry: NodeEntry) -> None:
         """Add, or replace what has the same key. Raises ValueError, and nothing has changed then."""
@@ -108,6 +121,8 @@ class LabelNode:
             self.lfib.admit(entry)
         elif isinstance(entry, Tunnel):
             self._connect(entry)
+        elif isinstance(entry, Classes):
+            self._classify(entry)
         else:
             self._put_vrf(entry)
         self._changed(entry.key)
@@ -125,6 +140,9 @@ class LabelNode:
             removed = self.lfib.dismiss(str(name[0]))
         elif kind == "tunnel":
             removed = self._disconnect(str(name[0]))
+        elif kind == "classes":
+            removed = self._classes is not None
+            self._classify(None)
         else:
             removed = self._vrfs.pop(str(name[0]), None) is not None
         if removed:
@@ -132,6 +150,8 @@ class LabelNode:
         return removed
 
     def entries(self) -> Iterator[NodeEntry]:
+        if self._classes is not None:
+            yield self._classes
         yield from self._vrfs.values()
         yield from self._tunnels.values()
         yield from self.lfib.peers()
@@ -167,6 +187,11 @@ class LabelNode:
             if other.name != vrf.name and ((vrf.table and vrf.table == other.table) or set(vrf.members) & set(other.members)):
                 raise ValueError(f"VRF {vrf.name!r} shares its table or an interface with {other.name!r}")
         self._vrfs[vrf.name] = vrf
+
+    def _classify(self, classes: Classes | None) -> None:
+        self._classes = classes
+        self.forwarder.classes = classes.map if classes is not None else ClassMap.class_selectors()
+        self.lfib.generation += 1
 
     def _connect(self, tunnel: Tunnel) -> None:
         other = self._ends.get((tunnel.local, tunnel.remote))

@@ -6,10 +6,11 @@ from ipaddress import IPv4Network, IPv6Network
 from struct import Struct
 from typing import Final
 
+from kernel_shim.mpls.diffserv import CLASSES, CODE_POINTS, ClassMap
 from kernel_shim.mpls.encapsulation import Encapsulation
 from kernel_shim.mpls.labels import Label, LabelRange, LabelSet
 from kernel_shim.mpls.lfib import MAX_PATHS, NextHop, Nhlfe, Paths, Peer, ToInterface, ToPeer, ToStack, ToVrf, TtlModel
-from kernel_shim.mpls.node import LabelBinding, NodeEntry, Tunnel, Vrf, VrfRoute
+from kernel_shim.mpls.node import Classes, LabelBinding, NodeEntry, Tunnel, Vrf, VrfRoute
 from kernel_shim.pfkey.constants import MAX_LABEL_ENTRIES, MAX_LABEL_NAME, MAX_LABEL_RANGES, ExtensionType
 from kernel_shim.pfkey.messages import PfKeyError
 from kernel_shim.pfkey.private import LabelEntries
@@ -24,7 +25,9 @@ _RANGE: Final = Struct("=II")
 _PREFIX: Final = Struct("=BB")
 _PATH: Final = Struct("=BBBBB")
 
-_VRF, _TUNNEL_KIND, _PEER, _LABEL, _ROUTE = 1, 2, 3, 4, 5
+_CLASSES: Final = Struct(f"={CODE_POINTS + CLASSES}B")
+
+_VRF, _TUNNEL_KIND, _PEER, _LABEL, _ROUTE, _CLASS_MAP = 1, 2, 3, 4, 5, 6
 _HOPS: Final = (ToPeer, ToInterface, ToVrf, ToStack)
 _MODELS: Final = tuple(TtlModel)
 _ENCAPSULATIONS: Final = {int(it): it for it in Encapsulation}
@@ -83,6 +86,9 @@ def _read_entry(reader: Reader) -> NodeEntry:
         address = reader.address(reader.version(number))
         prefix = IPv4Network((int(address), length)) if number == 4 else IPv6Network((int(address), length))
         return VrfRoute(vrf, prefix, _read_paths(reader))
+    if kind == _CLASS_MAP:
+        values = reader.take(_CLASSES)
+        return Classes(ClassMap(values[:CODE_POINTS], values[CODE_POINTS:]))
     raise ValueError(f"entry of kind {kind}")
 
 
@@ -115,6 +121,10 @@ def _write_entry(writer: Writer, entry: NodeEntry) -> None:
         _write_name(writer, entry.space)
         writer.put(_WORD, entry.label)
         _write_paths(writer, entry.paths)
+    elif isinstance(entry, Classes):
+        to_class, to_dscp = entry.map.tables
+        writer.put(_OCTET, _CLASS_MAP)
+        writer.put(_CLASSES, *to_class, *to_dscp)
     else:
         writer.put(_OCTET, _ROUTE)
         _write_name(writer, entry.vrf)

@@ -64,7 +64,7 @@ _ENCRYPTIONS: Final = {int(encryption): encryption for encryption in EncryptionI
 _INTEGRITIES: Final = {int(integrity): integrity for integrity in IntegrityId}
 _UNRESOLVED: Final = {Unresolved.QUEUE: 1, Unresolved.EAGAIN: 2, Unresolved.BLOCK: 3, Unresolved.DROP: 4}
 _UNRESOLVED_OF: Final = {number: mode for mode, number in _UNRESOLVED.items()}
-_ENCAPSULATION, _ESN, _PORT_RANGES, _ADDRESS_RANGES, _SA_SELECTORS, _ACQUIRE_FLOW, _BINDS, _PREFERS_UDP, _TFC = (1 << bit for bit in range(9))
+_ENCAPSULATION, _ESN, _PORT_RANGES, _ADDRESS_RANGES, _SA_SELECTORS, _ACQUIRE_FLOW, _BINDS, _PREFERS_UDP, _TFC, _LABELS = (1 << bit for bit in range(10))
 _SA_ESN, _SA_NO_DSCP_OUT, _SA_DSCP_IN, _SA_NO_ECN, _SA_NO_DF = (1 << bit for bit in range(5))
 _NO_ADDRESS: Final[Mapping[int, IPAddress]] = {4: IPv4Address(0), 6: IPv6Address(0)}
 _TWO_SHORTS: Final = Struct("=HH")
@@ -103,6 +103,7 @@ def read_capabilities(reader: Reader, _kind: ExtensionType) -> CapabilitiesExten
             encapsulation_required=bool(flags & _ENCAPSULATION),
             encapsulation_preferred=bool(flags & _PREFERS_UDP),
             tfc_padding=bool(flags & _TFC),
+            labels=bool(flags & _LABELS),
             esn=bool(flags & _ESN),
             maximum_replay_window=window,
             port_ranges=bool(flags & _PORT_RANGES),
@@ -121,6 +122,7 @@ def write_capabilities(writer: Writer, extension: CapabilitiesExtension) -> None
         it.encapsulation_required * _ENCAPSULATION
         | it.encapsulation_preferred * _PREFERS_UDP
         | it.tfc_padding * _TFC
+        | it.labels * _LABELS
         | it.esn * _ESN
         | it.port_ranges * _PORT_RANGES
         | it.address_ranges * _ADDRESS_RANGES

@@ -26,10 +26,20 @@ def beyond(configuration: Configuration, capabilities: Capabilities, tree: Secti
     """One complaint for each thing that the kernel cannot do; `tree` is where places are looked up."""
     root = tree or Section()
     return [
-        ConfigError(f"the kernel '{capabilities.name}' {what}", path=path, position=_position(root, path))
-        for connection in configuration.connections.values()
-        for path, what in _connection(connection, f"connections.{connection.name}", capabilities)
+        *without_labels(configuration, capabilities, root),
+        *(
+            ConfigError(f"the kernel '{capabilities.name}' {what}", path=path, position=_position(root, path))
+            for connection in configuration.connections.values()
+            for path, what in _connection(connection, f"connections.{connection.name}", capabilities)
+        ),
     ]
+
+
+def without_labels(configuration: Configuration, capabilities: Capabilities, tree: Section | None = None) -> Sequence[ConfigError]:
+    """A complaint when labels are configured and the kernel forwards none."""
+    if not configuration.mpls or capabilities.labels:
+        return []
+    return [ConfigError(f"the kernel '{capabilities.name}' forwards no labels", path="mpls", position=_position(tree or Section(), "mpls"))]
 
 
 def _connection(connection: ConnectionConfig, path: str, capabilities: Capabilities) -> Iterator[tuple[str, str]]:
@@ -40,13 +50,16 @@ def _connection(connection: ConnectionConfig, path: str, capabilities: Capabilit
 
 
 def refused(configuration: Configuration, capabilities: Capabilities, tree: Section) -> Sequence[ConfigError]:
-    """One complaint for each thing without which a daemon on that kernel does not load a child."""
+    """One complaint for each thing without which a daemon on that kernel does not load a child, or the labels."""
     return [
-        ConfigError(f"the kernel '{capabilities.name}' {what}", path=path, position=_position(tree, path))
-        for connection in configuration.connections.values()
-        for child in connection.children.values()
-        for option, what in impossible(child, capabilities)
-        for path in (f"connections.{connection.name}.children.{child.name}.{option}",)
+        *without_labels(configuration, capabilities, tree),
+        *(
+            ConfigError(f"the kernel '{capabilities.name}' {what}", path=path, position=_position(tree, path))
+            for connection in configuration.connections.values()
+            for child in connection.children.values()
+            for option, what in impossible(child, capabilities)
+            for path in (f"connections.{connection.name}.children.{child.name}.{option}",)
+        ),
     ]
 
 

@@ -109,7 +109,7 @@ def _child(reader: Reader, name: str, if_ids: tuple[int, int]) -> ChildConfig:
         set_mark_out=reader.convert("set_mark_out", NO_MARK, mark),
         if_id_in=reader.convert("if_id_in", if_ids[0], if_id),
         if_id_out=reader.convert("if_id_out", if_ids[1], if_id),
-        xfrm_interface=reader.convert("xfrm_interface", "", _interface),
+        xfrm_interface=reader.convert("xfrm_interface", "", interface_name),
         xfrm_routes=reader.boolean("xfrm_routes", True),
         unresolved=reader.choice("unresolved", Unresolved.QUEUE, _UNRESOLVED),
     )
@@ -153,7 +153,7 @@ def _action(text: str, actions: Mapping[str, StartAction]) -> StartAction:
     return wanted
 
 
-def _interface(text: str) -> str:
+def interface_name(text: str) -> str:
     """What the kernel takes as the name of a link (net/core/dev.c, dev_valid_name)."""
     if not text.isascii() or not text.isprintable() or not 0 < len(text) <= MAX_INTERFACE_NAME or text in (".", "..") or set(text) & set("/: %"):
         raise ValueError(f"'{shown(text)}' is not the name of an interface: 1 to {MAX_INTERFACE_NAME} letters without blank, '/', ':' and '%'")

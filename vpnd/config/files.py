@@ -40,7 +40,7 @@ _CERTIFICATE_DIRECTORIES: Final = {"x509": "NONE", "x509ca": "CA"}  # directory:
 _DIRECTORIES_TO_COME: Final = ("x509ocsp", "x509aa", "x509ac", "x509crl", "pubkey", "pkcs12")
 _SHARED: Final = ("ike", "ppk")
 _KEY_DIRECTORIES: Final = {"private": "any", "rsa": "rsa", "ecdsa": "ecdsa", "pkcs8": "any"}  # directory: type
-_SECTIONS: Final = ("connections", "secrets", "pools", "authorities", "vpnd")
+_SECTIONS: Final = ("connections", "secrets", "pools", "authorities", "mpls", "vpnd")
 
 
 @dataclass(slots=True)
@@ -52,6 +52,7 @@ class Messages:
     keys: list[tuple[Path, Section]] = field(default_factory=list)
     certificates: list[tuple[Path, Section]] = field(default_factory=list)
     daemon: Section = field(default_factory=Section)
+    mpls: Section = field(default_factory=Section)
     warnings: list[str] = field(default_factory=list)
 
 
@@ -77,6 +78,7 @@ def messages_of(parsed: Parsed, directory: Path, errors: list[ConfigError]) -> M
         else:
             errors.append(ConfigError(f"unknown {what} '{shown(name)}'{hint}", path=shown(name), position=node.key_position))
     messages.daemon = root.section("vpnd") or Section()
+    messages.mpls = root.section("mpls") or Section()
     passphrases = _secrets(root.section("secrets") or Section(), messages, errors)
     _certificates(directory, messages, errors)
     _keys(directory, passphrases, messages, errors)

@@ -10,6 +10,7 @@ from vpnd.config.errors import ConfigError, ConfigErrors
 from vpnd.config.files import messages_of
 from vpnd.config.grammar import Parsed, parse_file, parse_text
 from vpnd.config.model import Configuration, ConnectionConfig, LoadedConfiguration, PrivateKeySource, SharedSecret
+from vpnd.config.mpls import validate_mpls
 from vpnd.config.tree import Section
 from vpnd.config.validate import validate_connection
 
@@ -58,6 +59,7 @@ def _load(parsed: Parsed, directory: Path) -> LoadedConfiguration:
         except ConfigErrors as invalid:
             errors += _in_file(path, invalid)
     shared = _shared(messages.shared, errors)
+    mpls = validate_mpls(messages.mpls, errors)
     # As strongSwan: what a connection names is known to the whole daemon.
     for connection in connections.values():
         for each in (*connection.local, *connection.remote):
@@ -65,7 +67,7 @@ def _load(parsed: Parsed, directory: Path) -> LoadedConfiguration:
             authorities |= dict.fromkeys(each.cacerts)
     if errors:
         raise ConfigErrors(sorted(errors, key=lambda error: (error.position is None, error.position or ())))
-    configuration = Configuration(connections, shared, tuple(keys), tuple(certificates), tuple(authorities))
+    configuration = Configuration(connections, shared, tuple(keys), tuple(certificates), tuple(authorities), mpls)
     return LoadedConfiguration(daemon, configuration, tuple(messages.warnings), parsed.root)
 
 

@@ -15,6 +15,7 @@ from vpnd.config.tree import Section
 from vpnd.ike.gateway_id import GatewayId
 from vpnd.ike.identity import Identity
 from vpnd.ike.proposal import Proposal
+from vpnd.mpls.model import MplsConfig
 
 
 class StartAction(Flag):
@@ -185,6 +186,7 @@ class Configuration:
     private_keys: tuple[PrivateKeySource, ...] = ()
     certificates: tuple[bytes, ...] = ()  # DER, end entity
     authorities: tuple[bytes, ...] = ()  # DER, trusted CAs
+    mpls: MplsConfig = field(default_factory=MplsConfig)
 
 
 class KernelChoice(Enum):

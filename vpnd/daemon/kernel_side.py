@@ -1,6 +1,7 @@
 """The daemon's side of its kernel: it attaches, reads the kernel's tables and has the difference from what should be in them repaired.
 
-Policies and SAs are level, not edge. Which policies should stand `policy_synchroniser` knows and carries over, which SAs `installed_sas`.
+Policies, SAs and labels are level, not edge. Which policies should stand `policy_synchroniser` knows and carries over, which SAs `installed_sas`,
+which VRFs, labels and routes `label_synchroniser`.
 Every `AUDIT_INTERVAL`, and after an overrun, the kernel's tables are held against both: missing policies are put back, those that nobody
 wants and SAs that nobody owns go, SAs that vanished are told to their owners, events that were lost are told after all (`lost_events`).
 After the kernel side was restarted the policies come back as they should be; SAs do not, for their sequence numbers are
@@ -18,7 +19,7 @@ from typing import Final
 
 import structlog
 
-from kernel_shim.channel.api import ChannelClosed, KernelChannel
+from kernel_shim.channel.api import ChannelClosed, KernelChannel, LabelChannel
 from kernel_shim.model import (
     Capabilities,
     Direction,
@@ -36,6 +37,7 @@ from kernel_shim.model import (
 from vpnd.daemon.audit import Strangers
 from vpnd.daemon.background import Background
 from vpnd.daemon.installed_sas import InstalledSas
+from vpnd.daemon.label_synchroniser import LabelSynchroniser
 from vpnd.daemon.lost_events import LostEvents
 from vpnd.daemon.orphans import Orphans
 from vpnd.daemon.policy_synchroniser import PolicySynchroniser
@@ -66,6 +68,7 @@ class KernelSide:
         self._capabilities: Capabilities | None = None
         self._policies = PolicySynchroniser(counters)
         self._sas = InstalledSas(lambda: self.channel, counters)
+        self.labels: Final = LabelSynchroniser(counters)
         self._orphans = Orphans()
         self._strangers: Final = Strangers(STRANGER_GRACE)
         self._lost_events = LostEvents()
@@ -98,6 +101,7 @@ class KernelSide:
                 await asyncio.gather(task, return_exceptions=True)
         self._resynchronisation.stop()
         self._sas.stop()
+        await self.labels.stop()
         await self._policies.stop()
         channel, self._channel = self._channel, None
         if channel is None:
@@ -106,6 +110,7 @@ class KernelSide:
             try:
                 await channel.flush_policies()
                 await channel.flush_sas()
+                await self.labels.remove_all()
             except (KernelError, TimeoutError, ChannelClosed) as error:
                 log.warning("kernel not emptied at shutdown", error=str(error))
         await channel.close()
@@ -136,12 +141,15 @@ class KernelSide:
         self._attaching = True
         try:
             await self._examine(channel, attached=True)
+            if channel.capabilities().labels and isinstance(channel, LabelChannel):
+                await self.labels.attach(channel)
             if channel is not self._channel:
                 raise ChannelClosed("the kernel side went away")
         except BaseException:
             if channel is self._channel:
                 self._channel = None
                 self._policies.detach()
+                self.labels.detach()
             await channel.close()
             raise
         finally:
@@ -157,6 +165,7 @@ class KernelSide:
         self._counters.add("kernel_disconnects")
         self._channel = None
         self._policies.detach()
+        self.labels.detach()
         if not self._attaching:  # else who attaches hears of it
             self._reconnect_task = asyncio.create_task(self._reconnect(), name="kernel-reconnect")
 
@@ -205,6 +214,8 @@ class KernelSide:
                 await self._remove_strangers(actual, known)
             self._tell_lost_events(statuses, standing.values())
             await self._policies.settled()
+            if not attached:
+                await self.labels.examine()
             if vanished:
                 self._counters.add("kernel_sas_lost", len(vanished))
                 self.lost(vanished)

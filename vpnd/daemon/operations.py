@@ -18,6 +18,7 @@ from vpnd.daemon.inactivity import Inactivity
 from vpnd.daemon.interfaces import Interfaces
 from vpnd.daemon.loading import Loading
 from vpnd.daemon.manager import Manager
+from vpnd.daemon.mpls import Mpls
 from vpnd.daemon.reauthentication import Reauthentications
 from vpnd.daemon.reload import Reloading
 from vpnd.daemon.status import list_sas
@@ -41,9 +42,11 @@ class Operations:
         settings: DaemonConfig | None = None,
         interfaces: Interfaces | None = None,
         kernel_reasons: Sequence[str] = (),
+        mpls: Mpls | None = None,
     ) -> None:
         settings = settings or DaemonConfig()
         self._kernel_reasons = kernel_reasons
+        self._mpls = mpls or Mpls(manager.kernel.labels)
         self._manager = manager
         self._demands = demands
         self._started = time.time()
@@ -106,7 +109,7 @@ class Operations:
 
     def reload_from(self, read: Callable[[], Awaitable[LoadedConfiguration]], loaded: LoadedConfiguration) -> None:
         """`read` reads the file anew that `loaded` came from."""
-        self._reloading = Reloading(self._manager, self._loading, read, loaded)
+        self._reloading = Reloading(self._manager, self._loading, self._mpls, read, loaded)
 
     async def reload(self) -> Sequence[str]:
         if self._reloading is None:

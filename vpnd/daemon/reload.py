@@ -15,17 +15,19 @@ from vpnd.config.model import ConnectionConfig, DaemonConfig, LoadedConfiguratio
 from vpnd.control.backend import ControlError
 from vpnd.daemon.loading import Loading, clashing_reqids
 from vpnd.daemon.manager import Manager
+from vpnd.daemon.mpls import Mpls
 
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """Names of connections, how many credentials came or went, and daemon options that count only after a restart."""
+    """Names of connections, how many credentials and entries of the label node came, went or changed, and daemon options that count only after a restart."""
 
     added: tuple[str, ...] = ()
     changed: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
     unchanged: tuple[str, ...] = ()
     credentials: int = 0
+    label_entries: int = 0
     restart: tuple[str, ...] = ()
     failed: tuple[str, ...] = ()
 
@@ -36,6 +38,7 @@ class Changes:
             if names
         ]
         said += [f"{self.credentials} credentials changed"] if self.credentials else []
+        said += [f"{self.label_entries} entries of the label node changed"] if self.label_entries else []
         said += [f"after a restart: {', '.join(f'vpnd.{name}' for name in self.restart)}"] if self.restart else []
         return [*said, f"{len(self.unchanged)} connections unchanged"]
 
@@ -43,9 +46,10 @@ class Changes:
 class Reloading:
     """`read` reads the file; ConfigErrors from it change nothing."""
 
-    def __init__(self, manager: Manager, loading: Loading, read: Callable[[], Awaitable[LoadedConfiguration]], loaded: LoadedConfiguration) -> None:
+    def __init__(self, manager: Manager, loading: Loading, mpls: Mpls, read: Callable[[], Awaitable[LoadedConfiguration]], loaded: LoadedConfiguration) -> None:
         self._manager = manager
         self._loading = loading
+        self._mpls = mpls
         self._read = read
         self._loaded = loaded
         self._credentials = CredentialStore.of(loaded.configuration)
@@ -63,15 +67,18 @@ class Reloading:
             credentials = CredentialStore.of(loaded.configuration)
         except CredentialError as error:
             raise ControlError(str(error)) from error
+        self._mpls.plan(loaded.configuration.mpls)
         # from here on everything is carried out
         exchanged = self._manager.credentials.exchange(self._credentials, credentials)
         failed = [*await self._remove(old, new), *await self._load(new)]
+        label_entries = self._mpls.load(loaded.configuration.mpls)
         changes = Changes(
             added=tuple(name for name in new if name not in old),
             changed=tuple(name for name in new if name in old and new[name] != old[name]),
             removed=tuple(name for name in old if name not in new),
             unchanged=tuple(name for name in new if old.get(name) == new[name]),
             credentials=exchanged,
+            label_entries=label_entries,
             restart=_options_that_differ(self._loaded.daemon, loaded.daemon),
             failed=tuple(failed),
         )

@@ -1,0 +1,237 @@
+"""The label node as it should be, and its being carried over to the kernel.
+
+Each entry has an owner: the configuration is one, a routing protocol's feed another. Where two owners name the same key the one
+named first in `OWNERS` counts, so what an operator wrote is never overruled. What stands already is not touched.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import Final
+
+import structlog
+
+from kernel_shim.channel.api import ChannelClosed, LabelChannel
+from kernel_shim.model import KernelError
+from kernel_shim.mpls.lfib import Key
+from kernel_shim.mpls.node import NodeEntry
+from vpnd.daemon.repair import Repair
+from vpnd.telemetry.counters import Counters
+
+STATIC: Final = "static"
+FPM: Final = "fpm"
+OWNERS: Final = (STATIC, FPM)  # the earlier one counts
+
+_ORDER: Final = {kind: at for at, kind in enumerate(("classes", "vrf", "tunnel", "peer", "label", "route"))}
+"""An entry goes in after those that it rests upon, and away before them."""
+
+log = structlog.get_logger("mpls")
+
+
+class DesiredLabels:
+    """Pure: who wants which entry."""
+
+    def __init__(self) -> None:
+        self._by_owner: Final[Mapping[str, dict[Key, NodeEntry]]] = {owner: {} for owner in OWNERS}
+
+    def __getitem__(self, key: Key) -> NodeEntry | None:
+        return next((entries[key] for entries in self._by_owner.values() if key in entries), None)
+
+    def __bool__(self) -> bool:
+        return any(self._by_owner.values())
+
+    def keys(self) -> set[Key]:
+        return {key for entries in self._by_owner.values() for key in entries}
+
+    def owner(self, key: Key) -> str:
+        return next((owner for owner, entries in self._by_owner.items() if key in entries), "")
+
+    def put(self, owner: str, entries: Iterable[NodeEntry]) -> list[Key]:
+        """The keys that changed."""
+        mine, changed = self._by_owner[owner], []
+        for entry in entries:
+            if mine.get(entry.key) != entry:
+                mine[entry.key] = entry
+                changed.append(entry.key)
+        return changed
+
+    def withdraw(self, owner: str, keys: Iterable[Key]) -> list[Key]:
+        mine = self._by_owner[owner]
+        return [key for key in keys if mine.pop(key, None) is not None]
+
+    def replace(self, owner: str, entries: Sequence[NodeEntry]) -> list[Key]:
+        """All that `owner` wants from now on; the keys that changed."""
+        wanted = {entry.key for entry in entries}
+        gone = self.withdraw(owner, [key for key in self._by_owner[owner] if key not in wanted])
+        return [*gone, *self.put(owner, entries)]
+
+
+class LabelSynchroniser:
+    """Keeps one kernel's label node as `desired` says. Changes that are known at once go over at once, in one turn."""
+
+    def __init__(self, counters: Counters) -> None:
+        self._counters = counters
+        self.desired: Final = DesiredLabels()
+        self._standing: dict[Key, NodeEntry] = {}  # as far as it is known
+        self._channel: LabelChannel | None = None
+        self._changed: set[Key] = set()
+        self._turn = asyncio.Lock()
+        self._task: asyncio.Task[None] | None = None
+        self._repair: Repair[Key] = Repair(self._again)
+        self._refused: dict[Key, str] = {}
+
+    @property
+    def standing(self) -> Mapping[Key, NodeEntry]:
+        return self._standing
+
+    @property
+    def refused(self) -> Mapping[Key, str]:
+        """What the kernel does not take, and why."""
+        return self._refused
+
+    # What should stand
+
+    def put(self, owner: str, entries: Iterable[NodeEntry]) -> None:
+        self._touch(self.desired.put(owner, entries))
+
+    def withdraw(self, owner: str, keys: Iterable[Key]) -> None:
+        self._touch(self.desired.withdraw(owner, keys))
+
+    def replace(self, owner: str, entries: Sequence[NodeEntry]) -> int:
+        """All that `owner` wants from now on; how many entries differ from before."""
+        changed = self.desired.replace(owner, entries)
+        self._touch(changed)
+        return len(changed)
+
+    async def settled(self) -> None:
+        """Until what is known to differ was tried."""
+        while self._task is not None and not self._task.done():
+            await asyncio.wait({self._task})
+
+    # The kernel
+
+    async def attach(self, channel: LabelChannel) -> None:
+        """A kernel came: what is right in it stays as it is, the rest is repaired. Raises what the channel raises."""
+        self._channel = channel
+        await self.examine()
+        self._repair.at_once()
+
+    def detach(self) -> None:
+        self._channel = None
+
+    async def remove_all(self) -> None:
+        """The orderly end: nothing is left in the kernel. Raises what the channel raises."""
+        if self._channel is not None and self._standing:
+            await self._channel.delete_labels(sorted(self._standing.values(), key=lambda entry: _order(entry.key), reverse=True))
+            self._standing.clear()
+
+    async def stop(self) -> None:
+        self._repair.stop()
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def examine(self) -> None:
+        """Hold the kernel's entries against those that should be there, and repair the difference."""
+        channel = self._channel
+        if channel is None:
+            return
+        async with self._turn:
+            standing = {entry.key: entry for entry in await channel.labels()}
+            drifted = {key for key in standing.keys() | self._standing.keys() if standing.get(key) != self._standing.get(key)}
+            if self._standing and drifted:
+                self._counters.add("kernel_labels_drifted", len(drifted))
+            self._standing = standing
+            wrong = {key for key in self.desired.keys() | standing.keys() if standing.get(key) != self.desired[key]}
+            self._changed -= wrong
+            if wrong:
+                await self._carry(channel, wrong)
+
+    # Inside
+
+    def _touch(self, keys: Iterable[Key]) -> None:
+        self._changed.update(keys)
+        if self._changed and self._channel is not None and (self._task is None or self._task.done()):
+            self._task = asyncio.get_running_loop().create_task(self._carry_changes(), name="labels")
+
+    def _again(self, keys: Sequence[Key]) -> None:
+        self._touch(keys)
+
+    async def _carry_changes(self) -> None:
+        while self._changed:
+            async with self._turn:
+                channel, changed = self._channel, self._changed
+                if channel is None:
+                    return  # the next attachment examines everything
+                self._changed = set()
+                try:
+                    await self._carry(channel, {key for key in changed if self._standing.get(key) != self.desired[key]})
+                except ChannelClosed:
+                    self._changed |= changed
+                    return
+                for key in changed:
+                    if key not in self._refused:
+                        self._repair.done(key)
+
+    async def _carry(self, channel: LabelChannel, keys: set[Key]) -> None:
+        """ChannelClosed when the kernel goes away; what it refuses is tried again later."""
+        standing, desired = self._standing, self.desired
+        gone = [standing[key] for key in sorted(keys, key=_order, reverse=True) if key in standing and desired[key] is None]
+        wanted = [entry for key in sorted(keys, key=_order) if (entry := desired[key]) is not None]
+        for entry in gone:
+            self._refused.pop(entry.key, None)
+        if gone and not await self._try(channel.delete_labels, gone):
+            for entry in gone:
+                self._repair.failed(entry.key)
+        else:
+            for entry in gone:
+                del standing[entry.key]
+            self._counters.add("kernel_labels_removed", len(gone))
+        if not wanted or await self._put(channel, wanted):
+            return
+        # One of them stands in the way of another, or means nothing: one by one, what changed its place last.
+        failed = [entry for entry in wanted if not await self._put(channel, [entry])]
+        moved = [standing[entry.key] for entry in failed if entry.key in standing]
+        if moved and await self._try(channel.delete_labels, moved):
+            for entry in moved:
+                del standing[entry.key]
+        for entry in failed:
+            if not await self._put(channel, [entry], last=True):
+                self._repair.failed(entry.key)
+
+    async def _put(self, channel: LabelChannel, entries: Sequence[NodeEntry], *, last: bool = False) -> bool:
+        try:
+            await channel.put_labels(entries)
+        except (KernelError, TimeoutError) as error:
+            if last:
+                reason = error.detail if isinstance(error, KernelError) else "no answer"
+                for entry in entries:
+                    if self._refused.get(entry.key) != reason:
+                        log.warning("not taken by the kernel", entry=describe(entry.key), reason=reason)
+                    self._refused[entry.key] = reason
+                self._counters.add("kernel_labels_refused", len(entries))
+            return False
+        for entry in entries:
+            self._standing[entry.key] = entry
+            self._refused.pop(entry.key, None)
+        self._counters.add("kernel_labels_put", len(entries))
+        return True
+
+    @staticmethod
+    async def _try(request: Callable[[Sequence[NodeEntry]], Awaitable[None]], entries: Sequence[NodeEntry]) -> bool:
+        try:
+            await request(entries)
+        except (KernelError, TimeoutError) as error:
+            log.warning("entries of the label node not removed", entries=len(entries), error=str(error))
+            return False
+        return True
+
+
+def _order(key: Key) -> int:
+    return _ORDER[key.kind]
+
+
+def describe(key: Key) -> str:
+    """For a person: `route red 10.0.0.0/25`."""
+    return " ".join((key.kind, *(str(part) for part in key.name if part != "")))
