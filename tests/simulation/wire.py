@@ -1,0 +1,61 @@
+"""The network between simulated gateways: delay, loss, reordering and doubling, from a seed."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from kernel_shim.model import PORT_NAT_T, Endpoint, IPAddress
+
+
+class Station(Protocol):
+    def ike(self, local: Endpoint, remote: Endpoint, data: bytes) -> None: ...
+    def esp(self, local: Endpoint, remote: Endpoint, data: bytes) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Weather:
+    """`delay` in seconds, one way, at least and at most: the difference reorders. The rest are shares of datagrams."""
+
+    delay: tuple[float, float] = (0.005, 0.015)
+    loss: float = 0.0
+    doubled: float = 0.0
+
+
+CLEAR: Final = Weather()
+
+
+class Wire:
+    """Every address belongs to one station. `counts` has what was sent, lost and doubled, of `ike` and `esp`."""
+
+    def __init__(self, seed: int, weather: Weather = CLEAR) -> None:
+        self._dice: Final = random.Random(seed)
+        self.weather = weather
+        self.stations: Final[dict[IPAddress, Station]] = {}
+        self.counts: Final[Counter[str]] = Counter()
+
+    def carry_ike(self, local: Endpoint, remote: Endpoint, data: bytes) -> None:
+        station = self.stations.get(remote.address)
+        if station is not None:
+            self._carry("ike", lambda: station.ike(remote, local, data))
+
+    def carry_esp(self, local: Endpoint, remote: Endpoint, data: bytes) -> None:
+        station = self.stations.get(remote.address)
+        if station is not None and remote.port == PORT_NAT_T:
+            self._carry("esp", lambda: station.esp(remote, local, data))
+
+    def _carry(self, kind: str, arrive: Callable[[], None]) -> None:
+        counts, weather, dice = self.counts, self.weather, self._dice
+        counts[f"{kind}.sent"] += 1
+        if weather.loss and dice.random() < weather.loss:
+            counts[f"{kind}.lost"] += 1
+            return
+        loop = asyncio.get_running_loop()
+        loop.call_later(dice.uniform(*weather.delay), arrive)
+        if weather.doubled and dice.random() < weather.doubled:
+            counts[f"{kind}.doubled"] += 1
+            loop.call_later(dice.uniform(*weather.delay), arrive)
