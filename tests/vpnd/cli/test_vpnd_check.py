@@ -33,10 +33,10 @@ def test_complaints_come_with_their_place(tmp_path: Path, capsys: pytest.Capture
 
 def test_what_the_kernel_cannot_do_is_a_complaint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "vpnd.conf"
-    file.write_text("connections { gw { children { net {\n esp_proposals = aes128ccm16 } } } }\n")
+    file.write_text("vpnd {\n kernel = pfkey\n}\nconnections { gw { children { net {\n esp_proposals = aes128gcm16 } } } }\n")
     assert main(["check", str(file)]) == 1
     error = capsys.readouterr().err
-    assert error.startswith(f"{file}:2:18: connections.gw.children.net.esp_proposals: the kernel 'userspace' can do nothing of the proposal")
+    assert error.startswith(f"{file}:5:18: connections.gw.children.net.esp_proposals: the kernel 'pfkey' can do nothing of the proposal")
 
 
 def test_warnings_are_no_complaints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ from ipaddress import ip_address
 import pytest
 from lab.namespaces import Lab, Namespace
 
+from kernel_shim.channel.xfrm import bypass_policies
 from kernel_shim.model import PORT_IKE, PORT_NAT_T, IPAddress, KernelError
 from vpnd.io.ike_sockets import open_ike_sockets
 
@@ -49,7 +50,7 @@ def closed() -> Iterator[Closed]:
 
 
 def opened(namespace: Namespace, address: IPAddress) -> tuple[socket.socket, socket.socket]:
-    plain, natt = (socket.socket(fileno=descriptor) for descriptor in namespace.call(lambda: open_ike_sockets(address)))
+    plain, natt = (socket.socket(fileno=descriptor) for descriptor in namespace.call(lambda: open_ike_sockets(address, bypass_policies)))
     for each in (plain, natt):
         each.settimeout(5.0)
     return plain, natt
