@@ -74,7 +74,7 @@ class IkeSa(Transport):
         def make(connection: ConnectionConfig) -> IkeSa:
             return cls(context, connection, local, remote, initiator=False, now=now)
 
-        resumes = datagram[18] == Exchange.IKE_SESSION_RESUME
+        resumes = datagram[18:19] == bytes((Exchange.IKE_SESSION_RESUME,))
         sa, effects = (ike_session_resume if resumes else ike_sa_init).respond(make, context, datagram, local, remote, now)
         if sa is not None:
             sa._inbox.answered(datagram, Outgoing((sa.init_response,)))

@@ -333,8 +333,7 @@ class Session:
         """An IKE SA that ended on purpose, or with a refusal, is not resumed."""
         if reason in RESUMABLE:
             return
-        if self.initiator:
-            self.context.resumption.wallet.drop(self.connection.name)
+        self.context.resumption.wallet.drop(self.connection.name)
         if self.ticket_id:
             self.context.resumption.office.spend(self.ticket_id, self.now)
 

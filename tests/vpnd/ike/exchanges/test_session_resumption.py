@@ -98,9 +98,13 @@ def test_a_cookie_is_returned_first() -> None:
     agree(pair, 1)
 
 
+@pytest.mark.parametrize("rekeyed", [False, True])
 @pytest.mark.parametrize("by", ["a", "b"])
-def test_an_end_on_purpose_voids_the_ticket(by: str) -> None:
+def test_an_end_on_purpose_voids_the_ticket(by: str, rekeyed: bool) -> None:
     pair = standing()
+    if rekeyed:
+        pair.b.run(pair.b.sa, pair.b.sa.rekey(pair.now), pair.now)
+        pair.settle()
     ticket = pair.a.resumption.wallet.take("to-b", pair.now)
     assert ticket is not None
     pair.a.resumption.wallet.keep(ticket)
