@@ -156,7 +156,10 @@ class NetlinkSocket:
         try:
             self._socket.send(data)
         except OSError as error:
-            # The kernel works a request off within the call, and refuses the call itself only for want of memory.
+            # The kernel works a request off within the call, and refuses the call itself only for want of memory, or to tell of an overrun.
+            if error.errno == errno.ENOBUFS:
+                self._overrun()
+                raise TimeoutError("an overrun") from error
             number = error.errno or errno.EIO
             raise KernelError(number, f"netlink: {os.strerror(number)}") from error
 

@@ -14,7 +14,7 @@ from kernel_shim.channel.netlink import NetlinkSocket
 from kernel_shim.channel.standing import StandingPolicies
 from kernel_shim.model import NO_MARK, Acquire, AcquireSequence, Flow, KernelError, PolicyIndex, SaId, Spi
 from kernel_shim.xfrm.constants import MessageType
-from kernel_shim.xfrm.sa_replies import KernelSa
+from kernel_shim.xfrm.sa_replies import KernelSa, sa_from
 from kernel_shim.xfrm.sas import Larval, claim_message, sa_id_message
 
 
@@ -53,13 +53,18 @@ class XfrmAcquires:
         event = self._known.pop(sequence, None)
         if event is not None and event.source is not None and event.destination is not None:
             mark, if_id = (event.selector.mark, event.selector.if_id) if event.selector is not None else (NO_MARK, 0)
-            await self.drop(Larval(sequence, event.source, event.destination, event.mode, event.reqid, mark, if_id))
+            try:
+                await self.drop(Larval(sequence, event.source, event.destination, event.mode, event.reqid, mark, if_id))
+            except TimeoutError:
+                self._known[sequence] = event  # to be asked again
+                raise
 
     async def drop(self, larval: Larval) -> None:
-        """A larval SA can only be deleted by an SPI, so it is given one first."""
+        """A larval SA can only be deleted by an SPI, so it is given one first; it has one if an earlier try got so far, and the reply tells it."""
         spi = Spi(secrets.randbelow(0xFFFFFF00) + 0x100)
         with suppress(KernelError):  # it is gone, or an SA took its place
-            await self._requests.request(claim_message(larval, spi))
+            replies = await self._requests.request(claim_message(larval, spi))
+            spi = next((sa_from(it.body, it.attributes).id.spi for it in replies if it.type == MessageType.NEWSA), spi)
             await self._requests.request(sa_id_message(MessageType.DELSA, SaId(larval.destination, spi), larval.mark))
 
     # Looking

@@ -1,7 +1,7 @@
 """Rows `channel-drift`: many tunnels over channels that lose a tenth of every message class and are overrun again and again (`lab.drift`).
 
-Three kernels: our shim behind a proxy, the policies of this machine's own kernel, and a Debian kernel under emulation with SAs and policies, over
-NETLINK_XFRM and over AF_KEY. The emulation is slow: fewer tunnels, and its seconds mean nothing.
+Three kernels: our shim behind a proxy, the policies of this machine's own kernel, and a Debian kernel under emulation with SAs and policies
+over NETLINK_XFRM. The emulation is slow: fewer tunnels, and its seconds mean nothing.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def over_linux(kind: str, *, tunnels: int, disturbances: int, esp: bool, seed: i
     """In a namespace of its own; `kind` is `xfrm` or `pfkey`."""
 
     async def run() -> Outcome:
-        bed = LinuxBed(kind, loss=LOSS, seed=seed, esp=esp, asking=max(1, tunnels // disturbances))
+        bed = LinuxBed(kind, loss=LOSS, seed=seed, esp=esp)
         try:
             return await scenario(bed, tunnels=tunnels, disturbances=disturbances, seed=seed, pause=pause)
         finally:
@@ -56,7 +56,10 @@ def over_linux(kind: str, *, tunnels: int, disturbances: int, esp: bool, seed: i
 
 
 def _rows(name: str, got: Outcome, *, ceiling: float | None, aim: float | None) -> list[Row]:
-    told = f"{got.tunnels} tunnels; {got.lost_messages:,} messages lost, {got.disturbances} overruns or cuts; built in {got.build_seconds:.0f} s"
+    told = (
+        f"{got.tunnels} tunnels; {got.lost_messages:,} messages lost, {got.disturbances} overruns or cuts; built in {got.build_seconds:.0f} s; "
+        f"{got.acquires} ACQUIREs, {got.unheard} not yet heard of then"
+    )
     repairs = ", ".join(f"{name.removeprefix('kernel_')} {value}" for name, value in sorted(got.counters.items()))
     return [
         Row(f"channel-drift.{name}.drift", "entries", "low", float(got.drift), floor=0.0, aim=0.0, note=told),
@@ -66,7 +69,7 @@ def _rows(name: str, got: Outcome, *, ceiling: float | None, aim: float | None) 
 
 def inside() -> None:
     """What the emulated kernel runs: an outcome a line."""
-    for kind in ("xfrm", "pfkey"):
+    for kind in ("xfrm",):
         got = over_linux(kind, tunnels=EMULATED_TUNNELS, disturbances=DISTURBANCES, esp=True)
         print("\noutcome", json.dumps({"kind": kind, **vars(got)}), flush=True)
 
@@ -91,7 +94,7 @@ def _emulated() -> list[Row]:
         if word == "outcome":
             told = json.loads(rest)
             rows += _rows(f"emulated-{told.pop('kind')}", Outcome(**told), ceiling=None, aim=None)
-    if len(rows) < 4:
+    if not rows:
         rows.append(Row("channel-drift.emulated", "entries", "low", None, note=f"the guest ended with status {done.returncode}: {done.stdout[-200:].strip()}"))
     return rows
 

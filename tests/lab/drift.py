@@ -7,6 +7,7 @@ itself, not asked for over the channel that loses.
 from __future__ import annotations
 
 import asyncio
+import errno
 import random
 import time
 from collections.abc import Sequence
@@ -63,10 +64,11 @@ class Bed(Protocol):
 
     algorithm: EspAlgorithm | None
     encapsulated: bool
+    asks: bool  # whether packets can be sent
 
     async def connect(self) -> KernelChannel: ...
-    async def disturb(self) -> None:
-        """One overrun, or cut, of the channel."""
+    async def disturb(self, traps: Sequence[int]) -> None:
+        """One overrun, or cut, of the channel, while packets to the tunnels `traps` ask for SAs."""
 
     async def tables(self) -> Tables:
         """Read past the lossy way, as is `take_away`."""
@@ -77,7 +79,7 @@ class Bed(Protocol):
 
 @dataclass
 class Outcome:
-    """`drift` once all is quiet; `repair_seconds` from the last disturbance until there was none. `unheard` are ACQUIREs that nobody was told of."""
+    """`drift` once all is quiet; `repair_seconds` from the last disturbance until there was none. `unheard` are tunnels whose last packet nobody was told of by then."""
 
     tunnels: int = 0
     drift: int = 0
@@ -85,6 +87,8 @@ class Outcome:
     build_seconds: float = 0.0
     lost_messages: int = 0
     disturbances: int = 0
+    acquires: int = 0
+    unheard: int = 0
     counters: dict[str, int] = field(default_factory=dict)
 
 
@@ -98,13 +102,34 @@ class KeyManager:
         self._owners: dict[SaId, int] = {}
         self.standing: dict[int, tuple[SaId, ...]] = {}
         self.todo: asyncio.Queue[int] = asyncio.Queue()
-        self.asked: set[int] = set()
+        self.unheard: set[int] = set()  # trapped tunnels that a packet asked for
+        self.acquires = 0
+        self._refusals: dict[asyncio.Task[None], int] = {}  # with the tunnel that asked
         side.lost = self._lost
         side.event = self._heard
 
+    async def trap(self, number: int) -> None:
+        """Its policies, and never an SA: each ACQUIRE is refused, so that the next packet asks again."""
+        while not self._side.has_claims(number):
+            with suppress(KernelError, TimeoutError, ChannelClosed):
+                await self._claim(number)
+
+    def ask(self, traps: Sequence[int]) -> list[int]:
+        """Those for which a packet must now be heard of: the larval SA of the last one is gone."""
+        ready = [number for number in traps if number not in self.unheard and number not in self._refusals.values()]
+        self.unheard.update(ready)
+        self.acquires += len(ready)
+        return ready
+
     def _heard(self, event: KernelEvent) -> None:
-        if isinstance(event, Acquire):
-            self.asked.add(event.reqid - 1)
+        if not isinstance(event, Acquire):
+            return
+        number = event.reqid - 1
+        self.unheard.discard(number)
+        # Also one that the kernel's hold queue asks of its own accord: its larval SA would stand in the way of the next.
+        task = asyncio.create_task(self._side.acquire_failed(event.sequence, errno.EHOSTUNREACH))
+        self._refusals[task] = number
+        task.add_done_callback(self._refusals.pop)
 
     def _lost(self, ids: Sequence[SaId]) -> None:
         for number in {self._owners[sa] for sa in ids if sa in self._owners}:
@@ -125,9 +150,7 @@ class KeyManager:
     async def _build(self, number: int) -> None:
         peer, reqid = peer_of(number), ReqId(number + 1)
         if not self._side.has_claims(number):
-            theirs = (TrafficSelector(AddressRange.of(network_of(number))),)
-            wanted = policies_for(PolicySpec(Action.PROTECT, Mode.TUNNEL, reqid, HERE, peer), _OURS, theirs)
-            await self._side.claim(number, list(wanted))
+            await self._claim(number)
         for old in self.standing.pop(number, ()):
             self._owners.pop(old, None)
             await self._side.remove(old)
@@ -145,6 +168,11 @@ class KeyManager:
             raise
         self.standing[number] = (inbound.id, outbound.id)
         self._owners |= {inbound.id: number, outbound.id: number}
+
+    async def _claim(self, number: int) -> None:
+        theirs = (TrafficSelector(AddressRange.of(network_of(number))),)
+        spec = PolicySpec(Action.PROTECT, Mode.TUNNEL, ReqId(number + 1), HERE, peer_of(number))
+        await self._side.claim(number, list(policies_for(spec, _OURS, theirs)))
 
     def _association(self, spi: Spi, source: IPv4Address, destination: IPv4Address, direction: Direction, reqid: ReqId) -> SecurityAssociation:
         algorithm = self._bed.algorithm
@@ -172,10 +200,10 @@ async def drift(bed: Bed, side: KernelSide, manager: KeyManager) -> int:
     return len(policies.missing | policies.foreign) + len(owned ^ actual.sas)
 
 
-async def scenario(bed: Bed, *, tunnels: int, disturbances: int, seed: int = 1, pause: float = 0.5) -> Outcome:
+async def scenario(bed: Bed, *, tunnels: int, disturbances: int, traps: int = 50, seed: int = 1, pause: float = 0.5) -> Outcome:
     """Builds the tunnels and keeps them while the channel is disturbed, one half of the times meanwhile, each as soon as it stands again.
 
-    With each disturbance a hand in the kernel takes away some of what stands, untold.
+    Beside them stand `traps`, for which packets ask at each disturbance. With each a hand in the kernel takes away some of what stands, untold.
     """
     counters, draw = Counters(), random.Random(seed)
     outcome = Outcome(tunnels=tunnels, disturbances=disturbances)
@@ -186,6 +214,8 @@ async def scenario(bed: Bed, *, tunnels: int, disturbances: int, seed: int = 1, 
         while not side.connected:
             with suppress(TimeoutError, OSError, KernelError):
                 await side.open()
+        trapped = range(tunnels, tunnels + traps)
+        await asyncio.gather(*(manager.trap(number) for number in trapped))
         began = time.monotonic()
         for number in range(tunnels):
             manager.todo.put_nowait(number)
@@ -198,11 +228,12 @@ async def scenario(bed: Bed, *, tunnels: int, disturbances: int, seed: int = 1, 
                     outcome.build_seconds = time.monotonic() - began
                 while not side.connected:
                     await asyncio.sleep(0.01)
-            await bed.disturb()
+            await bed.disturb(manager.ask(trapped) if bed.asks else ())
             standing = await bed.tables()
-            await bed.take_away(
-                [policy for policy in standing.policies if draw.random() < TAKEN_AWAY], [sa for sa in sorted(standing.sas) if draw.random() < TAKEN_AWAY]
-            )
+            # What a trap waits for must come: a packet that meets no policy asks for nothing.
+            spared = {template.reqid for policy in standing.policies for template in policy.templates if template.reqid - 1 in trapped}
+            policies = [it for it in standing.policies if not any(template.reqid in spared for template in it.templates) and draw.random() < TAKEN_AWAY]
+            await bed.take_away(policies, [sa for sa in sorted(standing.sas) if draw.random() < TAKEN_AWAY])
         disturbed = time.monotonic()
         async with asyncio.timeout(REPAIR_LIMIT):
             await manager.todo.join()
@@ -220,5 +251,6 @@ async def scenario(bed: Bed, *, tunnels: int, disturbances: int, seed: int = 1, 
             worker.cancel()
         await asyncio.gather(*workers, return_exceptions=True)
         await side.close(leave=True)
+    outcome.acquires, outcome.unheard = manager.acquires, len(manager.unheard)
     outcome.lost_messages, outcome.counters = bed.lost_messages(), dict(counters.snapshot())
     return outcome

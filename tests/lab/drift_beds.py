@@ -32,6 +32,7 @@ class ShimBed:
 
     algorithm: EspAlgorithm | None = GCM
     encapsulated = True
+    asks = False
 
     def __init__(self, directory: Path, *, loss: float, seed: int) -> None:
         self._engine = Gateway(seed).engine
@@ -44,7 +45,7 @@ class ShimBed:
         await channel.open()
         return channel
 
-    async def disturb(self) -> None:
+    async def disturb(self, traps: Sequence[int]) -> None:
         self.proxy.cut()
 
     async def tables(self) -> Tables:
@@ -65,20 +66,19 @@ class ShimBed:
 
 
 class LinuxBed:
-    """A disturbance makes the receive buffers so small that the kernel overruns them, while packets to `asking` tunnels ask for SAs.
+    """A disturbance makes the receive buffers so small that the kernel overruns them.
 
     In the network namespace of the calling thread, which `prepare` made a host of.
     """
 
-    def __init__(self, kind: str, *, loss: float, seed: int, esp: bool = True, asking: int = 50) -> None:
+    def __init__(self, kind: str, *, loss: float, seed: int, esp: bool = True) -> None:
         self._kind = kind
         self._losses = Losses(loss, seed)
         self._esp = esp
-        self._asking = asking
-        self._asked = 0
         self._plain: KernelChannel | None = None
         self.algorithm = (GCM if kind == "xfrm" else CBC) if esp else None
         self.encapsulated = False
+        self.asks = True
 
     async def connect(self) -> KernelChannel:
         if self._kind == "pfkey":
@@ -90,14 +90,13 @@ class LinuxBed:
             await channel.open()
         return channel
 
-    async def disturb(self) -> None:
+    async def disturb(self, traps: Sequence[int]) -> None:
         self._losses.squeeze()
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
             sender.bind((str(OUR_NETWORK[1]), 0))
-            for _ in range(self._asking):
+            for number in traps:
                 with suppress(OSError):  # held back for want of an SA
-                    sender.sendto(b"x", (str(network_of(self._asked)[5]), 9))
-                self._asked += 1
+                    sender.sendto(b"x", (str(network_of(number)[5]), 9))
         await asyncio.sleep(SQUEEZE_SECONDS)
         self._losses.squeeze(ROOMY)
 

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from lab.daemon import READY_SECONDS, Daemon
 from lab.namespaces import Namespace
@@ -156,6 +156,12 @@ class Gateway(Daemon):
         """The shim's counters, those that are not 0."""
         done = self.namespace.run(["env", f"PYTHONPATH={REPOSITORY}", *KERNEL_SHIM, "stats", "--json", "--socket", str(self.shim_path)])
         return {name: value for name, value in json.loads(done.stdout).items() if value}
+
+    def sad(self) -> list[dict[str, Any]]:
+        """The shim's security associations, as `kernel-shim sad --json` shows them."""
+        done = self.namespace.run(["env", f"PYTHONPATH={REPOSITORY}", *KERNEL_SHIM, "sad", "--json", "--socket", str(self.shim_path)])
+        found: list[dict[str, Any]] = json.loads(done.stdout)
+        return found
 
     def account(self) -> str:
         return f"{self.log()}\n--- counters\n{self.counters()}" if self.shim_pids() else self.log()

@@ -8,7 +8,20 @@ import pytest
 from vpnd_fakes import ALGORITHM, FakeChannel, FakeKernel
 
 from kernel_shim.channel.api import ChannelClosed, KernelChannel
-from kernel_shim.model import Action, AddressRange, Direction, KernelError, Mode, Policy, ReqId, SaId, SecurityAssociation, Spi, TrafficSelector
+from kernel_shim.model import (
+    AcquireSequence,
+    Action,
+    AddressRange,
+    Direction,
+    KernelError,
+    Mode,
+    Policy,
+    ReqId,
+    SaId,
+    SecurityAssociation,
+    Spi,
+    TrafficSelector,
+)
 from vpnd.daemon import kernel_side, repair
 from vpnd.daemon.kernel_side import KernelSide
 from vpnd.policies import PolicySpec, policies_for
@@ -277,4 +290,89 @@ async def test_a_claim_outlives_a_kernel_that_dies_twice(monkeypatch: pytest.Mon
     async with asyncio.timeout(5):
         while len(lab.kernel.policies) < 3:
             await asyncio.sleep(0.001)
+    await side.close()
+
+
+async def test_a_request_without_answer_holds_up_only_its_own_policies(monkeypatch: pytest.MonkeyPatch) -> None:
+    lab = Lab()
+    side = lab.side()
+    await side.open()
+    channel, real, answer = lab.channels[-1], lab.channels[-1].update_policy, asyncio.Event()
+
+    async def slow(policy: Policy) -> Policy:
+        if policy.selector == policies("10.2.0.0/16")[0].selector:
+            await answer.wait()
+        return await real(policy)
+
+    monkeypatch.setattr(channel, "update_policy", slow)
+    held = asyncio.create_task(side.claim("held", policies("10.2.0.0/16")))
+    await asyncio.sleep(0)
+    async with asyncio.timeout(5):
+        for number in range(3, 200):
+            await side.claim(number, policies(f"10.{number}.0.0/16", reqid=number))
+        await side.release(3)
+    assert not held.done()
+    assert len(lab.selectors()) == 196
+    answer.set()
+    await held
+    await side.close()
+
+
+async def test_between_two_address_ranges_what_is_wanted_stands_before_what_is_not_goes() -> None:
+    """To a kernel with fewer words the two may be one policy."""
+    lab = Lab()
+    side = lab.side()
+    await side.open()
+    (old, *_), tcp = policies("10.2.0.0/16"), TrafficSelector(AddressRange.of(ip_network("10.2.0.0/16")), 6)
+    new = next(policies_for(PolicySpec(Action.PROTECT, Mode.TUNNEL, ReqId(2), A, B), [ts("10.1.0.0/16")], [tcp]))
+    await side.claim("old", [old])
+    lab.kernel.requests.clear()
+    await asyncio.gather(side.release("old"), side.claim("new", [new]))
+    assert lab.kernel.requests == ["update_policy", "delete_policy"]
+    await side.close()
+
+
+async def test_a_kernel_that_dies_once_its_tables_were_read_is_attached_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    lab = Lab()
+    side = lab.side()
+    await side.open()
+    await side.claim("trap", policies("10.2.0.0/16"))
+    lab.kernel = FakeKernel(faults={"update_policy": ChannelClosed("gone")})
+    lab.channels[-1].die()
+    async with asyncio.timeout(5):
+        while len(lab.channels) < 2:
+            await asyncio.sleep(0)
+        lab.channels[-1].die()
+        while len(lab.kernel.policies) < 3 or not side.connected:
+            await asyncio.sleep(0.001)
+    await side.close()
+
+
+async def test_a_refused_acquire_is_refused_until_the_kernel_has_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(repair, "REPAIR_FIRST", 0.0)
+    lab = Lab()
+    side = lab.side()
+    await side.open()
+    lab.kernel.faults["acquire_failed"] = TimeoutError("no answer")
+    await side.acquire_failed(AcquireSequence(7), errno.EHOSTUNREACH)
+    async with asyncio.timeout(5):
+        while lab.kernel.requests.count("acquire_failed") < 2:
+            await asyncio.sleep(0)
+    await side.close()
+
+
+async def test_an_overrun_is_looked_after_until_the_tables_were_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(repair, "REPAIR_FIRST", 0.0)
+    lab = Lab()
+    side = lab.side()
+    await side.open()
+    await side.claim("trap", policies("10.2.0.0/16"))
+    lab.kernel.policies.clear()
+    lab.kernel.faults["sas"] = TimeoutError("no answer")
+    for _ in range(3):
+        lab.channels[-1].overrun()
+    async with asyncio.timeout(5):
+        while len(lab.kernel.policies) < 3:
+            await asyncio.sleep(0)
+    assert lab.kernel.requests.count("policies") == 2, "once at attaching, once for all overruns"
     await side.close()

@@ -14,7 +14,6 @@ from typing import Final
 
 import structlog
 
-from kernel_shim.channel.api import ChannelClosed
 from kernel_shim.model import (
     Acquire,
     AcquireSequence,
@@ -22,7 +21,6 @@ from kernel_shim.model import (
     Expire,
     Flow,
     IPAddress,
-    KernelError,
     KernelEvent,
     NewMapping,
     TrafficSelector,
@@ -173,10 +171,7 @@ class Demands:
 
     async def _refuse(self, acquires: Sequence[AcquireSequence]) -> None:
         for sequence in acquires:
-            try:
-                await self._manager.kernel.channel.acquire_failed(sequence, errno.EHOSTUNREACH)
-            except (KernelError, TimeoutError, ChannelClosed) as error:
-                log.warning("ACQUIRE not answered", sequence=sequence, error=str(error))
+            await self._manager.kernel.acquire_failed(sequence, errno.EHOSTUNREACH)
 
     def _retry_later(self, key: ChildKey, demand: Demand) -> None:
         delay = backoff(demand.attempts)

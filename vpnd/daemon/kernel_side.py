@@ -21,6 +21,7 @@ import structlog
 
 from kernel_shim.channel.api import ChannelClosed, KernelChannel, LabelChannel
 from kernel_shim.model import (
+    AcquireSequence,
     Capabilities,
     Direction,
     KernelError,
@@ -79,6 +80,7 @@ class KernelSide:
         self._examine_lock = asyncio.Lock()
         self._attaching = False
         self._overrun = False  # and not yet looked after
+        self._refusals: Repair[tuple[AcquireSequence, int]] = Repair(self._refuse_again)
         self._resynchronisation: Repair[str] = Repair(lambda _: self._background.start(self._resynchronise()))
         self._closing = False
         self._background = Background()
@@ -100,6 +102,7 @@ class KernelSide:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
         self._resynchronisation.stop()
+        self._refusals.stop()
         self._sas.stop()
         await self.labels.stop()
         await self._policies.stop()
@@ -183,6 +186,22 @@ class KernelSide:
                 self._counters.add("kernel_reconnects")
                 log.info("kernel attached again", policies=len(self.table))
                 return
+
+    async def acquire_failed(self, sequence: AcquireSequence, errno: int) -> None:
+        """Nothing comes of this ACQUIRE: its larval SA stands in nobody's way any longer. The kernel is told again until it has heard."""
+        try:
+            await self.channel.acquire_failed(sequence, errno)
+        except (KernelError, TimeoutError) as error:
+            log.warning("ACQUIRE not answered", sequence=sequence, error=str(error))
+            self._refusals.failed((sequence, errno))
+        except ChannelClosed:
+            self._refusals.done((sequence, errno))  # what still waits in the next kernel asks anew
+        else:
+            self._refusals.done((sequence, errno))
+
+    def _refuse_again(self, refusals: Sequence[tuple[AcquireSequence, int]]) -> None:
+        for refusal in refusals:
+            self._background.start(self.acquire_failed(*refusal))
 
     def _on_event(self, event: KernelEvent) -> None:
         self._lost_events.heard(event)

@@ -8,9 +8,10 @@ from bench.channel_drift import over_linux
 pytestmark = pytest.mark.realkernel
 
 
-@pytest.mark.parametrize("kind", ["xfrm", "pfkey"])
+@pytest.mark.parametrize("kind", ["xfrm"])
 def test_no_drift_is_left(kind: str) -> None:
     outcome = over_linux(kind, tunnels=20, disturbances=4, esp=True, seed=3)
     assert outcome.drift == 0, outcome
     assert outcome.lost_messages > 0
     assert outcome.counters["kernel_overruns"] >= 1
+    assert outcome.acquires > 0
