@@ -79,7 +79,10 @@ class Bed(Protocol):
 
 @dataclass
 class Outcome:
-    """`drift` once all is quiet; `repair_seconds` from the last disturbance until there was none. `unheard` are tunnels whose last packet nobody was told of by then."""
+    """`drift` once all is quiet; `repair_seconds` from the last disturbance until there was none.
+
+    `unheard`: tunnels whose last packet nobody was told of by then.
+    """
 
     tunnels: int = 0
     drift: int = 0
