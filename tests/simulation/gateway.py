@@ -56,9 +56,6 @@ class Gateway:
         self._seen: set[tuple[int, int]] = set()
         self.repeated = 0
         self.clear = 0
-        self._build(config)
-
-    def _build(self, config: str) -> None:
         loaded = load_text(config, Path("/nonexistent"))
         self.counters: Final = Counters()
         side = KernelSide(self._connect, self.counters)
