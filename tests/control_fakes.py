@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
 from pathlib import Path
@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 
 from cryptography.hazmat.primitives import serialization
 
-from kernel_shim.model import AddressRange, Endpoint, Mode, TrafficSelector
+from kernel_shim.model import AddressRange, Endpoint, IPAddress, Mode, TrafficSelector
+from kernel_shim.mpls.labels import Label
 from vpnd.config.credentials import load_private_key
 from vpnd.config.model import ConnectionConfig, DaemonConfig, PrivateKeySource, SharedSecret
 from vpnd.control.backend import (
@@ -36,6 +37,7 @@ from vpnd.ike.gateway_id import GatewayId
 from vpnd.ike.iana import ProtocolId
 from vpnd.ike.identity import Identity
 from vpnd.ike.proposal import parse_proposals
+from vpnd.mpls.trace import Step
 
 T = TypeVar("T")
 
@@ -235,6 +237,19 @@ class FakeBackend:
         if len(kept) == len(self.policies):
             raise ControlError(f"policy '{child}' not found")
         self.policies = kept
+
+    def mpls_rows(self, table: str, vrf: str | None = None) -> Iterator[dict[str, str | list[str]]]:
+        if table != "lfib":
+            raise ControlError("the table is one of lfib, vrfs and labels")
+        self.called.append(f"lfib {vrf}")
+        yield {"label": "100", "space": "platform", "paths": ["out of VRF red (pipe)"], "owner": "static", "state": "ok"}
+        yield {"vrf": "red", "prefix": "10.0.0.0/25", "paths": ["100 to pe (pipe)"], "owner": "static", "state": "ok"}
+
+    def trace_from_vrf(self, vrf: str, destination: IPAddress) -> Sequence[Step]:
+        return [Step(f"{destination} in VRF {vrf}", "no route"), Step("result", "dropped: mpls no route")]
+
+    def trace_from_peer(self, peer: str, labels: Sequence[Label], destination: IPAddress | None) -> Sequence[Step]:
+        return [Step("result", f"{peer} {labels} {destination}")]
 
     async def wait(self, child: str, timeout: float) -> None:
         self.called.append(f"wait {child} {timeout:g}")

@@ -148,7 +148,7 @@ class Daemon:
         self._manager = Manager(self._kernel, self._sockets, credentials, settings, gate, self._counters, host, tokens)
         self._demands = Demands(self._manager, SOCKET_MARK)
         self._interfaces = Interfaces()
-        self._mpls = Mpls(self._kernel.labels, _beside_the_socket(config, ".labels"))
+        self._mpls = Mpls(self._kernel, _beside_the_socket(config, ".labels"))
         self._operations = Operations(self._manager, self._demands, config, self._interfaces, [str(verdict) for verdict in verdicts], self._mpls)
         if source is not None:
             self._operations.reload_from(lambda: asyncio.to_thread(load, source.path), source.loaded)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from lab.capture import Capture
 from lab.gateway import Gateway
+from lab.process import wait_until
 from lab.providers import CUSTOMERS, Provider, Providers, providers
 from lab.topology import WAN
-from lab.traffic import ping, tcp_bulk, tcp_server
+from lab.traffic import UdpStream, ping, tcp_bulk, tcp_server, udp_sink
 
 pytestmark = [pytest.mark.pair, pytest.mark.timeout(180)]
 
@@ -49,13 +50,16 @@ mpls {{
 """
 
 
-def configuration(near: Provider, far: Provider, customers: Sequence[str] = CUSTOMERS) -> str:
+def configuration(near: Provider, far: Provider, customers: Sequence[str] = CUSTOMERS, remote: Mapping[str, int] | None = None) -> str:
+    """`remote`: the labels under which this node sends into the peer's VRFs."""
     vrfs, remote_vrfs = "", ""
+    labels = {name: 100 + number for number, name in enumerate(CUSTOMERS)} if remote is None else remote
     for number, name in enumerate(CUSTOMERS):
+        mine, theirs = near.customers[name], far.customers[name]
         if name in customers:
-            mine, theirs = near.customers[name], far.customers[name]
             vrfs += f"{name} {{\n members = {mine.member}\n table = {101 + number}\n label = {100 + number}\n prefixes = {mine.net4}, {mine.net6}\n }}\n"
-            remote_vrfs += f"{name} {{\n label = {100 + number}\n prefixes = {theirs.net4}, {theirs.net6}\n }}\n"
+        if name in customers and name in labels:
+            remote_vrfs += f"{name} {{\n label = {labels[name]}\n prefixes = {theirs.net4}, {theirs.net6}\n }}\n"
     return CONFIGURATION.format(near=near.wan4, far=far.wan4, vrfs=vrfs, remote_vrfs=remote_vrfs)
 
 
@@ -108,3 +112,63 @@ def test_the_first_labelled_packet_is_kept_and_customers_stay_apart(edges: Edges
                 done = near.host.run(["bash", "-c", f"exec 3<>/dev/tcp/{far[name].host4}/{port}"], check=False)
                 assert "refused" in done.stderr
     assert edges.leaks() == []
+
+
+def reaches(edges: Edges, name: str) -> None:
+    """Until a packet of this customer passes: an SA may have to be made first."""
+    near, far = edges.lab.a.customers[name], edges.lab.b.customers[name]
+    wait_until(lambda: ping(near.host, far.host4, count=1, timeout=1.0).received, f"{name} reaches its other site", 30.0, 0.2)
+
+
+def test_a_label_that_a_peer_may_not_use_reaches_nobody(edges: Edges) -> None:
+    """The one PE sends red's packets under green's label, in its own SA. The other one never told it that label."""
+    edges.a.config.write_text(configuration(edges.lab.a, edges.lab.b, remote={"red": 102, "blue": 101}))
+    edges.b.config.write_text(configuration(edges.lab.b, edges.lab.a, remote={"red": 100, "blue": 101}))
+    for gateway in (edges.b, edges.a):
+        gateway.vpnctl("reload")
+    with Capture(edges.lab.b.customers["green"].host, "lan") as green:
+        near, far = edges.lab.a.customers["red"], edges.lab.b.customers["red"]
+        assert ping(near.host, far.host4, count=5, timeout=1.0).received == 0
+        reaches(edges, "blue")
+        assert [str(packet) for packet in green.packets() if near.host4 in (packet.source, packet.destination)] == []
+    assert edges.b.counters()["drop_mpls_label_forbidden"] >= 5
+
+
+def test_a_dead_key_manager_and_a_dead_kernel_come_back(edges: Edges) -> None:
+    assert edges.lost("red") == 0
+    edges.b.kill_vpnd()
+    for name in CUSTOMERS:
+        assert edges.lost(name) == 0, name
+    edges.b.start_vpnd()
+    edges.b.wait_child("labels")
+    for name in CUSTOMERS:
+        assert edges.lost(name) == 0, name
+    assert "kernel_labels_put" not in edges.b.vpnctl("--json", "status")  # all of it was right, so nothing was touched
+    edges.a.kill_shim()
+    assert edges.lost("red", timeout=0.5) == 4
+    edges.a.start_shim()
+    for name in CUSTOMERS:
+        reaches(edges, name)
+    assert edges.leaks() == []
+
+
+def test_a_vrf_comes_and_goes_while_others_carry(edges: Edges) -> None:
+    edges.write(("red", "blue"))
+    for gateway in (edges.a, edges.b):
+        gateway.vpnctl("reload")
+    assert edges.lost("red") == edges.lost("blue") == 0
+    assert edges.lost("green", timeout=0.5) == 4
+    near, far = edges.lab.a.customers["red"], edges.lab.b.customers["red"]
+    with udp_sink(far.host, far.host4, acknowledge=32) as sink:
+        stream = UdpStream(near.host, [(far.host4, sink.port)], count=1500, rate=300, size=256, window=128)
+        edges.write()
+        for gateway in (edges.a, edges.b):
+            gateway.vpnctl("reload")
+        assert edges.lost("green") == 0
+        edges.write(("red", "blue"))
+        for gateway in (edges.a, edges.b):
+            gateway.vpnctl("reload")
+        assert edges.lost("green", timeout=0.5) == 4
+        sent = stream.wait()
+        received = sink.expect(sent.sent - sent.refused, timeout=5.0)
+    assert (received.received, received.duplicates) == (sent.sent - sent.refused, 0)

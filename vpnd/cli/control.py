@@ -67,7 +67,27 @@ def parser() -> argparse.ArgumentParser:
     redirect.add_argument("--ike", metavar="CONNECTION", help="only clients of a connection")
     redirect.add_argument("--peer-ip", metavar="ADDRESS", help="only clients at this address, or in this network or range")
     redirect.add_argument("--peer-id", metavar="IDENTITY", help="only clients of this identity, which may have wildcards")
+    _mpls_commands(command)
     return top
+
+
+def _mpls_commands(command: Callable[[str, str], argparse.ArgumentParser]) -> None:
+    below = command("mpls", "labels: what stands in the kernel, and what would become of a packet").add_subparsers(dest="table", required=True)
+
+    def add(name: str, help_text: str) -> argparse.ArgumentParser:
+        added = below.add_parser(name, help=help_text, description=help_text)
+        _common(added, defaults=False)
+        return added
+
+    add("lfib", "labels and routes, and where they lead").add_argument("vrf", metavar="VRF", nargs="?", help="only those of one VRF")
+    add("vrfs", "VRFs with their interfaces and route targets")
+    add("labels", "what each label is for and which peer may send it")
+    trace = add("trace", "label by label what would become of a packet")
+    trace.add_argument("vrf", metavar="VRF", nargs="?", help="whose packet it is")
+    trace.add_argument("address", metavar="ADDRESS", nargs="?", help="where it goes")
+    trace.add_argument("--peer", metavar="PEER", help="or who sent it, with --label")
+    trace.add_argument("--label", metavar="LABELS", help="its labels, outermost first, with commas between; --to says where its IP packet goes")
+    trace.add_argument("--to", metavar="ADDRESS", help="the destination beneath the labels")
 
 
 def _common(added: argparse.ArgumentParser, *, defaults: bool) -> None:
@@ -102,6 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "down": _down,
         "wait": _wait,
         "redirect": _redirect,
+        "mpls": _mpls,
     }[options.command]
     try:
         return run(options)
@@ -212,6 +233,28 @@ def _policies(options: argparse.Namespace) -> int:
         events = client.streamed("list-policies", "list-policy", {"trap": "yes", "pass": "yes", "drop": "yes"})
     policies = [section.plain() for event in events for _, section in event.sections()]
     return _print(options, policies, lambda: tables.policies(policies))
+
+
+def _mpls(options: argparse.Namespace) -> int:
+    if options.table == "trace":
+        return _mpls_trace(options)
+    message = {"table": options.table, **({"vrf": options.vrf} if options.table == "lfib" and options.vrf else {})}
+    with _connect(options) as client:
+        rows = [event.plain() for event in client.streamed("x-mpls", "x-mpls-row", message)]
+    return _print(options, rows, lambda: tables.mpls(rows))
+
+
+def _mpls_trace(options: argparse.Namespace) -> int:
+    if options.peer is not None and options.label is not None:
+        message = {"peer": options.peer, "labels": options.label, **({"address": options.to} if options.to else {})}
+    elif options.vrf is not None and options.address is not None and options.peer is None and options.label is None:
+        message = {"vrf": options.vrf, "address": options.address}
+    else:
+        return _failed(options, "a VRF and an address are needed, or --peer and --label", EXIT_USAGE)
+    with _connect(options) as client:
+        steps = client.request("x-mpls-trace", message).section("steps") or Section()
+    found = [step.plain() for _, step in steps.sections()]
+    return _print(options, found, lambda: tables.trace(found))
 
 
 # Orders

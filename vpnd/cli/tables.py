@@ -127,3 +127,21 @@ def _octets(count: float) -> str:
 
 def _seconds(text: str | None) -> str:
     return "" if text is None else f"{text} s"
+
+
+def mpls(rows: Sequence[Row]) -> None:
+    """Rows of one or two kinds, a table for each; the columns are what their first row has."""
+    kinds: dict[tuple[str, ...], Table] = {}
+    for row in rows:
+        columns = tuple(row)
+        table = kinds.setdefault(columns, _table(*columns))
+        _add(table, *("\n".join(cell) if isinstance(cell, list) else cell for cell in row.values()))
+    for table in kinds.values() or (_table(),):
+        _print(table, "none")
+
+
+def trace(steps: Sequence[Row]) -> None:
+    table = Table.grid(padding=(0, 2))
+    for step in steps:
+        _add(table, step["at"], step["found"])
+    _console().print(table)

@@ -5,16 +5,18 @@ Statuses are plain values: the server only prints them. Ages and times to come a
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
-from kernel_shim.model import Endpoint, Mode, TrafficSelector
+from kernel_shim.model import Endpoint, IPAddress, Mode, TrafficSelector
+from kernel_shim.mpls.labels import Label
 from vpnd.config.model import ConnectionConfig, PrivateKeySource, SharedSecret
 from vpnd.ike.gateway_id import GatewayId
 from vpnd.ike.identity import Identity
 from vpnd.ike.proposal import Proposal
+from vpnd.mpls.trace import Step
 
 
 class ControlError(Exception):
@@ -176,6 +178,15 @@ class ControlBackend(Protocol):
     async def unload_connection(self, name: str) -> None: ...
     async def reload(self) -> Sequence[str]:
         """Read the configuration file again; what was done, in lines. ConfigErrors or ControlError when nothing was."""
+
+    def mpls_rows(self, table: str, vrf: str | None = None) -> Iterator[Mapping[str, str | list[str]]]:
+        """Rows of `lfib` (of one VRF, or all), `vrfs` or `labels`, as `vpnd.mpls.listing` says. ControlError for another table."""
+
+    def trace_from_vrf(self, vrf: str, destination: IPAddress) -> Sequence[Step]:
+        """What would become of a customer's packet. ControlError without such a VRF."""
+
+    def trace_from_peer(self, peer: str, labels: Sequence[Label], destination: IPAddress | None) -> Sequence[Step]:
+        """What would become of a peer's packet under `labels`, outermost first. ControlError without such a peer."""
 
     def load_shared(self, secret: SharedSecret) -> None: ...
     def unload_shared(self, name: str) -> None: ...

@@ -349,6 +349,10 @@ class KernelSide:
         self._sas.forget(sa)
 
     @property
+    def standing_sas(self) -> Collection[SecurityAssociation]:
+        return self._sas.standing.values()
+
+    @property
     def orphans(self) -> Sequence[SaStatus]:
         return self._orphans.statuses
 

@@ -90,6 +90,18 @@ class LabelSynchroniser:
         """What the kernel does not take, and why."""
         return self._refused
 
+    def origin(self, key: Key) -> tuple[str, str]:
+        """Whose an entry is, and how it stands: see `vpnd.mpls.listing.Origin`."""
+        wanted, stands = self.desired[key], self._standing.get(key)
+        if key in self._refused:
+            return self.desired.owner(key), f"refused: {self._refused[key]}"
+        state = "ok" if wanted == stands else "foreign" if wanted is None else "missing" if stands is None else "differs"
+        return self.desired.owner(key), state
+
+    def entries(self) -> list[NodeEntry]:
+        """What stands, and what should and does not."""
+        return [*self._standing.values(), *(entry for key in self.desired.keys() - self._standing.keys() if (entry := self.desired[key]) is not None)]
+
     # What should stand
 
     def put(self, owner: str, entries: Iterable[NodeEntry]) -> None:

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
 import structlog
 
+from kernel_shim.model import Action, AddressRange, Direction, IPAddress, PortRange, Selector
 from kernel_shim.mpls.allocator import LabelsExhausted
+from kernel_shim.mpls.encapsulation import UDP_PORT, Encapsulation
 from kernel_shim.mpls.labels import FIRST_LABEL, LAST_LABEL, Label
+from kernel_shim.mpls.node import Tunnel
+from kernel_shim.reasons import DropReason
 from vpnd.control.backend import ControlError
-from vpnd.daemon.label_synchroniser import STATIC, LabelSynchroniser
+from vpnd.daemon.kernel_side import KernelSide
+from vpnd.daemon.label_synchroniser import STATIC
+from vpnd.mpls import listing
 from vpnd.mpls.model import MplsConfig
 from vpnd.mpls.plan import Assignment, assign, entries
+from vpnd.mpls.trace import Step, Trace
 
 MAX_FILE: Final = 64 << 20  # octets; as many names as there are labels
 
@@ -24,8 +32,9 @@ log = structlog.get_logger("mpls")
 class Mpls:
     """`label_file` remembers what each label was given for; a label follows from its name in most cases, so a lost file costs little."""
 
-    def __init__(self, labels: LabelSynchroniser, label_file: Path | None = None) -> None:
-        self.labels: Final = labels
+    def __init__(self, kernel: KernelSide, label_file: Path | None = None) -> None:
+        self._kernel = kernel
+        self.labels: Final = kernel.labels
         self._file = label_file
         self.config = MplsConfig()
         self.given: Assignment = _read(label_file) if label_file is not None else {}
@@ -45,6 +54,49 @@ class Mpls:
             self._remember()
         self.config = config
         return self.labels.replace(STATIC, entries(config, given))
+
+    # What people look at
+
+    def rows(self, table: str, vrf: str | None = None) -> Iterator[listing.Row]:
+        """`table` is `lfib`, `vrfs` or `labels`. Raises ControlError for another."""
+        labels = self.labels
+        if table == "lfib":
+            return listing.lfib(labels.entries(), labels.origin, vrf)
+        if table == "vrfs":
+            return listing.vrfs(labels.entries(), labels.origin, self.config)
+        if table == "labels":
+            return listing.labels(labels.entries(), labels.origin, self.given)
+        raise ControlError("the table is one of lfib, vrfs and labels")
+
+    def trace_from_vrf(self, vrf: str, destination: IPAddress) -> list[Step]:
+        """Raises ControlError when there is no such VRF in the kernel."""
+        try:
+            return Trace(self.labels.standing, self._protection).departure(vrf, destination)
+        except KeyError:
+            raise ControlError(f"the kernel has no VRF '{vrf}'") from None
+
+    def trace_from_peer(self, peer: str, labels: Sequence[Label], destination: IPAddress | None) -> list[Step]:
+        """Raises ControlError when the kernel has no tunnel to such a peer."""
+        try:
+            return Trace(self.labels.standing, self._protection).arrival(peer, labels, destination)
+        except KeyError:
+            raise ControlError(f"the kernel has no tunnel to a peer '{peer}'") from None
+
+    def _protection(self, tunnel: Tunnel) -> list[str]:
+        """What the SPD as it should be, and the SAs of this daemon, say to a tunnel."""
+        covering = [policy for policy in self._kernel.table.desired() if policy.direction is Direction.OUT and _covers(policy.selector, tunnel)]
+        policy = min(covering, key=lambda policy: policy.priority, default=None)
+        if policy is None or policy.action is Action.BYPASS:
+            lines = [f"policy {policy.selector}: bypass" if policy else "no policy"]
+            return [*lines, f"sent to {tunnel.peer} in clear" if tunnel.managed else f"dropped: {DropReason.POLICY_DISCARD.text}"]
+        lines = [f"policy {policy.selector}: {policy.action.name.lower()}, priority {policy.priority}"]
+        if policy.action is Action.DISCARD:
+            return [*lines, f"dropped: {DropReason.POLICY_DISCARD.text}"]
+        reqids = {template.reqid for template in policy.templates}
+        found = [sa for sa in self._kernel.standing_sas if sa.direction is Direction.OUT and sa.reqid in reqids and sa.destination == tunnel.remote]
+        if not found:
+            return [*lines, f"waits: no SA to {tunnel.remote} yet, one is asked for"]
+        return [*lines, *(f"SA {sa.spi:08x} {sa.mode.name.lower()} {sa.source} to {sa.destination}" for sa in found), f"sent to {tunnel.peer}"]
 
     def _remember(self) -> None:
         if self._file is None:
@@ -69,3 +121,13 @@ def _read(path: Path) -> dict[str, Label]:
     if not isinstance(found, dict):
         return {}
     return {name: Label(label) for name, label in found.items() if isinstance(label, int) and FIRST_LABEL <= label <= LAST_LABEL}
+
+
+def _covers(selector: Selector, tunnel: Tunnel) -> bool:
+    """Whether every packet of the tunnel matches; the source port of MPLS-in-UDP is the flow's."""
+    if selector.protocol not in (0, tunnel.encapsulation) or selector.version != tunnel.local.version:
+        return False
+    if tunnel.encapsulation is Encapsulation.UDP and not (selector.source_ports.any and selector.destination_ports.contains(PortRange(UDP_PORT, UDP_PORT))):
+        return False
+    near, far = AddressRange(tunnel.local, tunnel.local), AddressRange(tunnel.remote, tunnel.remote)
+    return selector.source.contains(near) and selector.destination.contains(far)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from kernel_shim.model import Action
+from kernel_shim.model import Action, IPAddress
+from kernel_shim.mpls.labels import Label
 from vpnd.auth.credentials import CredentialError
 from vpnd.config.model import ChildConfig, Configuration, ConnectionConfig, DaemonConfig, LoadedConfiguration, PrivateKeySource, SharedSecret
 from vpnd.control.backend import ControlError, DaemonEvent, DaemonStats, IkeStatus, LogLine, PolicyStatus
@@ -27,6 +28,7 @@ from vpnd.ike.effects import Reason
 from vpnd.ike.gateway_id import GatewayId
 from vpnd.ike.identity import Identity
 from vpnd.ike.sa import ChildSaState, IkeSaState
+from vpnd.mpls.trace import Step
 from vpnd.peers import NOT, match
 
 QUEUED_LINES: Final = 1000  # log lines kept for one slow control client
@@ -46,7 +48,7 @@ class Operations:
     ) -> None:
         settings = settings or DaemonConfig()
         self._kernel_reasons = kernel_reasons
-        self._mpls = mpls or Mpls(manager.kernel.labels)
+        self._mpls = mpls or Mpls(manager.kernel)
         self._manager = manager
         self._demands = demands
         self._started = time.time()
@@ -128,6 +130,17 @@ class Operations:
             if ike in (None, connection.name) and child in connection.children:
                 return connection, connection.children[child]
         raise ControlError(f"CHILD_SA config '{child}' not found")
+
+    # Labels
+
+    def mpls_rows(self, table: str, vrf: str | None = None) -> Iterator[Mapping[str, str | list[str]]]:
+        return self._mpls.rows(table, vrf)
+
+    def trace_from_vrf(self, vrf: str, destination: IPAddress) -> Sequence[Step]:
+        return self._mpls.trace_from_vrf(vrf, destination)
+
+    def trace_from_peer(self, peer: str, labels: Sequence[Label], destination: IPAddress | None) -> Sequence[Step]:
+        return self._mpls.trace_from_peer(peer, labels, destination)
 
     # Credentials
 

@@ -117,12 +117,13 @@ def _space(peer: PeerConfig) -> str:
 
 def _bindings(config: MplsConfig, labels: Assignment) -> Iterator[LabelBinding]:
     own = [(peer.name, accepted(config, labels, peer)) for peer in config.peers.values() if peer.own_space and not peer.via]
+    lsps = {(_space(config.peers[name]), lsp.label) for lsp in config.lsps.values() for name in lsp.sources}
     for vrf in config.vrfs.values():
         whole = vrf.labels is LabelMode.PER_VRF and bool(vrf.prefixes)
         # Without prefixes of its own in the FTN its table in the host knows where they are.
         path = Nhlfe(ToVrf(vrf.name) if whole else ToInterface(vrf.name), ttl=vrf.ttl)
         for label in labels_of(vrf, labels):
-            for space in (PLATFORM, *(name for name, may in own if label in may)):
+            for space in (PLATFORM, *(name for name, may in own if label in may and (name, label) not in lsps)):
                 yield LabelBinding(label, (path,), space)
     for lsp in config.lsps.values():
         paths = tuple(_onward(config, lsp))

@@ -156,3 +156,22 @@ def test_redirect(served: ServedBackend, vpnctl: Run) -> None:
     status, _, complaint = vpnctl("redirect", "224.0.0.1")
     assert status == 1
     assert "not the address of a host" in complaint
+
+
+def test_labels_and_traces(served: ServedBackend, vpnctl: Run) -> None:
+    status, out, _ = vpnctl("mpls", "lfib", "red")
+    assert status == EXIT_OK
+    assert "out of VRF red" in out
+    assert "10.0.0.0/25" in out
+    assert served.backend.called == ["lfib red"]
+    _, out, _ = vpnctl("--json", "mpls", "lfib")
+    assert [row.get("label") for row in json.loads(out)] == ["100", None]
+    assert vpnctl("mpls", "vrfs")[0] == EXIT_FAILED
+    _, out, _ = vpnctl("--json", "mpls", "trace", "red", "10.0.0.9")
+    assert json.loads(out)[-1] == {"at": "result", "found": "dropped: mpls no route"}
+    _, out, _ = vpnctl("mpls", "trace", "--peer", "pe", "--label", "100,7", "--to", "10.0.0.1")
+    assert "pe [100, 7] 10.0.0.1" in out
+    for wrong in (("red",), ("--peer", "pe"), ("red", "10.0.0.9", "--peer", "pe")):
+        assert vpnctl("mpls", "trace", *wrong)[0] == 2
+    for wrong in (("red", "nowhere"), ("--peer", "pe", "--label", "x"), ("--peer", "pe", "--label", "1048576")):
+        assert vpnctl("mpls", "trace", *wrong)[0] == EXIT_FAILED

@@ -15,7 +15,7 @@ from vpnd.control.server.commands import INTERRUPTIBLE, NOT_IMPLEMENTED, Command
 COMMANDS = (
     *("version", "stats", "list-sas", "list-policies", "list-conns", "list-authorities", "get-conns", "get-pools", "get-authorities", "get-keys"),
     *("get-shared", "load-conn", "unload-conn", "load-cert", "load-key", "unload-key", "load-shared", "unload-shared", "clear-creds", "flush-certs"),
-    *("initiate", "terminate", "install", "uninstall", "x-wait", "x-stats"),
+    *("initiate", "terminate", "install", "uninstall", "x-wait", "x-stats", "x-mpls", "x-mpls-trace"),
 )
 KEYS = (
     *("child", "ike", "child-id", "ike-id", "timeout", "loglevel", "name", "id", "type", "flag", "data", "owners", "trap", "pass", "drop", "noblock"),

@@ -14,6 +14,7 @@ from vpnd.config.reader import integer, is_no, shown
 from vpnd.config.tree import Items, Scalar, Section
 from vpnd.config.validate import validate_connection
 from vpnd.control.backend import ControlBackend, ControlError, LogLine
+from vpnd.control.server import mpls
 from vpnd.control.vici import formats
 from vpnd.control.vici.codec import TooLong
 from vpnd.ike.gateway_id import GatewayId
@@ -24,7 +25,7 @@ Stream = Callable[[str, Section], Awaitable[None]]
 
 Handler = Callable[[Section, Stream], Coroutine[object, object, Section]]
 
-INTERRUPTIBLE: Final = frozenset({"list-sas", "list-conns", "list-policies", "initiate", "terminate", "x-wait"})
+INTERRUPTIBLE: Final = frozenset({"list-sas", "list-conns", "list-policies", "x-mpls", "initiate", "terminate", "x-wait"})
 """Commands that end when their client goes away; what they have set in motion goes on."""
 
 MAX_BACKGROUND: Final = 1000  # requests with `timeout = -1` that still go on
@@ -46,9 +47,10 @@ EVENTS: Final = frozenset(
         "child-rekey",
         "alert",
         "x-events-lost",
+        "x-mpls-row",
     }
 )
-"""What a client may register for. `x-events-lost` is ours: how many events were dropped because the client did not read them."""
+"""What a client may register for. Ours are `x-events-lost`, how many events were dropped because the client did not read them, and `x-mpls-row`."""
 
 NOT_IMPLEMENTED: Final = (
     "reload-settings",
@@ -102,6 +104,8 @@ class Commands:
             "x-wait": self._wait,
             "x-reload": self._reload,
             "x-stats": self._counters,
+            "x-mpls": lambda request, stream: mpls.rows(self._backend, request, stream),
+            "x-mpls-trace": lambda request, _stream: mpls.trace(self._backend, request),
         }
 
     def known(self, name: str) -> bool:
