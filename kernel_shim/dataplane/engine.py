@@ -13,8 +13,10 @@ from kernel_shim.dataplane.bundle import Bundle, Held
 from kernel_shim.dataplane.inbound import Admission, Inbound
 from kernel_shim.dataplane.labels import Labels
 from kernel_shim.dataplane.mtu import PathMtus
-from kernel_shim.dataplane.outbound import TAIL_ROOM, Outbound
+from kernel_shim.dataplane.outbound import Outbound
 from kernel_shim.dataplane.output import Sink
+from kernel_shim.dataplane.resolution import Resolution
+from kernel_shim.dataplane.sealing import TAIL_ROOM
 from kernel_shim.dataplane.traffic import Traffic
 from kernel_shim.inspection import CachedBundle, PendingQueue, Snapshot
 from kernel_shim.model import (
@@ -105,20 +107,19 @@ class Engine:
         self._bundles: Final[BundleCache[Bundle]] = BundleCache(self._generations, self._out_keys.mask)
         self._admissions: Final[BundleCache[Admission]] = BundleCache(self._generations, self._in_keys.mask)
         self._node: Final = LabelNode(self._labels_changed)
+        resolution = Resolution(self._spd, self._sad, self._out_keys, self._bundles, self._paths, self._node)
         self._outbound: Final = Outbound(
             sink,
             self._traffic,
-            self._spd,
             self._sad,
             self._out_keys,
             self._bundles,
             self._pending,
             self._acquires,
-            self._paths,
-            self._node,
+            resolution,
             self._emit,
         )
-        self._labels: Final = Labels(self._node, sink, self._traffic, self._spd, self._generations, self._outbound.take, self._outbound.tunnel_limit, TAIL_ROOM)
+        self._labels: Final = Labels(self._node, sink, self._traffic, self._spd, self._generations, self._outbound.take, resolution.tunnel_limit, TAIL_ROOM)
         self._inbound: Final = Inbound(
             self.inbound_buffer,
             sink,

@@ -20,8 +20,9 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from kernel_shim.dataplane.labels import Inside, Labels, Landing, inside
-from kernel_shim.dataplane.outbound import TAIL_ROOM, Outbound
+from kernel_shim.dataplane.outbound import Outbound
 from kernel_shim.dataplane.output import Sink
+from kernel_shim.dataplane.sealing import TAIL_ROOM
 from kernel_shim.dataplane.traffic import Traffic
 from kernel_shim.esp.rows import Rows, Workspace
 from kernel_shim.esp.wire import HEADER_FORMAT, SEQUENCE_LIMIT, TRAILER, strip
@@ -488,7 +489,7 @@ class Inbound:
             return self._sink.write_tun(buffer[:length])
         if not decrement_ttl(buffer[_BEGIN:length]):
             self._traffic.drop(DropReason.TTL_EXPIRED)
-            return self._outbound.tell_time_exceeded(buffer[:length], now, origin)
+            return self._outbound.errors.time_exceeded(buffer[:length], now, origin)
         self._traffic.hairpinned += 1
         self._outbound.take(buffer, length, now, origin)
 
