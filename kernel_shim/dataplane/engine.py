@@ -10,7 +10,8 @@ from typing import Final
 from kernel_shim.channel.userspace import USERSPACE
 from kernel_shim.dataplane import inspection
 from kernel_shim.dataplane.bundle import Bundle, Held
-from kernel_shim.dataplane.inbound import Admission, Inbound
+from kernel_shim.dataplane.delivery import Admission, Delivery
+from kernel_shim.dataplane.inbound import Inbound
 from kernel_shim.dataplane.labels import Labels
 from kernel_shim.dataplane.mtu import PathMtus
 from kernel_shim.dataplane.outbound import Outbound
@@ -120,19 +121,17 @@ class Engine:
             self._emit,
         )
         self._labels: Final = Labels(self._node, sink, self._traffic, self._spd, self._generations, self._outbound.take, resolution.tunnel_limit, TAIL_ROOM)
-        self._inbound: Final = Inbound(
-            self.inbound_buffer,
+        self._delivery: Final = Delivery(
             sink,
             self._traffic,
             self._spd,
-            self._sad,
             self._in_keys,
             self._admissions,
             self._outbound,
             self._labels,
-            self._emit,
             udp_segmentation=config.udp_segmentation,
         )
+        self._inbound: Final = Inbound(self.inbound_buffer, self._traffic, self._sad, self._delivery, self._emit)
 
     # Packets
 
@@ -169,7 +168,7 @@ class Engine:
     def flush(self, now: float) -> None:
         """Send every batch that is open: the end of one wake-up."""
         self._now = now
-        self._inbound.flush(now)  # before the batches: it may lead into another tunnel
+        self._delivery.flush(now)  # before the batches: it may lead into another tunnel
         self._outbound.batches.flush_all()
         self._out_keys.fragments.age(now)
         self._in_keys.fragments.age(now)
