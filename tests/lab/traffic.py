@@ -6,7 +6,8 @@ Every server says that it listens before anything is sent to it, and every recei
 from __future__ import annotations
 
 import json
-import re
+import os
+import select
 import socket
 import struct
 import sys
@@ -27,6 +28,13 @@ AGENT: Final = Path(__file__).with_name("agent.py")
 START_SECONDS: Final = 15.0
 TCP_TOTAL_RETRANS: Final = struct.Struct("=I")  # struct tcp_info of linux/tcp.h: eight bytes, then words; this is the 24th
 TCP_TOTAL_RETRANS_OFFSET: Final = 8 + 23 * 4
+
+ECHO: Final = struct.Struct("!BBHHH")  # type, code, checksum, identifier, number
+ICMP_ERRORS: Final = (3, 11, 12)
+ICMPV6_ERRORS: Final = (1, 2, 3, 4)
+IP_MTU_DISCOVER: Final = 10  # linux/in.h
+IPV6_MTU_DISCOVER: Final = 23  # linux/in6.h
+PMTUDISC_DO: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,10 +115,6 @@ class Agent:
             self.process.kill()
 
 
-_PING_SUMMARY = re.compile(r"(\d+) packets transmitted, (\d+) received")
-_PING_TIME = re.compile(r"time=([\d.]+) ms")
-
-
 def ping(
     host: Namespace,
     target: IPAddress,
@@ -122,19 +126,79 @@ def ping(
     dont_fragment: bool = False,
     source: IPAddress | None = None,
 ) -> PingResult:
-    """`timeout`: seconds to wait for the last answer."""
-    argv = ["ping", "-n", "-c", str(count), "-i", str(interval), "-W", str(timeout), "-s", str(size)]
-    if dont_fragment:
-        argv += ["-M", "do"]
-    if source is not None:
-        argv += ["-I", str(source)]
-    done = host.run([*argv, str(target)], check=False, timeout=count * interval + timeout + 20)
-    summary = _PING_SUMMARY.search(done.stdout)
-    if (summary is None and "unreachable" in done.stderr + done.stdout) or "No route to host" in done.stderr:
-        return PingResult(count, 0, ())  # refused before the first was sent
-    if summary is None:
-        raise LabError(f"ping {target}: {done.stdout}{done.stderr}")
-    return PingResult(int(summary[1]), int(summary[2]), tuple(float(ms) / 1000 for ms in _PING_TIME.findall(done.stdout)))
+    """Echo requests of `size` bytes of data, each until its answer or an ICMP error about it; `timeout`: seconds from the last one sent.
+
+    The ping of iputils would not do: once something was answered it waits for the rest only for the longest of `interval` and
+    two of the round-trip times seen, so on a busy machine it counts as lost what comes a little later.
+    """
+    family, protocol = (socket.AF_INET, socket.IPPROTO_ICMP) if target.version == 4 else (socket.AF_INET6, socket.IPPROTO_ICMPV6)
+    with host.socket(family, socket.SOCK_RAW, protocol) as sock:
+        if dont_fragment and target.version == 4:
+            sock.setsockopt(socket.IPPROTO_IP, IP_MTU_DISCOVER, PMTUDISC_DO)
+        elif dont_fragment:
+            sock.setsockopt(socket.IPPROTO_IPV6, IPV6_MTU_DISCOVER, PMTUDISC_DO)
+        if source is not None:
+            sock.bind((str(source), 0))
+        return _Echoes(sock, target, size).run(count, interval, timeout)
+
+
+class _Echoes:
+    """Echo requests under way on a raw socket (RFC 792, RFC 4443 section 4)."""
+
+    def __init__(self, sock: socket.socket, target: IPAddress, size: int) -> None:
+        self._sock = sock
+        self._target = (str(target), 0)
+        self._version = target.version
+        self._request, self._reply = (8, 0) if target.version == 4 else (128, 129)
+        self._identifier = int.from_bytes(os.urandom(2), "big")
+        self._data = bytes(size)
+        self._sent: dict[int, float] = {}  # those without an answer; by number, when they left
+        self._times: list[float] = []
+
+    def run(self, count: int, interval: float, timeout: float) -> PingResult:
+        begin = time.monotonic()
+        for number in range(count):
+            self._receive(begin + number * interval)
+            self._send(number)
+        self._receive(time.monotonic() + timeout, all_sent=True)
+        return PingResult(count, len(self._times), tuple(self._times))
+
+    def _send(self, number: int) -> None:
+        message = ECHO.pack(self._request, 0, 0, self._identifier, number) + self._data
+        if self._version == 4:  # the kernel fills ICMPv6's checksum
+            total = sum(struct.unpack(f"!{len(message) // 2}H", message[: len(message) & ~1])) + (message[-1] << 8 if len(message) & 1 else 0)
+            while total >> 16:
+                total = (total & 0xFFFF) + (total >> 16)
+            message = ECHO.pack(self._request, 0, total ^ 0xFFFF, self._identifier, number) + self._data
+        self._sent[number] = time.monotonic()
+        try:
+            self._sock.sendto(message, self._target)
+        except OSError:  # no route, too long, refused by a rule: never answered
+            del self._sent[number]
+
+    def _receive(self, until: float, *, all_sent: bool = False) -> None:
+        """Take answers until that time, or while any is missing."""
+        while (left := until - time.monotonic()) > 0 and (self._sent or not all_sent):
+            if not select.select([self._sock], [], [], left)[0]:
+                return
+            message = self._sock.recv(65535)
+            if self._version == 4:
+                message = message[(message[0] & 0xF) * 4 :]
+            kind = message[0]
+            if kind in (ICMP_ERRORS if self._version == 4 else ICMPV6_ERRORS):
+                self._refused(message[ECHO.size :])
+            elif kind == self._reply and len(message) >= ECHO.size:
+                _, _, _, identifier, number = ECHO.unpack_from(message)
+                if identifier == self._identifier and number in self._sent:
+                    self._times.append(time.monotonic() - self._sent.pop(number))
+
+    def _refused(self, quoted: bytes) -> None:
+        """An ICMP error, with the head of the packet that it is about."""
+        request = quoted[(quoted[0] & 0xF) * 4 if self._version == 4 and quoted else 40 :]
+        if len(request) >= ECHO.size:
+            kind, _, _, identifier, number = ECHO.unpack_from(request)
+            if kind == self._request and identifier == self._identifier:
+                self._sent.pop(number, None)
 
 
 @contextmanager
