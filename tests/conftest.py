@@ -5,16 +5,28 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
 from lab import strongswan
+from lab.forks import fork_servers
+from lab.process import Process
 
 CI = os.environ.get("CI") == "true"
 
 # Examples are bounded by number, never by time: the machine may be busy.
 hypothesis.settings.register_profile("shared", deadline=None, max_examples=100, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("shared")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_interpreter_starts() -> Iterator[None]:
+    """No test pays for the start of an interpreter in a namespace."""
+    with fork_servers() as servers:
+        Process.fork_servers = servers
+        yield
+        Process.fork_servers = ()
 
 
 def pytest_configure(config: pytest.Config) -> None:

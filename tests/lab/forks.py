@@ -1,12 +1,13 @@
 """Python programs without the start of an interpreter: a server that has everything imported forks one for each.
 
-For the emulated kernel, where an interpreter with our packages takes seconds to start. The children become those of who started the server,
+An interpreter with our packages takes a second to start, in the emulated kernel many. The children become those of who started the server,
 which is a subreaper: it waits for them as for any child.
 """
 
 from __future__ import annotations
 
 import array
+import contextlib
 import ctypes
 import gc
 import importlib
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -72,16 +73,24 @@ class ForkedChild:
 
 
 class ForkServer:
-    """`modules` are imported once, before the first program starts. `script`: it forks only programs of this file name; else all."""
+    """`modules` are imported once, before the first program starts. `script`: it forks only programs of this file name; else all.
+
+    The server runs from the first program on.
+    """
 
     def __init__(self, modules: Sequence[str], script: str = "") -> None:
+        self._modules = modules
         self._script = script
-        _libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            self._server = subprocess.Popen(
-                [sys.executable, str(Path(__file__)), str(theirs.fileno()), *modules], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
-            )
+        self._running: tuple[socket.socket, subprocess.Popen[bytes]] | None = None
+
+    def _server(self) -> socket.socket:
+        if self._running is None:
+            _libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            with theirs:
+                argv = ["setpriv", "--pdeathsig", "KILL", sys.executable, str(Path(__file__)), str(theirs.fileno()), *self._modules]
+                self._running = ours, subprocess.Popen(argv, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        return self._running[0]
 
     def serves(self, argv: Sequence[str]) -> bool:
         """Whether this is a Python program in a network namespace, run by this interpreter."""
@@ -92,15 +101,35 @@ class ForkServer:
     def start(self, argv: Sequence[str], log: int, env: Mapping[str, str] | None, pass_fds: Sequence[int]) -> ForkedChild:
         """`argv` as `serves` takes it; both outputs go to the descriptor `log`. OSError when the server is gone."""
         request = {"namespace": argv[3], "argv": list(argv[5:]), "env": dict(os.environ if env is None else env), "fds": list(pass_fds)}
-        socket.send_fds(self._socket, [json.dumps(request).encode()], [log, *pass_fds])
-        answer = self._socket.recv(64)
+        server = self._server()
+        socket.send_fds(server, [json.dumps(request).encode()], [log, *pass_fds])
+        answer = server.recv(64)
         if not answer:
             raise ConnectionResetError("the fork server is gone")
         return ForkedChild(int(answer))
 
     def close(self) -> None:
-        self._socket.close()
-        self._server.wait()
+        if self._running is not None:
+            control, server = self._running
+            control.close()
+            server.wait()
+            self._running = None
+
+
+# Of our programs, and of the lab's small ones from a small process.
+OUR_PROGRAMS: Final = ("vpnd.app", "vpnd.cli.daemon", "vpnd.cli.control", "kernel_shim.io.shim", "kernel_shim.io.main", "asyncio_dgram")
+AGENT_MODULES: Final = ("json", "socket", "hashlib", "select", "struct")
+
+
+@contextlib.contextmanager
+def fork_servers() -> Iterator[tuple[ForkServer, ...]]:
+    """Servers for all that a test bed starts."""
+    servers = ForkServer(AGENT_MODULES, script="agent.py"), ForkServer(OUR_PROGRAMS)
+    try:
+        yield servers
+    finally:
+        for server in servers:
+            server.close()
 
 
 # The server

@@ -21,13 +21,8 @@ def gateway(link: Pair) -> Gateway:
 
 
 def signalled(daemon: Gateway, number: signal.Signals) -> None:
-    (pid,) = [pid for pid in daemon.namespace.pids() if b"vpnd.cli.daemon" in _command_line(pid)]
-    os.kill(pid, number)
-
-
-def _command_line(pid: int) -> bytes:
-    with open(f"/proc/{pid}/cmdline", "rb") as file:
-        return file.read()
+    assert daemon.vpnd is not None
+    os.kill(daemon.vpnd.pid, number)
 
 
 def test_a_reload_touches_only_what_changed() -> None:
