@@ -22,7 +22,7 @@ from kernel_shim.io.connected import Connected, HostAddress, Sides
 from kernel_shim.io.guard import COUNTER as CLEAR_COUNTER
 from kernel_shim.io.guard import GuardPlan
 from kernel_shim.io.leak_guard import COUNTER as LEAK_COUNTER
-from kernel_shim.io.leak_guard import LeakGuardPlan
+from kernel_shim.io.leak_guard import VRF_COUNTER, LeakGuardPlan
 from kernel_shim.io.nft import Nft
 from kernel_shim.io.notices import GuardNotices, HostNotices, Notice
 from kernel_shim.io.routes import HostRoutes
@@ -32,6 +32,7 @@ from kernel_shim.model import Action, Direction, IPAddress, IPNetwork, KernelErr
 
 STATE_VERSION: Final = 1
 REVERSE_PATH_MARK: Final = "ipv4/conf/all/src_valid_mark"
+REVERSE_PATH_OF_ALL: Final = "ipv4/conf/all/rp_filter"  # of it and an interface's own the greater counts
 
 log = structlog.get_logger("kernel_shim.capture")
 
@@ -48,8 +49,11 @@ class Capture:
         self._plan: Final = CapturePlan(self._connected)
         self._bound: set[IPAddress] = set()
         self._inside: dict[IPNetwork, frozenset[str]] = {}
+        self._vrf_interfaces: frozenset[str] = frozenset()
+        self._vrf_members: frozenset[str] = frozenset()
         self._old_tables: list[str] = []
         self._sysctls: dict[str, str] = {}
+        self._told: set[str] = set()
         self._host_listeners: list[Callable[[tuple[HostAddress, ...]], None]] = []
 
         previous = self._read_state()
@@ -89,7 +93,8 @@ class Capture:
                 self._repaired("routes and rules", self._routes.repair(routes=bool(notice & Notice.ROUTES)))
             if notice & Notice.GUARD:
                 bound = "".join(map(self._guard.bind, self._bound))
-                self._nft.run(self._guard.restore() + self._leaks.restore() + bound + self._inside_commands())
+                vrfs = self._guard.set_vrfs(self._vrf_interfaces, self._vrf_members)
+                self._nft.run(self._guard.restore() + self._leaks.restore() + bound + vrfs + self._inside_commands())
                 self._repaired("guard", 1)
             if notice & Notice.ADDRESSES:
                 self._refresh_host()
@@ -216,6 +221,29 @@ class Capture:
             with suppress(KernelError):
                 self._nft.run(self._guard.unbind(address))
 
+    # VRFs
+
+    def set_vrfs(self, interfaces: frozenset[str]) -> None:
+        """All interfaces that a VRF's table routes: they are kept apart from the host's own traffic, and reverse paths are not asked of its main table."""
+        members = frozenset(name for name in interfaces if not in_host_vrf(name))
+        if (interfaces, members) != (self._vrf_interfaces, self._vrf_members):
+            self._nft.run(self._guard.set_vrfs(interfaces, members))
+            self._vrf_interfaces, self._vrf_members = interfaces, members
+        for name in interfaces:
+            self._allow_any_source(f"ipv4/conf/{name}/rp_filter")
+
+    def _allow_any_source(self, name: str) -> None:
+        """A reverse path check looks a customer's address up in the main table, where it is another's or nobody's. Its addresses are its own affair."""
+        value = read_sysctl(name)
+        if value not in (None, "0"):
+            self._sysctls.setdefault(name, value)
+            self._write_state()
+            write_sysctl(name, "0")
+        every = read_sysctl(REVERSE_PATH_OF_ALL)
+        if every not in (None, "0") and REVERSE_PATH_OF_ALL not in self._told:
+            self._told.add(REVERSE_PATH_OF_ALL)
+            log.warning("the host checks reverse paths on all interfaces: customers' packets may be dropped", setting=REVERSE_PATH_OF_ALL, value=every)
+
     # Life
 
     def end_takeover(self) -> None:
@@ -235,9 +263,10 @@ class Capture:
             log.warning("stale entries stay", reason=error.detail)
 
     def statistics(self) -> dict[str, int]:
-        """`guard.clear-dropped.packets` and `.bytes` (inbound), `guard.leak-dropped.` likewise (outbound), `capture.repairs`."""
+        """`guard.clear-dropped.packets` and `.bytes` (inbound), `guard.leak-dropped.` likewise (outbound), `guard.vrf-errors-dropped.`, `capture.repairs`."""
         counted = {"capture.repairs": self._repairs}
-        for name, counter in (("guard.clear-dropped", CLEAR_COUNTER), ("guard.leak-dropped", LEAK_COUNTER)):
+        counters = (("guard.clear-dropped", CLEAR_COUNTER), ("guard.leak-dropped", LEAK_COUNTER), ("guard.vrf-errors-dropped", VRF_COUNTER))
+        for name, counter in counters:
             text = ""
             with suppress(KernelError):
                 text = self._nft.run(f"list counter inet {self._guard.table} {counter}\n")
@@ -316,3 +345,10 @@ class Capture:
             fresh.replace(path)
         except OSError as error:
             raise KernelError(error.errno or errno.EIO, f"state file {path}: {error.strerror}") from error
+
+
+def in_host_vrf(interface: str) -> bool:
+    """Whether the interface belongs to a VRF link of the host's own kernel, which then keeps its packets apart."""
+    with suppress(OSError), open(f"/sys/class/net/{os.path.basename(interface)}/master/uevent") as file:
+        return "DEVTYPE=vrf" in file.read().split()
+    return False

@@ -20,6 +20,8 @@ from kernel_shim.model import ANY_PROTOCOL, PROTOCOL_ICMP, PROTOCOL_ICMPV6, Acti
 
 MAX_SHAPES: Final = 1024
 COUNTER: Final = "clear_dropped"
+VRF_INTERFACES: Final = "vrf_interfaces"
+VRF_MEMBERS: Final = "vrf_members"
 
 
 class _Shape(NamedTuple):
@@ -59,6 +61,8 @@ class GuardPlan:
         names = ", ".join(f'"{name}"' for name in ("lo", *self._interfaces))
         rules = [
             f"iifname {{ {names} }} accept",
+            # A VRF's packets are routed by its own table: the host's policies say nothing of them.
+            f"iifname @{VRF_INTERFACES} accept",
             # IKE and ESP to our own sockets. Marked, for a strict reverse path check would else be told of the TUN (src_valid_mark).
             f"ip daddr @local4 udp dport {{ 500, 4500 }} meta mark set {mark} accept",
             f"ip6 daddr @local6 udp dport {{ 500, 4500 }} meta mark set {mark} accept",
@@ -83,6 +87,8 @@ class GuardPlan:
             f"add counter {table} {COUNTER}",
             f"add set {table} local4 {{ type ipv4_addr; }}",
             f"add set {table} local6 {{ type ipv6_addr; }}",
+            f"add set {table} {VRF_INTERFACES} {{ type ifname; }}",
+            f"add set {table} {VRF_MEMBERS} {{ type ifname; }}",
             f"add chain {table} inside",
             f"add chain {table} protected",
             f"add chain {table} prerouting {{ type filter hook prerouting priority raw; policy accept; }}",
@@ -95,6 +101,15 @@ class GuardPlan:
 
     def unbind(self, address: IPAddress) -> str:
         return f"delete element inet {self.table} local{address.version} {{ {_plain(address)} }}\n"
+
+    def set_vrfs(self, interfaces: Iterable[str], members: Iterable[str]) -> str:
+        """`interfaces`: all that are routed by a VRF's table; `members`: those towards customers that the host knows as no VRF of its own."""
+        lines = []
+        for name, elements in ((VRF_INTERFACES, interfaces), (VRF_MEMBERS, members)):
+            lines.append(f"flush set inet {self.table} {name}")
+            if quoted := ", ".join(f'"{element}"' for element in sorted(elements)):
+                lines.append(f"add element inet {self.table} {name} {{ {quoted} }}")
+        return "\n".join(lines) + "\n"
 
     def set_inside(self, inside: Mapping[IPNetwork, frozenset[str]]) -> str:
         """Subnets on this side of the tunnels: what stays within one, on its own interface, is no policy's."""
@@ -148,7 +163,7 @@ class GuardPlan:
         return text
 
     def restore(self) -> str:
-        """The table anew with all that `add` gave, whatever is left of it; addresses and inside subnets are the caller's."""
+        """The table anew with all that `add` gave, whatever is left of it; addresses, inside subnets and VRFs are the caller's."""
         lines = [f"add table inet {self.table}", f"delete table inet {self.table}", self.create().rstrip("\n")]
         for shape, members in self._shapes.items():
             kind = ADDRESS_TYPE[shape.version]

@@ -15,12 +15,18 @@ from itertools import product
 from typing import Final, NamedTuple
 
 from kernel_shim.io.capture_plan import LINK_SCOPE, CapturePlan, sides
+from kernel_shim.io.guard import VRF_INTERFACES, VRF_MEMBERS
 from kernel_shim.io.nft import ADDRESS_TYPE, FAMILY, NEIGHBOUR_DISCOVERY, prefix_mask
 from kernel_shim.model import IPNetwork, KernelError, Policy
 
 COUNTER: Final = "leak_dropped"
+VRF_COUNTER: Final = "vrf_errors_dropped"
 MAX_LENGTH_PAIRS: Final = 1024  # of 33 * 33 + 129 * 129 that there can be
 PRIORITY: Final = 10  # after address translation (-100) and the firewall's own filters (0)
+_ERRORS: Final = (
+    "icmp type { destination-unreachable, time-exceeded, parameter-problem }",
+    "icmpv6 type { destination-unreachable, packet-too-big, time-exceeded, parameter-problem }",
+)
 
 
 class _Lengths(NamedTuple):
@@ -36,7 +42,7 @@ class _Members:
 
 
 class LeakGuardPlan:
-    """Feed it the policies that the capture takes; run the commands that it gives, in order. It lives in the inbound guard's table."""
+    """Feed it the policies that the capture takes; run the commands that it gives, in order. It lives in the inbound guard's table and reads its sets."""
 
     def __init__(self, table: str, *, tun: str, clear_tun: str, mark: int) -> None:
         self._table: Final = table
@@ -61,10 +67,16 @@ class LeakGuardPlan:
                 "jump leaving_inside",
                 "jump captured",
             ],
-            "forward": [f'iifname "{self._clear_tun}" accept', "jump leaving"],
-            "output": [f"meta mark {self._mark:#010x} accept", f"{NEIGHBOUR_DISCOVERY} accept", "jump leaving"],
+            "forward": [f"iifname @{VRF_INTERFACES} accept", f'iifname "{self._clear_tun}" accept', "jump leaving"],
+            "output": [
+                # The host sends its errors by its main table, where a customer's address may be that of another customer.
+                *(f"oifname @{VRF_MEMBERS} {errors} counter name {VRF_COUNTER} drop" for errors in _ERRORS),
+                f"meta mark {self._mark:#010x} accept",
+                f"{NEIGHBOUR_DISCOVERY} accept",
+                "jump leaving",
+            ],
         }
-        lines = [f"add counter {table} {COUNTER}"]
+        lines = [f"add counter {table} {COUNTER}", f"add counter {table} {VRF_COUNTER}"]
         for name, rules in chains.items():
             base = f" {{ type filter hook {name} priority {PRIORITY}; policy accept; }}" if name in ("forward", "output") else ""
             lines.append(f"add chain {table} {name}{base}")

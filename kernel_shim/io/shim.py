@@ -82,7 +82,7 @@ class Shim:
             config = EngineConfig(epoch=epoch, path_mtu=settings.egress_mtu, udp_segmentation=self._tun.segmentation, plain_esp=plain_esp)
             self._engine: Final = Engine(config, os.urandom, sink)
             self._kernel: Final = CapturedKernel(self._engine, self._capture, self._statistics, self._sockets.bind_raw)
-            self._vrfs: Final = VrfDevices(self._engine, self._capture.routes, sink.vrfs, self._serve_vrf, self._leave_vrf)
+            self._vrfs: Final = VrfDevices(self._engine, self._capture.routes, self._capture.set_vrfs, sink.vrfs, self._serve_vrf, self._leave_vrf)
             undo.append(self._vrfs.close)
             self._capture.on_host(self._vrfs.set_host)
             provider = CapturedSockets(self._sockets.bind, self._sockets.unbind, self._capture)

@@ -26,22 +26,23 @@ VRF_MTU: Final = 65535
 
 
 class VrfDevices:
-    """Implements `kernel_shim.kernel.LabelKernel` on an engine. `opened` and `closed` are called with each interface."""
+    """Implements `kernel_shim.kernel.LabelKernel` on an engine. `opened` and `closed` are called with each interface, `keep_apart` with all that VRFs route."""
 
     def __init__(
         self,
         engine: Engine,
         routes: HostRoutes,
+        keep_apart: Callable[[frozenset[str]], None],
         devices: dict[str, Tun],
         opened: Callable[[str, Tun], None],
         closed: Callable[[Tun], None],
     ) -> None:
-        self._engine, self._routes = engine, routes
+        self._engine, self._routes, self._keep_apart = engine, routes, keep_apart
         self._devices = devices  # by the VRF's name
         self._opened, self._closed = opened, closed
         self._vrfs: dict[str, Vrf] = {}
         self._through: dict[str, set[IPNetwork]] = {}  # prefixes of a VRF that lie elsewhere
-        self._local: dict[str, frozenset[tuple[str, IPNetwork]]] = {}
+        self._local: dict[str, frozenset[tuple[int, IPNetwork]]] = {}
         self._addresses: tuple[HostAddress, ...] = ()
 
     def label_entries(self) -> Sequence[NodeEntry]:
@@ -70,6 +71,8 @@ class VrfDevices:
         for vrf in self._vrfs.values():
             with suppress(KernelError):
                 self._route_members(vrf)
+        with suppress(KernelError):
+            self._guard()
 
     def queue_losses(self) -> dict[str, int]:
         """Packets that the interfaces' queues could not hold."""
@@ -89,6 +92,8 @@ class VrfDevices:
         old = self._vrfs.get(vrf.name)
         if old == vrf:
             return
+        if old is not None and (old.interface, old.table) == (vrf.interface, vrf.table):
+            return self._change_members(old, vrf, now)
         if old is not None:
             self._engine.remove_label_entry(old.key, now)
             self._close(vrf.name)
@@ -100,11 +105,26 @@ class VrfDevices:
             self._close(vrf.name)
             raise
 
+    def _change_members(self, old: Vrf, vrf: Vrf, now: float) -> None:
+        """The interface and what passes it stay."""
+        self._engine.put_label_entry(vrf, now)
+        self._vrfs[vrf.name] = vrf
+        for member in set(old.members) - set(vrf.members):
+            self._routes.release_interface(member, vrf.table)
+        for member in set(vrf.members) - set(old.members):
+            self._routes.bind_interface(member, vrf.table)
+        self._route_members(vrf)
+        self._guard()
+
+    def _guard(self) -> None:
+        self._keep_apart(frozenset(name for vrf in self._vrfs.values() if vrf.table for name in (vrf.interface, *vrf.members)))
+
     def _open(self, vrf: Vrf) -> None:
         device = Tun(vrf.interface, VRF_MTU)
         self._devices[vrf.name] = device
         self._vrfs[vrf.name] = vrf
         if vrf.table:
+            self._guard()
             self._routes.close_table(vrf.table)
             for interface in (vrf.interface, *vrf.members):
                 self._routes.bind_interface(interface, vrf.table)
@@ -123,6 +143,8 @@ class VrfDevices:
             for interface in (vrf.interface, *vrf.members):
                 self._routes.release_interface(interface, vrf.table)
             self._routes.empty_table(vrf.table)
+            with suppress(KernelError):
+                self._guard()
 
     def _follow(self, name: str, prefix: IPNetwork, *, through: bool) -> None:
         known = self._through.setdefault(name, set())
@@ -139,12 +161,13 @@ class VrfDevices:
     def _route_members(self, vrf: Vrf) -> None:
         if not vrf.table:
             return
-        wanted = frozenset((it.interface, it.network) for it in self._addresses if it.interface in vrf.members)
+        # By index: an interface that went and came again has lost its routes.
+        wanted = frozenset((_index(it.interface), it.network) for it in self._addresses if it.interface in vrf.members)
         standing = self._local.get(vrf.name, frozenset())
         for _, network in standing - wanted:
             self._routes.unroute_in(vrf.table, network, own=True)
-        for interface, network in wanted - standing:
-            self._routes.route_in(vrf.table, network, _index(interface), own=True)
+        for index, network in wanted - standing:
+            self._routes.route_in(vrf.table, network, index, own=True)
         self._local[vrf.name] = wanted
 
 

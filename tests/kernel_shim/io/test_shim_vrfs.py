@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 from lab.capture import Capture
+from lab.process import wait_until
 from lab.providers import CUSTOMERS, Provider, Providers, providers
 from lab.topology import WAN
 from lab.traffic import ping, tcp_bulk, tcp_server
@@ -130,3 +131,58 @@ async def test_an_interface_that_is_taken_is_refused_and_nothing_stands(edges: E
             await channel.put_labels([Vrf("red", WAN, 101, ("ce-red",))])
         assert list(await channel.labels()) == []
     assert "lookup 101" not in host_state(edges.lab.a.gateway)["rules"]
+
+
+async def test_the_hosts_own_errors_reach_no_customer(edges: Edges) -> None:
+    """A packet that expires at the PE: the host would answer by its main table, to whichever customer stands first there."""
+    await edges.connect()
+    near, far = edges.lab.a.customers["blue"], edges.lab.b.customers["blue"]
+    with contextlib.ExitStack() as stack:
+        seen = [stack.enter_context(Capture(edges.lab.a.customers[name].host, "lan")) for name in CUSTOMERS]
+        near.host.run(["ping", "-t", "1", "-c", "3", "-i", "0.2", "-W", "1", str(far.host4)], check=False)
+        near.host.run(["ping", "-t", "1", "-c", "3", "-i", "0.2", "-W", "1", str(far.host6)], check=False)
+        gateway = {near.net4[1], near.net6[1]}
+        assert [packet for capture in seen for packet in capture.packets() if packet.source in gateway and packet.protocol == 1] == []
+    async with edges.a.channel() as channel:
+        assert (await channel.statistics())["guard.vrf-errors-dropped.packets"] > 0
+
+
+async def test_strict_reverse_paths_and_policies_of_the_host_leave_customers_alone(edges: Edges) -> None:
+    for name in CUSTOMERS:
+        edges.lab.a.gateway.sysctl(**{f"ipv4__conf__ce-{name}__rp_filter": 1})
+    edges.lab.a.gateway.sysctl(ipv4__conf__default__rp_filter=1)
+    await edges.connect()
+    red, other = edges.lab.a.customers["red"], edges.lab.b.customers["red"]
+    async with edges.a.channel() as channel:
+        for policy in policies(edges.lab.a.wan4, edges.lab.b.wan4, red.net4, other.net4):
+            await channel.add_policy(policy)
+    for name in CUSTOMERS:
+        assert edges.lost(name) == 0, name
+    assert edges.a.stop() == 0
+    assert edges.lab.a.gateway.run(["cat", "/proc/sys/net/ipv4/conf/ce-red/rp_filter"]).stdout.strip() == "1"
+
+
+async def test_an_interface_of_a_vrf_goes_and_comes_again(edges: Edges) -> None:
+    await edges.connect()
+    lab, near = edges.lab.lab, edges.lab.a.customers["red"]
+    edges.lab.a.gateway.ip("link del ce-red")
+    assert edges.lost("blue") == 0
+    lab.veth(near.host, "lan", edges.lab.a.gateway, "ce-red")
+    edges.lab.a.gateway.ip(f"addr add {near.net4[1]}/{near.net4.prefixlen} dev ce-red")
+    edges.lab.a.gateway.sysctl(**{"ipv4__conf__ce-red__proxy_arp": 1})
+    near.host.ip(f"addr add {near.host4}/24 dev lan")
+    far = edges.lab.b.customers["red"]
+    wait_until(lambda: ping(near.host, far.host4, count=1, timeout=1.0).received, "red is back", 10.0, 0.2)
+
+
+async def test_a_member_more_does_not_stop_the_others(edges: Edges) -> None:
+    await edges.connect()
+    before = edges.lab.a.gateway.run(["cat", "/sys/class/net/vpn-red/ifindex"]).stdout
+    async with edges.a.channel() as channel:
+        await channel.put_labels([Vrf("red", "vpn-red", 101, ("ce-red", "ce-more"))])
+        assert edges.lost("red") == 0
+        assert "ce-more" in host_state(edges.lab.a.gateway)["rules"]
+        await channel.put_labels([Vrf("red", "vpn-red", 101, ("ce-red",))])
+    assert edges.lost("red") == 0
+    assert "ce-more" not in host_state(edges.lab.a.gateway)["rules"]
+    assert edges.lab.a.gateway.run(["cat", "/sys/class/net/vpn-red/ifindex"]).stdout == before
