@@ -159,6 +159,10 @@ class _Routes:
                 return paths
         return None
 
+    @property
+    def lengths(self) -> int:
+        return len(self._lengths)
+
     def items(self) -> Iterator[tuple[int, int, Paths]]:
         """Prefix length, its bits from the left, paths."""
         for length in self._lengths:
@@ -244,6 +248,11 @@ class Lfib:
         """By longest match."""
         routes = self._routes.get((vrf, destination.version))
         return None if routes is None else routes.find(int(destination))
+
+    def prefix_lengths(self, vrf: str, version: int) -> int:
+        """How many are in use: the hash probes that a lookup costs at most."""
+        routes = self._routes.get((vrf, version))
+        return routes.lengths if routes is not None else 0
 
     def routes(self, vrf: str) -> Iterator[tuple[IPNetwork, Paths]]:
         """Longest prefixes first."""

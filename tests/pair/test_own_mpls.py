@@ -2,99 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from lab.capture import Capture
-from lab.gateway import Gateway
-from lab.process import wait_until
-from lab.providers import CUSTOMERS, Provider, Providers, providers
-from lab.topology import WAN
+from lab.provider_edges import Edges, configuration, provider_edges
+from lab.providers import CUSTOMERS
 from lab.traffic import UdpStream, ping, tcp_bulk, tcp_server, udp_sink
 
 pytestmark = [pytest.mark.pair, pytest.mark.timeout(180)]
 
-CONFIGURATION = """
-connections {{
-  pe {{
-    local_addrs = {near}
-    remote_addrs = {far}
-    proposals = aes128gcm16-prfsha256-x25519
-    local {{ auth = psk }}
-    remote {{ auth = psk }}
-    children {{
-      labels {{
-        mode = transport
-        local_ts = {near}[gre]
-        remote_ts = {far}[gre]
-        esp_proposals = aes128gcm16
-        start_action = trap
-      }}
-    }}
-  }}
-}}
-secrets {{ ike-pe {{ secret = "three customers and a wire" }} }}
-mpls {{
-  vrfs {{ {vrfs} }}
-  peers {{
-    pe {{
-      local = {near}
-      remote = {far}
-      vrfs {{ {remote_vrfs} }}
-    }}
-  }}
-}}
-"""
-
-
-def configuration(near: Provider, far: Provider, customers: Sequence[str] = CUSTOMERS, remote: Mapping[str, int] | None = None) -> str:
-    """`remote`: the labels under which this node sends into the peer's VRFs."""
-    vrfs, remote_vrfs = "", ""
-    labels = {name: 100 + number for number, name in enumerate(CUSTOMERS)} if remote is None else remote
-    for number, name in enumerate(CUSTOMERS):
-        mine, theirs = near.customers[name], far.customers[name]
-        if name in customers:
-            vrfs += f"{name} {{\n members = {mine.member}\n table = {101 + number}\n label = {100 + number}\n prefixes = {mine.net4}, {mine.net6}\n }}\n"
-        if name in customers and name in labels:
-            remote_vrfs += f"{name} {{\n label = {labels[name]}\n prefixes = {theirs.net4}, {theirs.net6}\n }}\n"
-    return CONFIGURATION.format(near=near.wan4, far=far.wan4, vrfs=vrfs, remote_vrfs=remote_vrfs)
-
-
-@dataclass
-class Edges:
-    lab: Providers
-    a: Gateway
-    b: Gateway
-    wire: Capture
-
-    def write(self, customers: Sequence[str] = CUSTOMERS) -> None:
-        for gateway, near, far in ((self.a, self.lab.a, self.lab.b), (self.b, self.lab.b, self.lab.a)):
-            gateway.config.write_text(configuration(near, far, customers))
-
-    def lost(self, name: str, count: int = 2, timeout: float = 5.0) -> int:
-        near, far = self.lab.a.customers[name], self.lab.b.customers[name]
-        return sum(ping(near.host, target, count=count, timeout=timeout).lost for target in (far.host4, far.host6))
-
-    def leaks(self) -> list[str]:
-        networks = [net for customer in (self.lab.a.customers["red"], self.lab.b.customers["red"]) for net in (customer.net4, customer.net6)]
-        return [str(packet) for packet in self.wire.clear_packets(tuple(networks))]
-
 
 @pytest.fixture
 def edges(tmp_path: Path) -> Iterator[Edges]:
-    with providers() as lab, contextlib.ExitStack() as stack:
-        wire = stack.enter_context(Capture(lab.a.gateway, WAN))
-        for letter in "ab":
-            (tmp_path / letter).mkdir()
-        a, b = (Gateway(pe.gateway, tmp_path / letter / "gateway.conf") for letter, pe in (("a", lab.a), ("b", lab.b)))
-        found = Edges(lab, a, b, wire)
-        found.write()
-        for gateway in (a, b):
-            stack.callback(gateway.kill)
-            gateway.start()
+    with provider_edges(tmp_path) as found:
         yield found
 
 
@@ -114,12 +37,6 @@ def test_the_first_labelled_packet_is_kept_and_customers_stay_apart(edges: Edges
     assert edges.leaks() == []
 
 
-def reaches(edges: Edges, name: str) -> None:
-    """Until a packet of this customer passes: an SA may have to be made first."""
-    near, far = edges.lab.a.customers[name], edges.lab.b.customers[name]
-    wait_until(lambda: ping(near.host, far.host4, count=1, timeout=1.0).received, f"{name} reaches its other site", 30.0, 0.2)
-
-
 def test_a_label_that_a_peer_may_not_use_reaches_nobody(edges: Edges) -> None:
     """The one PE sends red's packets under green's label, in its own SA. The other one never told it that label."""
     edges.a.config.write_text(configuration(edges.lab.a, edges.lab.b, remote={"red": 102, "blue": 101}))
@@ -129,7 +46,7 @@ def test_a_label_that_a_peer_may_not_use_reaches_nobody(edges: Edges) -> None:
     with Capture(edges.lab.b.customers["green"].host, "lan") as green:
         near, far = edges.lab.a.customers["red"], edges.lab.b.customers["red"]
         assert ping(near.host, far.host4, count=5, timeout=1.0).received == 0
-        reaches(edges, "blue")
+        edges.reaches("blue")
         assert [str(packet) for packet in green.packets() if near.host4 in (packet.source, packet.destination)] == []
     assert edges.b.counters()["drop_mpls_label_forbidden"] >= 5
 
@@ -148,7 +65,7 @@ def test_a_dead_key_manager_and_a_dead_kernel_come_back(edges: Edges) -> None:
     assert edges.lost("red", timeout=0.5) == 4
     edges.a.start_shim()
     for name in CUSTOMERS:
-        reaches(edges, name)
+        edges.reaches(name)
     assert edges.leaks() == []
 
 
@@ -172,3 +89,24 @@ def test_a_vrf_comes_and_goes_while_others_carry(edges: Edges) -> None:
         sent = stream.wait()
         received = sink.expect(sent.sent - sent.refused, timeout=5.0)
     assert (received.received, received.duplicates) == (sent.sent - sent.refused, 0)
+
+
+def test_a_trace_says_what_becomes_of_a_packet(edges: Edges) -> None:
+    def trace(*arguments: str) -> list[tuple[str, str]]:
+        steps = json.loads(edges.a.vpnctl("--json", "mpls", "trace", *arguments))
+        return [(step["at"], step["found"]) for step in steps]
+
+    far = edges.lab.b.customers["red"]
+    assert trace("red", str(far.host4))[-1] == ("result", f"waits: no SA to {edges.lab.b.wan4} yet, one is asked for")
+    assert edges.lost("red") == 0
+    steps = trace("red", str(far.host4))
+    assert steps[-1] == ("result", "sent to pe")
+    assert ("stack", "100 (TC 0, TTL 255)") in steps
+    assert trace("red", "172.16.0.1")[-1] == ("result", "dropped: mpls no route")
+    mine = edges.lab.a.customers["red"]
+    assert trace("--peer", "pe", "--label", "100", "--to", str(mine.host4))[-1] == ("result", "goes out of VRF red")
+    assert trace("--peer", "pe", "--label", "103")[-1] == ("result", "dropped: mpls label forbidden")
+    rows = json.loads(edges.a.vpnctl("--json", "mpls", "lfib", "red"))
+    assert {row["state"] for row in rows} == {"ok"}
+    assert {row.get("label") or row["prefix"] for row in rows} == {"100", *map(str, (far.net4, far.net6, mine.net4, mine.net6))}
+    assert [row["table"] for row in json.loads(edges.a.vpnctl("--json", "mpls", "vrfs"))] == ["101", "102", "103"]

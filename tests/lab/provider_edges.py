@@ -1,0 +1,103 @@
+"""Our two gateways as PE routers of `lab.providers`, configured by file: an SA for the label tunnel on demand, three customers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lab.capture import Capture
+from lab.gateway import Gateway
+from lab.process import LabError, wait_until
+from lab.providers import CUSTOMERS, Provider, Providers, providers
+from lab.topology import WAN
+from lab.traffic import ping
+
+CONFIGURATION = """
+connections {{
+  pe {{
+    local_addrs = {near}
+    remote_addrs = {far}
+    proposals = aes128gcm16-prfsha256-x25519
+    local {{ auth = psk }}
+    remote {{ auth = psk }}
+    children {{
+      labels {{
+        mode = transport
+        local_ts = {near}[gre]
+        remote_ts = {far}[gre]
+        esp_proposals = aes128gcm16
+        start_action = trap
+      }}
+    }}
+  }}
+}}
+secrets {{ ike-pe {{ secret = "three customers and a wire" }} }}
+mpls {{
+  vrfs {{ {vrfs} }}
+  peers {{
+    pe {{
+      local = {near}
+      remote = {far}
+      vrfs {{ {remote_vrfs} }}
+    }}
+  }}
+}}
+"""
+
+
+def configuration(near: Provider, far: Provider, customers: Sequence[str] = CUSTOMERS, remote: Mapping[str, int] | None = None) -> str:
+    """`remote`: the labels under which this node sends into the peer's VRFs."""
+    vrfs, remote_vrfs = "", ""
+    labels = {name: 100 + number for number, name in enumerate(CUSTOMERS)} if remote is None else remote
+    for number, name in enumerate(CUSTOMERS):
+        mine, theirs = near.customers[name], far.customers[name]
+        if name in customers:
+            vrfs += f"{name} {{\n members = {mine.member}\n table = {101 + number}\n label = {100 + number}\n prefixes = {mine.net4}, {mine.net6}\n }}\n"
+        if name in customers and name in labels:
+            remote_vrfs += f"{name} {{\n label = {labels[name]}\n prefixes = {theirs.net4}, {theirs.net6}\n }}\n"
+    return CONFIGURATION.format(near=near.wan4, far=far.wan4, vrfs=vrfs, remote_vrfs=remote_vrfs)
+
+
+@dataclass
+class Edges:
+    lab: Providers
+    a: Gateway
+    b: Gateway
+    wire: Capture | None
+
+    def write(self, customers: Sequence[str] = CUSTOMERS) -> None:
+        for gateway, near, far in ((self.a, self.lab.a, self.lab.b), (self.b, self.lab.b, self.lab.a)):
+            gateway.config.write_text(configuration(near, far, customers))
+
+    def lost(self, name: str, count: int = 2, timeout: float = 5.0) -> int:
+        near, far = self.lab.a.customers[name], self.lab.b.customers[name]
+        return sum(ping(near.host, target, count=count, timeout=timeout).lost for target in (far.host4, far.host6))
+
+    def leaks(self) -> list[str]:
+        if self.wire is None:
+            raise LabError("these edges have no capture")
+        networks = [net for customer in (self.lab.a.customers["red"], self.lab.b.customers["red"]) for net in (customer.net4, customer.net6)]
+        return [str(packet) for packet in self.wire.clear_packets(tuple(networks))]
+
+    def reaches(self, name: str) -> None:
+        """Until a packet of this customer passes: an SA may have to be made first."""
+        near, far = self.lab.a.customers[name], self.lab.b.customers[name]
+        wait_until(lambda: ping(near.host, far.host4, count=1, timeout=1.0).received, f"{name} reaches its other site", 30.0, 0.2)
+
+
+@contextlib.contextmanager
+def provider_edges(directory: Path, *, capture: bool = True) -> Iterator[Edges]:
+    """Both run, and nothing is negotiated yet; with a capture on the wire since before they started."""
+    with providers() as lab, contextlib.ExitStack() as stack:
+        wire = stack.enter_context(Capture(lab.a.gateway, WAN)) if capture else None
+        for letter in "ab":
+            (directory / letter).mkdir()
+        a, b = (Gateway(pe.gateway, directory / letter / "gateway.conf") for letter, pe in (("a", lab.a), ("b", lab.b)))
+        found = Edges(lab, a, b, wire)
+        found.write()
+        for gateway in (a, b):
+            stack.callback(gateway.kill)
+            gateway.start()
+        yield found
