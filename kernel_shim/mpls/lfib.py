@@ -18,6 +18,8 @@ from kernel_shim.mpls.labels import FIRST_LABEL, IMPLICIT_NULL, LAST_LABEL, MAX_
 MAX_LABELS: Final = 1 << 20  # in all label spaces together
 MAX_ROUTES: Final = 4 << 20  # in all VRFs together
 MAX_PATHS: Final = 64  # of one group
+_PAGE_BITS: Final = 7
+_PAGE: Final = 1 << _PAGE_BITS  # labels
 
 PLATFORM: Final = ""  # the label space of the whole node (RFC 3031 section 3.14); any other is a peer's or an interface's own
 
@@ -118,6 +120,39 @@ class Peer:
         return Key("peer", (self.name,))
 
 
+class _Labels:
+    """One label space: pages of neighbouring labels, so that a lookup touches little memory however many labels there are."""
+
+    __slots__ = ("_pages",)
+
+    def __init__(self) -> None:
+        self._pages: dict[int, list[Paths]] = {}
+
+    def put(self, label: int, paths: Paths) -> Paths:
+        """What was there, or (); nothing is put as ()."""
+        page = self._pages.get(label >> _PAGE_BITS)
+        if page is None:
+            page = self._pages[label >> _PAGE_BITS] = [()] * _PAGE
+        at = label & _PAGE - 1
+        replaced, page[at] = page[at], paths
+        if not paths and not any(page):
+            del self._pages[label >> _PAGE_BITS]
+        return replaced
+
+    def find(self, label: int) -> Paths:
+        page = self._pages.get(label >> _PAGE_BITS)
+        return page[label & _PAGE - 1] if page is not None else ()
+
+    def items(self) -> Iterator[tuple[int, Paths]]:
+        for number, page in self._pages.items():
+            for at, paths in enumerate(page):
+                if paths:
+                    yield number << _PAGE_BITS | at, paths
+
+    def __bool__(self) -> bool:
+        return bool(self._pages)
+
+
 class _Routes:
     """One VRF, one family: a table for each prefix length, longest first."""
 
@@ -178,7 +213,8 @@ class Lfib:
 
     def __init__(self) -> None:
         self.generation = 0
-        self._ilm: dict[tuple[str, int], Paths] = {}
+        self._ilm: dict[str, _Labels] = {}
+        self._label_count = 0
         self._routes: dict[tuple[str, int], _Routes] = {}
         self._route_count = 0
         self.spread = 0  # entries that ask for a flow's hash: equal paths and entropy labels
@@ -190,27 +226,35 @@ class Lfib:
         """Packets that arrive with `label` on top take one of `paths`; replaces what was bound. Raises ValueError."""
         if not FIRST_LABEL <= label <= LAST_LABEL:
             raise ValueError(f"label {label} cannot be bound")
-        if (space, label) not in self._ilm and len(self._ilm) >= MAX_LABELS:
+        if self._label_count >= MAX_LABELS and self.incoming(label, space) is None:
             raise ValueError(f"more than {MAX_LABELS} labels")
-        self.spread += _spreads(_checked(paths)) - _spreads(self._ilm.get((space, label), ()))
-        self._ilm[space, label] = paths
+        _checked(paths)
+        replaced = self._ilm.setdefault(space, _Labels()).put(label, paths)
+        self._label_count += not replaced
+        self.spread += _spreads(paths) - _spreads(replaced)
         self.generation += 1
 
     def unbind(self, label: Label, space: str = PLATFORM) -> bool:
         """Whether it was bound."""
-        paths = self._ilm.pop((space, label), None)
-        if paths is None:
+        labels = self._ilm.get(space)
+        if labels is None or not (paths := labels.find(label)):
             return False
+        labels.put(label, ())
+        if not labels:
+            del self._ilm[space]
+        self._label_count -= 1
         self.spread -= _spreads(paths)
         self.generation += 1
         return True
 
     def incoming(self, label: Label, space: str = PLATFORM) -> Paths | None:
-        return self._ilm.get((space, label))
+        labels = self._ilm.get(space)
+        return (labels.find(label) or None) if labels is not None else None
 
     def labels(self) -> Iterator[tuple[str, Label, Paths]]:
-        for (space, label), paths in self._ilm.items():
-            yield space, Label(label), paths
+        for space, labels in self._ilm.items():
+            for label, paths in labels.items():
+                yield space, Label(label), paths
 
     # FTN
 
@@ -286,7 +330,7 @@ class Lfib:
 
     def __len__(self) -> int:
         """Labels that are bound, in all spaces."""
-        return len(self._ilm)
+        return self._label_count
 
 
 def _checked(paths: Paths) -> Paths:

@@ -14,7 +14,7 @@ from ipaddress import IPv4Address, IPv4Network
 from typing import Final
 
 from bench.rows import Row, median_row
-from kernel_shim.mpls.labels import FIRST_LABEL, Label
+from kernel_shim.mpls.labels import FIRST_LABEL, Entry, Label, read_stack, write_stack
 from kernel_shim.mpls.lfib import Lfib, Nhlfe, ToPeer, ToVrf
 
 SIZES: Final = (10, 100_000, 1_000_000)
@@ -48,13 +48,13 @@ def _build(size: int) -> Lfib:
 
 
 class _Counted(int):
-    """A label that counts how often a table asks for its hash: once for each probe."""
+    """A label that counts how often a table asks for its page: once for each probe."""
 
     asked = 0
 
-    def __hash__(self) -> int:
+    def __rshift__(self, bits: int) -> int:
         type(self).asked += 1
-        return super().__hash__()
+        return super().__rshift__(bits)
 
 
 def _label_probes(lfib: Lfib, labels: list[Label]) -> float:
@@ -71,10 +71,13 @@ def _seconds(lookup: Callable[[], None]) -> float:
 
 
 def _labels(lfib: Lfib, labels: list[Label]) -> Callable[[], None]:
+    """As a packet has it: from the octets of its stack."""
+    stacks = [write_stack([Entry(label, 0, 64)]) for label in labels]
+
     def look() -> None:
         incoming = lfib.incoming
-        for label in labels:
-            incoming(label)
+        for stack in stacks:
+            incoming(read_stack(stack)[0].label)
 
     return look
 
