@@ -107,7 +107,7 @@ def reqid_of(session: Session, request: ChildRequest) -> int:
 
 def allocation(session: Session, config: ChildConfig, reqid: int, acquire: AcquireSequence = NO_ACQUIRE) -> AllocateSpi:
     session.tokens += 1
-    return AllocateSpi(session.tokens, config.name, session.local, session.remote, config.mode, reqid, acquire)
+    return AllocateSpi(session.tokens, config.name, session.path.local, session.path.remote, config.mode, reqid, acquire)
 
 
 def make_offer(session: Session, request: ChildRequest, *, key_exchange: bool, like: Child | None = None) -> Steps[Offer]:
@@ -117,7 +117,7 @@ def make_offer(session: Session, request: ChildRequest, *, key_exchange: bool, l
     if not proposals:
         raise ChildRefused(Reason.NO_PROPOSAL_CHOSEN, NotifyType.NO_PROPOSAL_CHOSEN, detail="the kernel supports none of the ESP proposals")
     check_encapsulation(session)
-    local_ts, remote_ts = resolve(child.local_ts, session.local.address), resolve(child.remote_ts, session.remote.address)
+    local_ts, remote_ts = resolve(child.local_ts, session.path.local.address), resolve(child.remote_ts, session.path.remote.address)
     # RFC 7296 section 2.9.2: what it replaces, no less
     model = like.sa if like is not None else request.like
     if model is not None:
@@ -183,8 +183,8 @@ def choose(session: Session, message: Message, *, key_exchange: bool, ke_group: 
     for config in [like.config] if like else session.connection.children.values():
         if config.action is not Action.PROTECT:
             continue
-        local_ts = narrow(asked_local, resolve(config.local_ts, session.local.address))
-        remote_ts = narrow(asked_remote, resolve(config.remote_ts, session.remote.address))
+        local_ts = narrow(asked_local, resolve(config.local_ts, session.path.local.address))
+        remote_ts = narrow(asked_remote, resolve(config.remote_ts, session.path.remote.address))
         pair = paired(local_ts, remote_ts)
         if pair is None:
             continue
@@ -232,8 +232,8 @@ def build(session: Session, agreed: Agreed, spi_in: SaId, keying: Keying, replac
     own, peers = (first, second) if keying.initiator else (second, first)
     soft, hard = _lifetimes(session, config)
     # its SPI is that of the address which was ours when the exchange began; should we have moved, the SA does so as soon as it stands
-    local = session.local._replace(address=spi_in.destination)
-    remote, encapsulated = session.remote, session.encapsulated
+    local, remote, encapsulated = session.path
+    local = local._replace(address=spi_in.destination)
 
     def one(direction: Direction, spi: Spi, pair: tuple[Secret, Secret]) -> SecurityAssociation:
         inbound = direction is Direction.IN
@@ -282,7 +282,7 @@ def build(session: Session, agreed: Agreed, spi_in: SaId, keying: Keying, replac
 
 
 def check_encapsulation(session: Session) -> None:
-    if session.context.capabilities.encapsulation_required and not session.encapsulated:
+    if session.context.capabilities.encapsulation_required and not session.path.encapsulated:
         detail = "the kernel needs UDP encapsulation, and the peer does not do NAT traversal"
         raise ChildRefused(Reason.KERNEL_REFUSED, NotifyType.NO_PROPOSAL_CHOSEN, detail=detail)
 
@@ -325,16 +325,16 @@ def _lifetimes(session: Session, config: ChildConfig) -> tuple[Lifetime, Lifetim
 
 def _between_hosts(session: Session, pair: tuple[Selectors, Selectors]) -> bool:
     """RFC 4301 section 4.1: transport mode is for the traffic of the two hosts themselves."""
-    local, remote = AddressRange.host(session.local.address), AddressRange.host(session.remote.address)
+    local, remote = AddressRange.host(session.path.local.address), AddressRange.host(session.path.remote.address)
     return all(selector.addresses == local for selector in pair[0]) and all(selector.addresses == remote for selector in pair[1])
 
 
 def _seen_from_here(session: Session, local_ts: Selectors, remote_ts: Selectors) -> tuple[Selectors, Selectors]:
     # RFC 7296 section 2.23.1: addresses that a NAT changed become those that we see
     if session.nat_local:
-        local_ts = substituted(local_ts, None, session.local.address)
+        local_ts = substituted(local_ts, None, session.path.local.address)
     if session.nat_remote:
-        remote_ts = substituted(remote_ts, None, session.remote.address)
+        remote_ts = substituted(remote_ts, None, session.path.remote.address)
     return local_ts, remote_ts
 
 
@@ -342,9 +342,9 @@ def _seen_from_there(session: Session, pair: tuple[Selectors, Selectors], local_
     # RFC 7296 section 2.23.1: the answer carries the peer's view again
     local, remote = pair
     if session.nat_local and (theirs := _host(local_ts)) is not None:
-        local = substituted(local, session.local.address, theirs)
+        local = substituted(local, session.path.local.address, theirs)
     if session.nat_remote and (theirs := _host(remote_ts)) is not None:
-        remote = substituted(remote, session.remote.address, theirs)
+        remote = substituted(remote, session.path.remote.address, theirs)
     return local, remote
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Final, Self, TypeVar
+from typing import Final, NamedTuple, Self, TypeVar
 
 from kernel_shim.model import Endpoint, IPAddress, SaId, Spi
 from kernel_shim.secret import Secret
@@ -61,6 +61,7 @@ RESUMABLE: Final = frozenset({Reason.PEER_SILENT, Reason.REKEYED, Reason.REPLACE
 REKEY_AGAIN: Final = 30.0  # s, after a rekeying was refused for good
 
 OF_ONE_IKE_SA: Final = frozenset({"IKE_DPD", "IKE_REKEY", "IKE_DELETE"})  # exchanges that are not handed over
+OF_PATHS: Final = frozenset({"IKE_MOBIKE", "IKE_ROUTE_CHECK"})  # exchanges that, if they are under way then, begin anew on the heir: it has what is to move
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +147,14 @@ class IkeCrypto:
         return replace(self, keys=with_ppk(self.suite.prf, self.keys, ppk))
 
 
+class Path(NamedTuple):
+    """Between which addresses CHILD_SAs are, and whether with UDP encapsulation (RFC 3948)."""
+
+    local: Endpoint
+    remote: Endpoint
+    encapsulated: bool
+
+
 class Session:
     """The state of an IKE SA. Only its exchanges and its driver write to it."""
 
@@ -189,6 +198,8 @@ class Session:
         self.mobike = False  # both sides know MOBIKE
         self.peer_addresses: tuple[IPAddress, ...] = ()  # besides the one that is in use
         self.told_addresses: tuple[IPAddress, ...] = ()  # ours that the peer was told
+        self.proven: Path | None = None  # where the peer was, while it is not known that it is at `remote`
+        self.claims = 0  # of the peer's, to be elsewhere
         self.mapping_hash = b""  # what the peer last saw as our address, hashed
         self.arrived = (local, remote)  # the way of the datagram that is being dealt with
         self.peer_knows_ppk = False  # it said USE_PPK (RFC 8784), and so did we
@@ -256,6 +267,11 @@ class Session:
     def encapsulated(self) -> bool:
         """Whether ESP goes in UDP (RFC 3948)."""
         return self.nat_supported and (self.nat_local or self.nat_remote or self.nat_fake)
+
+    @property
+    def path(self) -> Path:
+        """Of CHILD_SAs, present and new: no data goes where the peer only claims to be (RFC 4555 section 3.7)."""
+        return self.proven or Path(self.local, self.remote, self.encapsulated)
 
     @property
     def keys(self) -> IkeCrypto:
@@ -384,6 +400,12 @@ class Session:
         heir.later, self.later = self.later, Deadlines()
         heir.lingering, self.lingering = self.lingering, {}
         heir.tokens = self.tokens
+        # either may have moved since the heir was made
+        heir.local, heir.remote, heir.proven = self.local, self.remote, self.proven
+        heir.nat_local, heir.nat_remote, heir.nat_fake, heir.nat_supported = self.nat_local, self.nat_remote, self.nat_fake, self.nat_supported
+        heir.peer_addresses, heir.told_addresses = self.peer_addresses, self.told_addresses
+        if self.active is not None and self.active.name in OF_PATHS:
+            heir.queue.append(Task(self.active.name, self.active.begin))
         for task in (*self.queue, *self.postponed):
             heir.later.set(task, None)
             if task.name not in OF_ONE_IKE_SA:
@@ -404,8 +426,7 @@ class Session:
 
     # CHILD_SAs
 
-    def hold(self, spi: Spi) -> SaId:
-        sa_id = SaId(self.local.address, spi)
+    def hold(self, sa_id: SaId) -> SaId:
         self.held.add(sa_id)
         return sa_id
 
@@ -482,7 +503,7 @@ class Session:
 def allocate(session: Session, request: AllocateSpi) -> Steps[SaId | None]:
     """Wait for an inbound SPI; None when the kernel gives none. It is held until it is installed or given back."""
     spi = yield request
-    return session.hold(spi) if isinstance(spi, int) else None  # type: ignore[arg-type]
+    return session.hold(SaId(request.local.address, Spi(spi))) if isinstance(spi, int) else None
 
 
 def ask(request: Ask | KeepWaiting) -> Steps[Message]:

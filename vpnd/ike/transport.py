@@ -389,7 +389,7 @@ class Transport(Session):
         for at, effect in enumerate(effects):
             if isinstance(effect, InstallSa) and (child := self.children.get(effect.child_id)) is not None:
                 child.at_risk = tuple(later for later in effects[at + 1 :] if isinstance(later, RemoveSa | ChildClosed))
-                if effect.sa.direction is Direction.IN and effect.sa.destination != self.local.address:
+                if effect.sa.direction is Direction.IN and effect.sa.destination != self.path.local.address:
                     mobike.move_child(self, child)
         effects += self.effects
         self.effects = []

@@ -213,13 +213,16 @@ def answer(session: Session, request: Message) -> list[Payload]:
         if refusal is not None:
             return [NotifyPayload(refusal), *echo]
         elsewhere = remote != session.remote
+        if elsewhere:
+            session.proven = session.path
+            session.claims += 1
         session.local, session.remote = local, remote
         _take_detection(session, request)
         session.repeat_request()
-        if elsewhere:
-            _begin(session, ROUTE_CHECK, _check_route)
-        elif not any(task.name == ROUTE_CHECK for task in (session.active, *session.queue) if task):
+        if session.proven is None:
             move_children(session)
+        elif not any(task.name == ROUTE_CHECK for task in (session.active, *session.queue) if task):
+            _begin(session, ROUTE_CHECK, _check_route)
     # RFC 4555 section 3.8: who asks is told what the NATs did to its message
     if request.notify(NotifyType.NAT_DETECTION_SOURCE_IP) is not None:
         fake = session.context.entropy(HASH_LENGTH) if session.force_encapsulation else None
@@ -239,14 +242,16 @@ def _refusal(request: Message, local: Endpoint, remote: Endpoint) -> NotifyType 
 def _check_route(session: Session, task: Task) -> Steps[None]:
     """RFC 4555 section 3.7: no data goes where a peer only claims to be, lest it floods a third party."""
     for _ in range(MAX_UPDATES):
-        path = session.local, session.remote
+        # a copy of the request may have gone to where the peer was in between, so only a cookie that is younger than its last claim proves that
+        claims = session.claims
         cookie = session.context.entropy(COOKIE2_LENGTH)
         response = yield from ask(Ask(Exchange.INFORMATIONAL, (NotifyPayload(NotifyType.COOKIE2, cookie),)))
         echo = response.notify(NotifyType.COOKIE2)
         if echo is None or not hmac.compare_digest(echo.data, cookie):
             session.close(Reason.INVALID_SYNTAX, f"{session.describe()}: did not return COOKIE2")
             return
-        if path == (session.local, session.remote):
+        if claims == session.claims:
+            session.proven = None
             move_children(session)
             return
 
@@ -272,10 +277,11 @@ def move_child(session: Session, child: Child) -> None:
     session.emit(MigrateSa(child.sa.id, child.sa.inbound, inbound))
     if child.sends:
         session.emit(MigrateSa(child.sa.id, child.sa.outbound, outbound))
-    child.sa = replace(child.sa, inbound=inbound, outbound=outbound, encapsulated=session.encapsulated)
+    child.sa = replace(child.sa, inbound=inbound, outbound=outbound, encapsulated=session.path.encapsulated)
 
 
 def _moved(session: Session, sa: SecurityAssociation, *, inward: bool) -> SecurityAssociation:
-    source, destination = (session.remote, session.local) if inward else (session.local, session.remote)
-    encapsulation = UdpEncapsulation(source.port, destination.port) if session.encapsulated else None
+    local, remote, encapsulated = session.path
+    source, destination = (remote, local) if inward else (local, remote)
+    encapsulation = UdpEncapsulation(source.port, destination.port) if encapsulated else None
     return replace(sa, source=source.address, destination=destination.address, encapsulation=encapsulation)

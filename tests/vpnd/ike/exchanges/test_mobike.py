@@ -264,3 +264,93 @@ def test_a_long_list_of_addresses_is_cut() -> None:
     many = [NotifyPayload(NotifyType.ADDITIONAL_IP4_ADDRESS, (0xCB007100 + number).to_bytes(4, "big")) for number in range(100)]
     told(pair, *many, NotifyPayload(NotifyType.ADDITIONAL_IP6_ADDRESS, b"short"))
     assert len(pair.b.sa.peer_addresses) == MAX_ADDITIONAL
+
+
+VICTIM = Endpoint(ip_address("203.0.113.66"), 4500)
+
+
+def claim(pair: Pair, source: Endpoint = VICTIM) -> None:
+    """`a` says from `source` that it is there."""
+
+    def steps(session: Session, task: Task) -> Steps[None]:
+        yield from ask(Ask(Exchange.INFORMATIONAL, (NotifyPayload(NotifyType.UPDATE_SA_ADDRESSES),)))
+
+    sa = pair.a.sa
+    sa._enqueue(Task("TEST", steps))
+    pair.a.run(sa, sa._done(), pair.now)
+    request = pair.take()
+    pair.b.arrive(Datagram("a", pair.b.endpoint, source, request.data), pair.now)
+    for answer in [datagram for datagram in pair.flight if datagram.data[19] & 0x20]:
+        pair.flight.remove(answer)
+        pair.a.arrive(Datagram("b", pair.a.endpoint, pair.b.endpoint, answer.data), pair.now)
+
+
+def victims(pair: Pair) -> list[object]:
+    return [sa for sa in pair.b.sad.values() if VICTIM.address in (sa.source, sa.destination)]
+
+
+def forged(pair: Pair, route_check_arrives: bool = False) -> None:
+    """All that flies arrives, but as an attacker has it: its packets come from the victim, and what goes to the victim is guessed, save for the route check."""
+    for _ in range(100):
+        if not pair.flight:
+            if not pair.tick():
+                return
+            continue
+        datagram = pair.take()
+        if datagram.sender == "a":
+            pair.b.arrive(Datagram("a", pair.b.endpoint, VICTIM, datagram.data), pair.now)
+        elif route_check_arrives or not (datagram.data[18] == Exchange.INFORMATIONAL and not datagram.data[19] & 0x20):
+            pair.a.arrive(Datagram("b", pair.a.endpoint, pair.b.endpoint, datagram.data), pair.now)
+
+
+@pytest.mark.parametrize("act", ["create", "rekey", "rekey-ike", "rekeyed-by-b", "ike-rekeyed-by-b"])
+def test_a_peer_that_claims_to_be_elsewhere_brings_nothing_up_there(act: str) -> None:
+    """RFC 4555 section 3.7: nor are there new CHILD_SAs towards a third party."""
+    pair = connected()
+    if act == "rekeyed-by-b":
+        pair.b.run(pair.b.sa, pair.b.sa.rekey_child(min(pair.b.sa.children), pair.now), pair.now)
+        held = pair.flight.copy()
+    elif act == "ike-rekeyed-by-b":
+        pair.b.run(pair.b.sa, pair.b.sa.rekey(pair.now), pair.now)
+        held = pair.flight.copy()
+    else:
+        held = []
+    pair.flight.clear()
+    claim(pair)
+    pair.flight[:] = [*held, *pair.flight]
+    forged(pair)
+    sa = pair.a.sa
+    if act == "create":
+        pair.a.run(sa, sa.create_child(next(iter(sa.connection.children.values())), pair.now), pair.now)
+    elif act == "rekey":
+        pair.a.run(sa, sa.rekey_child(min(sa.children), pair.now), pair.now)
+    elif act == "rekey-ike":
+        pair.a.run(sa, sa.rekey(pair.now), pair.now)
+    forged(pair)
+    if "ike" in act:
+        pair.a.run(pair.a.sa, pair.a.sa.create_child(next(iter(sa.connection.children.values())), pair.now), pair.now)
+        forged(pair)
+    assert len(pair.b.sad) >= 2
+    assert not victims(pair)
+    # it is there after all
+    pair.a.address = str(VICTIM.address)
+    pair.wait(60.0)
+    assert len(pair.b.sad) == len(victims(pair))
+
+
+def test_a_cookie_that_went_elsewhere_in_between_proves_nothing() -> None:
+    pair = connected()
+    claim(pair)
+    pair.flight.clear()
+    # the true address gets a copy of the route check, and then it is the victim's again
+    claim(pair, Endpoint(ip_address("198.51.100.99"), 4500))
+    copies = [datagram for datagram in pair.flight if str(datagram.remote.address) == "198.51.100.99"]
+    assert copies
+    pair.flight.clear()
+    claim(pair)
+    pair.flight.clear()
+    for copy in copies:
+        pair.a.arrive(Datagram("b", pair.a.endpoint, pair.b.endpoint, copy.data), pair.now)
+    for answer in list(pair.flight):
+        pair.b.arrive(Datagram("a", pair.b.endpoint, VICTIM, answer.data), pair.now)
+    assert not victims(pair)
