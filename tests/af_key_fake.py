@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from kernel_shim.model import IPAddress, SaState
 from kernel_shim.pfkey.codec import Codec
 from kernel_shim.pfkey.constants import ExtensionType, MessageType, SaType
-from kernel_shim.pfkey.messages import Address, Algorithm, Extension, LifetimeExtension, Message, PolicyExtension, Sa, Sa2, Supported
+from kernel_shim.pfkey.messages import Address, Algorithm, Extension, LifetimeExtension, Message, PolicyExtension, Sa, Sa2, SpiRange, Supported
 
 _Name = tuple[IPAddress, int]
 _SUPPORTED = (
@@ -115,11 +115,20 @@ class FakeAfKey:
 
     def _get_spi(self, request: Message) -> tuple[Extension, ...]:
         source, destination = request.require(Address, ExtensionType.ADDRESS_SRC).address, request.require(Address, ExtensionType.ADDRESS_DST).address
-        sa2 = request.require(Sa2)
-        self.larval = [it for it in self.larval if it != (source, destination, sa2)]
-        self.spi += 1
-        self.sas[destination, self.spi] = (Sa(self.spi, state=SaState.LARVAL), *_ends(source, destination), sa2)
-        return self.sas[destination, self.spi]
+        sa2, spis = request.require(Sa2), request.require(SpiRange)
+        larval = (source, destination, sa2)
+        if larval not in self.larval:
+            self.larval.append(larval)
+        if spis.minimum == spis.maximum:
+            spi = spis.minimum
+        else:
+            self.spi += 1
+            spi = self.spi
+        if (destination, spi) in self.sas:
+            raise _Refused(errno.ENOENT)
+        self.larval.remove(larval)
+        self.sas[destination, spi] = (Sa(spi, state=SaState.LARVAL), *_ends(source, destination), sa2)
+        return self.sas[destination, spi]
 
     def _policy(self, request: Message) -> tuple[Extension, ...]:
         told = request.require(PolicyExtension)

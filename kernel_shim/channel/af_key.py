@@ -26,7 +26,8 @@ from typing import Final
 
 from kernel_shim.algorithms import EspAlgorithm
 from kernel_shim.channel.api import ChannelClosed
-from kernel_shim.channel.linux import ACQUIRE_SECONDS, MAX_ACQUIRES, HoldQueue, is_local, xfrm_statistics
+from kernel_shim.channel.linux import ACQUIRE_SECONDS, DROPS, MAX_ACQUIRES, HoldQueue, is_local, random_spi, xfrm_statistics
+from kernel_shim.channel.look import Look
 from kernel_shim.channel.pfkey_link import EventListeners, PfKeyLink, RequestRefused, Transport
 from kernel_shim.channel.standing import StandingPolicies
 from kernel_shim.model import (
@@ -168,8 +169,7 @@ class AfKeyChannel:
         self._acquires: OrderedDict[AcquireSequence, Acquire] = OrderedDict()
         self._larval: dict[_LarvalKey, AcquireSequence] = {}
         self._next_found = FOUND_SEQUENCES
-        self._looking: asyncio.Task[None] | None = None
-        self._look_again = False
+        self._look = Look(self._find_acquires, "af-key-acquires")
         self._closed_listeners: list[Callable[[], None]] = []
         self._counters = {"acquires": 0, "expires": 0, "mappings": 0, "foreign": 0, "malformed": 0, "kicks": 0, "found": 0}
 
@@ -183,7 +183,7 @@ class AfKeyChannel:
         """Larval SAs whose ACQUIREs an earlier listener, or none, has heard are reported too: they stand in the way of the next ACQUIRE."""
         self._listeners.on_event(listener)
         if self._link.is_open:
-            self._look_for_acquires()
+            self._look.ask()
 
     def on_overrun(self, listener: Callable[[], None]) -> None:
         self._listeners.on_overrun(listener)
@@ -212,9 +212,7 @@ class AfKeyChannel:
             self._hold.look()
 
     async def close(self) -> None:
-        if self._looking is not None:
-            self._looking.cancel()
-            await asyncio.gather(self._looking, return_exceptions=True)
+        await self._look.stop()
         self._link.close()
         self._hold.restore()
 
@@ -415,7 +413,7 @@ class AfKeyChannel:
 
     def _overrun(self) -> None:
         self._listeners.tell_overrun()
-        self._look_for_acquires()
+        self._look.ask()
 
     def _event(self, event: KernelEvent) -> None:
         if isinstance(event, Acquire):
@@ -434,7 +432,7 @@ class AfKeyChannel:
         policy = self._standing.of_index(event.policy)
         if policy is None or not policy.templates:
             self._counters["foreign"] += 1
-            self._look_for_acquires()  # it may be of a policy whose own reply has not come yet
+            self._look.ask()  # it may be of a policy whose own reply has not come yet
             return
         self._counters["acquires"] += 1
         template = policy.templates[0]
@@ -462,28 +460,17 @@ class AfKeyChannel:
         self._counters["foreign"] += 1
         return None
 
-    def _look_for_acquires(self) -> None:
-        self._look_again = True
-        if self._looking is None or self._looking.done():
-            self._looking = self._loop.create_task(self._find_acquires(), name="af-key-acquires")
-
     async def _find_acquires(self) -> None:
         """An ACQUIRE is state, a larval SA: what nobody has heard of is found there. Its own number it does not tell, and gets one of ours."""
-        while self._look_again:
-            self._look_again = False
-            try:
-                found = await self._dump_sas()
-            except (KernelError, TimeoutError, ChannelClosed):
-                return  # the next overrun looks again; the larval SA expires
-            for larval in found:
-                if not isinstance(larval, Larval) or larval.spi or self._larval.get(_key(larval)) in self._acquires:
-                    continue
-                policy = self._asking(larval)
-                if policy is not None:
-                    self._counters["found"] += 1
-                    number = AcquireSequence(self._next_found)
-                    self._next_found = FOUND_SEQUENCES if self._next_found == 0xFFFFFFFF else self._next_found + 1
-                    self._acquired(Acquire(number, policy.index, larval.reqid, larval.mode, larval.source, larval.destination, policy.selector))
+        for larval in await self._dump_sas():
+            if not isinstance(larval, Larval) or larval.spi or self._larval.get(_key(larval)) in self._acquires:
+                continue
+            policy = self._asking(larval)
+            if policy is not None:
+                self._counters["found"] += 1
+                number = AcquireSequence(self._next_found)
+                self._next_found = FOUND_SEQUENCES if self._next_found == 0xFFFFFFFF else self._next_found + 1
+                self._acquired(Acquire(number, policy.index, larval.reqid, larval.mode, larval.source, larval.destination, policy.selector))
 
     def _asking(self, larval: Larval) -> Policy | None:
         """The policy of ours that may have left it."""
@@ -514,16 +501,37 @@ class AfKeyChannel:
 
     async def acquire_failed(self, sequence: AcquireSequence, errno: int) -> None:
         """The larval SA goes, so that the next packet asks again. RFC 2367's answer would block its flow until the larval SA expires."""
-        event = self._acquires.pop(sequence, None)
+        event = self._acquires.get(sequence)
         if event is not None and event.source is not None and event.destination is not None:
-            self._forget(event)
             await self._drop_larval(event.source, event.destination, event.mode, event.reqid)
+            self._acquires.pop(sequence, None)
+            self._forget(event)
 
     async def _drop_larval(self, source: IPAddress, destination: IPAddress, mode: Mode, reqid: ReqId) -> None:
-        """It can only be deleted by an SPI, so it is given one first: GETSPI takes the larval SA of these ends and reqid (xfrm_find_acq)."""
-        reply = await self._link.ask(MessageType.GETSPI, spi_request_extensions(SpiRequest(source, destination, mode, reqid), private=False))
-        with suppress(KernelError):
-            await self.delete_sa(SaId(destination, Spi(reply.require(Sa).spi)))
+        """It can only be deleted by an SPI, so it is given one first: GETSPI takes the larval SA of these ends and reqid (xfrm_find_acq).
+
+        Where there is none it makes one. So when GETSPI is repeated the first has this SPI, and another stands without any.
+        """
+        for _ in range(DROPS):
+            spi, left = random_spi(), False
+            request = SpiRequest(source, destination, mode, reqid, minimum=spi, maximum=spi)
+            try:
+                await self._link.ask(MessageType.GETSPI, spi_request_extensions(request, private=False))
+            except TimeoutError:
+                await self._delete_larval(SaId(destination, spi))
+                raise
+            except KernelError as error:
+                if error.errno != errno.ENOENT:
+                    raise
+                left = True
+            await self._delete_larval(SaId(destination, spi))
+            if not left:
+                return
+        raise TimeoutError("a larval SA stands still")
+
+    async def _delete_larval(self, sa: SaId) -> None:
+        with suppress(KernelError):  # it is gone
+            await self.delete_sa(sa)
 
     # The rest
 

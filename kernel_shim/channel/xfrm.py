@@ -263,8 +263,8 @@ class XfrmChannel:
         await self._requests.request(set_event_message(sa, state, self._mark(sa)))
 
     async def sas(self) -> Sequence[SaStatus]:
-        """Ours. A larval SA that an ACQUIRE left has SPI 0 and the flow as its selectors."""
-        found = await self._dump_sas()
+        """Ours. A larval SA that an ACQUIRE left has SPI 0 and the flow as its selectors; who listens is told of those not yet heard of."""
+        found = await (self._acquires.read() if self._event_listeners else self._dump_sas())
         standing = {sa.id for sa in found}
         self._known = {sa: known for sa, known in self._known.items() if sa in standing}
         return [self._status(sa) for sa in found]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-import secrets
+import errno
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
 
-from kernel_shim.channel.api import ChannelClosed
-from kernel_shim.channel.linux import MAX_ACQUIRES
+from kernel_shim.channel.linux import DROPS, MAX_ACQUIRES, random_spi
+from kernel_shim.channel.look import Look
 from kernel_shim.channel.netlink import NetlinkSocket
 from kernel_shim.channel.standing import StandingPolicies
 from kernel_shim.model import NO_MARK, Acquire, AcquireSequence, Flow, KernelError, PolicyIndex, SaId, Spi
@@ -35,8 +33,9 @@ class XfrmAcquires:
         self._heard = heard
         self._counters = counters
         self._known: OrderedDict[AcquireSequence, Acquire] = OrderedDict()
-        self._looking: asyncio.Task[None] | None = None
-        self._look_again = False
+        self._look = Look(self.read, "xfrm-acquires")
+        self._reading = 0  # dumps under way
+        self._ended: set[AcquireSequence] = set()  # meanwhile: the dumps may show them still
 
     def add(self, event: Acquire) -> None:
         """One that the kernel reported, or that was found."""
@@ -46,52 +45,73 @@ class XfrmAcquires:
         self._heard(event)
 
     def answered(self, sequence: AcquireSequence) -> None:
-        """An SA took the larval one's place."""
+        """The larval SA is gone: an SA took its place, or nothing came of it."""
         self._known.pop(sequence, None)
+        if self._reading:
+            self._ended.add(sequence)
 
     async def failed(self, sequence: AcquireSequence) -> None:
-        event = self._known.pop(sequence, None)
-        if event is not None and event.source is not None and event.destination is not None:
-            mark, if_id = (event.selector.mark, event.selector.if_id) if event.selector is not None else (NO_MARK, 0)
-            try:
-                await self.drop(Larval(sequence, event.source, event.destination, event.mode, event.reqid, mark, if_id))
-            except TimeoutError:
-                self._known[sequence] = event  # to be asked again
-                raise
+        """KernelError or TimeoutError when the larval SA may stand still: this is to be asked again."""
+        event = self._known.get(sequence)
+        if event is None or event.source is None or event.destination is None:
+            return
+        mark, if_id = (event.selector.mark, event.selector.if_id) if event.selector is not None else (NO_MARK, 0)
+        await self.drop(Larval(sequence, event.source, event.destination, event.mode, event.reqid, mark, if_id))
+        self.answered(sequence)
 
     async def drop(self, larval: Larval) -> None:
-        """A larval SA can only be deleted by an SPI, so it is given one first; it has one if an earlier try got so far, and the reply tells it."""
-        spi = Spi(secrets.randbelow(0xFFFFFF00) + 0x100)
-        with suppress(KernelError):  # it is gone, or an SA took its place
-            replies = await self._requests.request(claim_message(larval, spi))
-            spi = next((sa_from(it.body, it.attributes).id.spi for it in replies if it.type == MessageType.NEWSA), spi)
+        """A larval SA can only be deleted by an SPI, so it is given one first; it has one if an earlier try got so far, and the reply tells it.
+
+        Where it is gone ALLOCSPI makes another. When that is repeated the first of those has this SPI, and a second stands without any.
+        """
+        for _ in range(DROPS):
+            spi, left = random_spi(), False
+            try:
+                replies = await self._requests.request(claim_message(larval, spi))
+                spi = next((sa_from(it.body, it.attributes).id.spi for it in replies if it.type == MessageType.NEWSA), spi)
+            except TimeoutError:
+                await self._delete(larval, spi)
+                raise
+            except KernelError as error:
+                if error.errno != errno.ENOENT:
+                    raise
+                left = True
+            await self._delete(larval, spi)
+            if not left:
+                return
+        raise TimeoutError("a larval SA stands still")
+
+    async def _delete(self, larval: Larval, spi: Spi) -> None:
+        try:
             await self._requests.request(sa_id_message(MessageType.DELSA, SaId(larval.destination, spi), larval.mark))
+        except KernelError as error:
+            if error.errno != errno.ESRCH:
+                raise
 
     # Looking
 
     def look(self) -> None:
         """Report those that nobody has heard of."""
-        self._look_again = True
-        if self._looking is None or self._looking.done():
-            self._looking = asyncio.get_running_loop().create_task(self._find(), name="xfrm-acquires")
+        self._look.ask()
 
     async def stop(self) -> None:
-        if self._looking is not None:
-            self._looking.cancel()
-            await asyncio.gather(self._looking, return_exceptions=True)
+        await self._look.stop()
 
-    async def _find(self) -> None:
-        while self._look_again:
-            self._look_again = False
-            try:
-                found = await self._dump()
-            except (KernelError, TimeoutError, ChannelClosed):
-                return  # the next overrun looks again; the larval SA expires
+    async def read(self) -> Sequence[KernelSa]:
+        """The SAs of ours. Those ACQUIREs among them that nobody has heard of are reported."""
+        self._reading += 1
+        try:
+            found = await self._dump()
             for sa in found:
                 larval = sa.larval
-                if larval is not None and larval.acquire not in self._known:
+                if larval is not None and larval.acquire not in self._known and larval.acquire not in self._ended:
                     self._counters["found"] += 1
                     self.add(self._acquire_of(sa, larval))
+        finally:
+            self._reading -= 1
+            if not self._reading:
+                self._ended.clear()
+        return found
 
     def _acquire_of(self, sa: KernelSa, larval: Larval) -> Acquire:
         """What the kernel said, or would have said, when it made this larval SA, whose selector is the flow."""

@@ -58,13 +58,16 @@ def over_linux(kind: str, *, tunnels: int, disturbances: int, esp: bool, seed: i
 def _rows(name: str, got: Outcome, *, ceiling: float | None, aim: float | None) -> list[Row]:
     told = (
         f"{got.tunnels} tunnels; {got.lost_messages:,} messages lost, {got.disturbances} overruns or cuts; built in {got.build_seconds:.0f} s; "
-        f"{got.acquires} ACQUIREs, {got.unheard} not yet heard of then"
+        f"{got.acquires} ACQUIREs"
     )
     repairs = ", ".join(f"{name.removeprefix('kernel_')} {value}" for name, value in sorted(got.counters.items()))
-    return [
+    rows = [
         Row(f"channel-drift.{name}.drift", "entries", "low", float(got.drift), floor=0.0, aim=0.0, note=told),
         Row(f"channel-drift.{name}.repair", "s", "low", round(got.repair_seconds, 1), floor=ceiling, aim=aim, note=repairs),
     ]
+    if got.acquires:
+        rows.append(Row(f"channel-drift.{name}.unheard", "ACQUIREs", "low", float(got.unheard), floor=0.0, aim=0.0, note="that nobody was ever told of"))
+    return rows
 
 
 def inside() -> None:

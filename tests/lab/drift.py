@@ -10,7 +10,7 @@ import asyncio
 import errno
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network
@@ -67,8 +67,11 @@ class Bed(Protocol):
     asks: bool  # whether packets can be sent
 
     async def connect(self) -> KernelChannel: ...
-    async def disturb(self, traps: Sequence[int]) -> None:
+    async def disturb(self, traps: Collection[int]) -> None:
         """One overrun, or cut, of the channel, while packets to the tunnels `traps` ask for SAs."""
+
+    async def send(self, traps: Collection[int]) -> None:
+        """A packet to each. Where the larval SA of one before stands, it asks for nothing."""
 
     async def tables(self) -> Tables:
         """Read past the lossy way, as is `take_away`."""
@@ -240,8 +243,9 @@ async def scenario(bed: Bed, *, tunnels: int, disturbances: int, traps: int = 50
         disturbed = time.monotonic()
         async with asyncio.timeout(REPAIR_LIMIT):
             await manager.todo.join()
-            while not side.connected or manager.todo.qsize() or await drift(bed, side, manager):
+            while not side.connected or manager.todo.qsize() or manager.unheard or await drift(bed, side, manager):
                 await asyncio.sleep(AUDIT_PAUSE)
+                await bed.send(manager.unheard)
                 if side.connected:
                     await side.audit()
                 await manager.todo.join()

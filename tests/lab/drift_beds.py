@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -45,8 +45,11 @@ class ShimBed:
         await channel.open()
         return channel
 
-    async def disturb(self, traps: Sequence[int]) -> None:
+    async def disturb(self, traps: Collection[int]) -> None:
         self.proxy.cut()
+
+    async def send(self, traps: Collection[int]) -> None:
+        """`asks` is unset."""
 
     async def tables(self) -> Tables:
         return _tables(self._engine.policies(), {status.sa.id: status.state for status in self._engine.sas()})
@@ -90,15 +93,18 @@ class LinuxBed:
             await channel.open()
         return channel
 
-    async def disturb(self, traps: Sequence[int]) -> None:
+    async def disturb(self, traps: Collection[int]) -> None:
         self._losses.squeeze()
+        await self.send(traps)
+        await asyncio.sleep(SQUEEZE_SECONDS)
+        self._losses.squeeze(ROOMY)
+
+    async def send(self, traps: Collection[int]) -> None:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
             sender.bind((str(OUR_NETWORK[1]), 0))
             for number in traps:
                 with suppress(OSError):  # held back for want of an SA
                     sender.sendto(b"x", (str(network_of(number)[5]), 9))
-        await asyncio.sleep(SQUEEZE_SECONDS)
-        self._losses.squeeze(ROOMY)
 
     async def _looking(self) -> KernelChannel:
         if self._plain is None:

@@ -89,10 +89,7 @@ class _LossyKeySocket(socket.socket):
     dumps = 0
 
     def send(self, data: Any, *arguments: Any) -> int:
-        if header_of(bytes(data)).type in PFKEY_DUMPS:
-            self.dumps += 1
-        elif self.losses.loses():
-            return len(data)
+        self.dumps += header_of(bytes(data)).type in PFKEY_DUMPS
         return super().send(data, *arguments)
 
     def recv_into(self, buffer: Any, *arguments: Any) -> int:

@@ -22,3 +22,4 @@ def test_no_drift_is_left_in_the_policies_of_this_machines_kernel() -> None:
     assert outcome.lost_messages > 0
     assert outcome.counters["kernel_overruns"] >= 1
     assert outcome.acquires > 0
+    assert outcome.unheard == 0, outcome

@@ -77,6 +77,14 @@ def test_where_no_number_is_told_an_sa_of_the_policy_answers_it() -> None:
     assert len(LostEvents().found([larval(0)], {}, [POLICY], 0.0)) == 1
 
 
+def test_where_no_number_is_told_the_next_of_the_same_ends_is_another() -> None:
+    events = LostEvents()
+    assert len(events.found([larval(0)], {}, [POLICY], 0.0)) == 1
+    assert events.found([larval(0)], {}, [POLICY], 0.0) == []
+    assert events.found([], {}, [POLICY], 0.0) == []
+    assert len(events.found([larval(0)], {}, [POLICY], 0.0)) == 1
+
+
 @pytest.mark.parametrize(
     ("soft", "worn"), [(Lifetime(100), True), (Lifetime(200), False), (Lifetime(octets=50), True), (Lifetime(packets=6), False), (Lifetime(), False)]
 )

@@ -52,11 +52,18 @@ class LostEvents:
         """`actual` may have several larval SAs of one destination; `now` is in seconds of the Unix epoch."""
         actual = list(actual)
         larval = [status.sa for status in actual if status.state is SaState.LARVAL and not status.sa.spi]
+        self._forget_gone(larval)
         acquires = self._found_acquires(larval, actual, policies) if larval else []
         self._expired &= ours.keys()
         worn = [status.sa for status in actual if status.sa.id in ours and status.sa.id not in self._expired and _worn(status, ours[status.sa.id], now)]
         self._expired.update(sa.id for sa in worn)
         return [*acquires, *(Expire(sa.id, sa.reqid, hard=False) for sa in worn)]
+
+    def _forget_gone(self, larval: Iterable[SecurityAssociation]) -> None:
+        """Numbers do not come again, the ends of an ACQUIRE without one do."""
+        standing = {_name_of(sa) for sa in larval}
+        for name in [name for name in self._acquires if isinstance(name, tuple) and name not in standing]:
+            del self._acquires[name]
 
     def _found_acquires(self, larval: list[SecurityAssociation], actual: Iterable[SaStatus], policies: Iterable[Policy]) -> list[Acquire]:
         served = {(status.sa.destination, status.sa.reqid) for status in actual if status.state is SaState.MATURE and status.sa.direction is Direction.OUT}
@@ -64,12 +71,16 @@ class LostEvents:
         found = []
         for sa in larval:
             # A kernel that does not say the number of its ACQUIRE says no flow either: there one SA of the policy serves them all.
-            heard = sa.acquire or (sa.source, sa.destination, sa.mode, sa.reqid)
+            heard = _name_of(sa)
             if heard in self._acquires or (not sa.acquire and (sa.destination, sa.reqid) in served):
                 continue
             self._heard_of(heard)
             found.append(_acquire_of(sa, outbound))
         return found
+
+
+def _name_of(larval: SecurityAssociation) -> object:
+    return larval.acquire or (larval.source, larval.destination, larval.mode, larval.reqid)
 
 
 def _worn(status: SaStatus, asked: SecurityAssociation, now: float) -> bool:

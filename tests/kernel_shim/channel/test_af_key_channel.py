@@ -145,6 +145,30 @@ async def test_a_dropped_acquire_is_found_and_can_be_given_up(kernel: FakeAfKey,
     assert (heard.sequence, heard.selector) == (AcquireSequence(2), policy.selector)
 
 
+async def test_a_larval_sa_goes_also_when_the_answer_about_it_is_lost(kernel: FakeAfKey, channel: AfKeyChannel) -> None:
+    events: asyncio.Queue[KernelEvent] = asyncio.Queue()
+    channel.on_event(events.put_nowait)
+    policy = await channel.add_policy(a_policy(channel))
+    kernel.acquire(policy.index, HERE, PEER, LARVAL)
+    event = await asyncio.wait_for(events.get(), 10)
+    assert isinstance(event, Acquire)
+    kernel.loses = LosesFirst(MessageType.GETSPI)
+    await channel.acquire_failed(event.sequence, errno.ETIMEDOUT)
+    assert (kernel.larval, kernel.sas) == ([], {})
+
+
+async def test_an_acquire_is_found_though_the_tables_cannot_be_read_at_first(kernel: FakeAfKey, channel: AfKeyChannel) -> None:
+    events: asyncio.Queue[KernelEvent] = asyncio.Queue()
+    channel.on_event(events.put_nowait)
+    policy = await channel.add_policy(a_policy(channel))
+    kernel.loses = lambda message: message.type in (MessageType.ACQUIRE, *DUMPS)
+    kernel.acquire(policy.index, HERE, PEER, LARVAL)
+    with pytest.raises(TimeoutError):
+        await channel.sas()
+    kernel.loses = lambda _message: False
+    assert isinstance(await asyncio.wait_for(events.get(), 10), Acquire)
+
+
 async def test_a_new_sa_kicks_the_policies_of_its_reqid(kernel: FakeAfKey, channel: AfKeyChannel) -> None:
     await channel.add_policy(a_policy(channel))
     before = kernel.asked.count(MessageType.X_SPDUPDATE)

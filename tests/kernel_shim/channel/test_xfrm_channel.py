@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lab.lossy_sockets import Losses, lossy_netlink
 from lab.namespaces import Lab, Namespace
 
 from kernel_shim.channel.xfrm import XfrmChannel
@@ -268,6 +269,57 @@ def test_a_failed_acquire_blocks_nobody(host: Namespace) -> None:
             assert await channel.sas() == []
             send()
             await heard.until(lambda: len(heard.events) == 2)
+
+    within(host, body)
+
+
+class Deaf(Losses):
+    """While `deaf`, all is lost."""
+
+    deaf = False
+
+    def loses(self, dump: int | None = None) -> bool:
+        return self.deaf
+
+
+def test_an_acquire_is_found_though_the_tables_cannot_be_read_at_first_and_goes_though_no_answer_comes(host: Namespace) -> None:
+    losses = Deaf(0.0, 1)
+
+    async def body() -> None:
+        with lossy_netlink(losses):
+            async with opened() as (channel, heard):
+                await channel.add_policy(policy())
+                losses.deaf = True
+                send()
+                await heard.until(lambda: heard.overruns > 0)
+                with pytest.raises(TimeoutError):
+                    await channel.sas()
+                assert heard.events == []
+                losses.deaf = False
+                await heard.until(lambda: len(heard.events) == 1)
+                (event,) = heard.events
+                assert isinstance(event, Acquire)
+                losses.deaf = True
+                with pytest.raises(TimeoutError):
+                    await channel.acquire_failed(event.sequence, errno.EHOSTUNREACH)
+                losses.deaf = False
+                await channel.acquire_failed(event.sequence, errno.EHOSTUNREACH)
+                assert await channel.sas() == []
+                send()
+                await heard.until(lambda: len(heard.events) == 2)
+
+    within(host, body)
+
+
+def test_what_only_the_tables_told_can_be_refused(host: Namespace) -> None:
+    async def body() -> None:
+        async with opened() as (channel, heard):
+            await channel.add_policy(policy())
+            send()
+            (status,) = await channel.sas()
+            await channel.acquire_failed(status.sa.acquire, errno.EHOSTUNREACH)
+            assert await channel.sas() == []
+            await heard.until(lambda: bool(heard.events))
 
     within(host, body)
 

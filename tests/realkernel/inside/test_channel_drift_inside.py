@@ -15,3 +15,4 @@ def test_no_drift_is_left(kind: str) -> None:
     assert outcome.lost_messages > 0
     assert outcome.counters["kernel_overruns"] >= 1
     assert outcome.acquires > 0
+    assert outcome.unheard == 0, outcome
