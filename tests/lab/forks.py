@@ -88,8 +88,10 @@ class ForkServer:
             _libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with theirs:
-                argv = ["setpriv", "--pdeathsig", "KILL", sys.executable, str(Path(__file__)), str(theirs.fileno()), *self._modules]
+                argv = ["setpriv", "--pdeathsig", "KILL", sys.executable, str(Path(__file__)), str(theirs.fileno())]
                 self._running = ours, subprocess.Popen(argv, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+            # Not on its command line, which is that of all its children: who looks for a program there would find each of them.
+            ours.send(json.dumps(self._modules).encode())
         return self._running[0]
 
     def serves(self, argv: Sequence[str]) -> bool:
@@ -226,8 +228,8 @@ def _run(argv: list[str]) -> None:
 if __name__ == "__main__":
     # what is imported is the parent's: the folder of this file is no place to look
     sys.path[0] = os.getcwd()
-    for name in sys.argv[2:]:
-        importlib.import_module(name)
-    gc.freeze()  # else the first collection of each child copies all pages
     with socket.socket(fileno=int(sys.argv[1])) as asked:
+        for name in json.loads(asked.recv(MAX_REQUEST)):
+            importlib.import_module(name)
+        gc.freeze()  # else the first collection of each child copies all pages
         _serve(asked)
