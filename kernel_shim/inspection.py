@@ -47,6 +47,9 @@ class CachedBundle:
     policy: PolicyIndex
     sa: SaId | None = None
     limit: int = 0
+    vrf: str = ""  # whose packets they are; "" for the host's own
+    peer: str = ""  # to whom they go under labels
+    labels: tuple[int, ...] = ()  # outermost first; packets that are only passed on bring their own
 
 
 class Snapshot(Generic[_T]):

@@ -27,6 +27,7 @@ from vpnd.auth.credentials import CredentialError, CredentialStore
 from vpnd.config import load
 from vpnd.config.capabilities import without_labels
 from vpnd.config.errors import ConfigErrors
+from vpnd.config.label_tunnels import unprotected
 from vpnd.config.model import DaemonConfig, KernelChoice, LoadedConfiguration
 from vpnd.control.backend import ControlError
 from vpnd.control.server import ControlServer
@@ -402,7 +403,7 @@ def run(config_path: Path) -> int:
         print(error, file=sys.stderr)
         return 1
     configure_logging(loaded.daemon.log_level, loaded.daemon.log_format.value)
-    for warning in loaded.warnings:
+    for warning in (*loaded.warnings, *map(str, unprotected(loaded.configuration, loaded.tree))):
         log.warning(warning)
     return asyncio.run(_serve(loaded, config_path.absolute()))
 

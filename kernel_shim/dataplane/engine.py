@@ -343,7 +343,7 @@ class Engine:
         return inspection.pending_queues(self._pending, self._acquires)
 
     def cached_bundles(self) -> Snapshot[CachedBundle]:
-        return inspection.cached_bundles(self._bundles)
+        return inspection.cached_bundles(self._bundles, self._labels.owner)
 
     # Inside
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from kernel_shim.dataplane.origin import Carried, Origin, TransitOrigin, VrfOrigin
+from kernel_shim.dataplane.origin import TAG, Carried, Origin, TransitOrigin, VrfOrigin
 from kernel_shim.dataplane.output import Sink
 from kernel_shim.dataplane.traffic import Traffic
 from kernel_shim.model import Action, Direction, Mode, SecurityAssociation
@@ -122,6 +122,11 @@ class Labels:
     def _limit_to(self, peer: str, limit: Callable[[Carried], int]) -> int:
         tunnel = self._node.tunnel(peer)
         return limit(Carried(tunnel, None, 0)) if tunnel is not None else 0
+
+    def owner(self, key: bytes) -> tuple[str, bytes, FieldMask] | None:
+        """The VRF of a flow key that one of the origins here cut, the flow's part of it and its mask; None for a packet that is passed on."""
+        found = next((origin for origin in self._vrfs.values() if origin.is_of(key)), None)
+        return (found.vrf, key[TAG:], found.keys.mask) if found is not None else None
 
     # Where they end
 

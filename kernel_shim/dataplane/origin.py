@@ -20,7 +20,7 @@ from kernel_shim.packet.ip import IPV6_HEADER, PROTOCOL_IPIP, PROTOCOL_IPV6, UDP
 from kernel_shim.policy.flowkey import FULL_KEY_V6, FieldMask, FlowKeys
 from kernel_shim.reasons import DropReason
 
-_TAG: Final = FULL_KEY_V6 + 1  # octets: so no key of an origin is as short as one of the host's
+TAG: Final = FULL_KEY_V6 + 1  # octets: so no key of an origin is as short as one of the host's
 _OUTER_TTL: Final = 64
 LARGEST_COVER: Final = IPV6_HEADER + UDP_HEADER + ENTRY * MAX_DEPTH  # octets
 MAX_STACKS: Final = 64  # of one bundle, by TTL and class
@@ -105,7 +105,7 @@ class VrfOrigin:
 
     def __init__(self, vrf: str, number: int, node: LabelNode, sink: Sink) -> None:
         self.vrf: Final = vrf
-        self._tag: Final = b"\xff" * (_TAG - 4) + number.to_bytes(4, "big")
+        self._tag: Final = b"\xff" * (TAG - 4) + number.to_bytes(4, "big")
         self._node, self._sink = node, sink
         self.keys: Final = FlowKeys(self.wanted_mask)
         self.reason = DropReason.MPLS_NO_ROUTE
@@ -113,6 +113,10 @@ class VrfOrigin:
     @property
     def wanted_mask(self) -> FieldMask:
         return FieldMask.FLOW if self._node.spreads else FieldMask.DESTINATION
+
+    def is_of(self, key: bytes) -> bool:
+        """Whether this origin cut that key; from TAG on it is the flow's."""
+        return key.startswith(self._tag)
 
     def cut(self, buffer: Buffer, offset: int) -> bytes | None:
         key = self.keys.cut(buffer, offset)
@@ -141,7 +145,7 @@ class TransitOrigin:
 
     def __init__(self, peer: str, number: int, node: LabelNode) -> None:
         self._peer, self._node = peer, node
-        self._key: Final = b"\xfe" * (_TAG - 4) + number.to_bytes(4, "big")
+        self._key: Final = b"\xfe" * (TAG - 4) + number.to_bytes(4, "big")
         self.reason = DropReason.MPLS_NO_ROUTE
 
     def cut(self, buffer: Buffer, offset: int) -> bytes | None:

@@ -103,6 +103,20 @@ class Nhlfe:
         """The labels that really go on."""
         return tuple(label for label in self.push if label != IMPLICIT_NULL)
 
+    def __str__(self) -> str:
+        """For a person: `100 to pe2 (pipe)`, `looked up in VRF red (uniform)`."""
+        hop, labels = self.next_hop, " ".join(map(str, self.labels))
+        more = [self.ttl.value, *([f"TC {self.traffic_class}"] if self.traffic_class is not None else []), *(["entropy"] if self.entropy else [])]
+        if isinstance(hop, ToPeer):
+            what = f"{labels or 'no label'} to {hop.peer}"
+        elif isinstance(hop, ToInterface):
+            what = f"out of VRF {hop.vrf}"
+        elif isinstance(hop, ToVrf):
+            what = f"looked up in VRF {hop.vrf}"
+        else:
+            what = "the label beneath"
+        return f"{what} ({', '.join(more)})"
+
 
 Paths = tuple[Nhlfe, ...]  # more than one: equal cost, chosen by flow
 

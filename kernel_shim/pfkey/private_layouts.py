@@ -343,18 +343,21 @@ def write_pending(writer: Writer, extension: PendingExtension) -> None:
     writer.address(it.destination or _NO_ADDRESS[version])
 
 
-_BUNDLE: Final = Struct("=BBBBHHIIIBxxxxxxx")
+_BUNDLE: Final = Struct("=BBBBHHIIIBBBBxxxx")
+_LABEL: Final = Struct("=I")
 _HAS_PROTOCOL, _HAS_SOURCE_PORT, _HAS_DESTINATION_PORT = 4, 8, 16
 _ACTIONS: Final = {int(action): action for action in Action}
 
 
 def read_bundle(reader: Reader, _: ExtensionType) -> BundleExtension:
-    number, known, action, protocol, source_port, destination_port, policy, limit, spi, outer = reader.take(_BUNDLE)
+    number, known, action, protocol, source_port, destination_port, policy, limit, spi, outer, vrf, peer, labels = reader.take(_BUNDLE)
     if action not in _ACTIONS:
         raise reader.fail(f"{action}", "action")
     version = reader.version(number)
     source, destination = reader.address(version), reader.address(version)
     sa = SaId(reader.address(reader.version(outer)), Spi(spi)) if outer else None
+    stack = tuple(int(reader.take(_LABEL)[0]) for _ in range(labels))
+    names = reader.text(vrf), reader.text(peer)
     reader.pad()
     return BundleExtension(
         CachedBundle(
@@ -368,6 +371,8 @@ def read_bundle(reader: Reader, _: ExtensionType) -> BundleExtension:
             PolicyIndex(policy),
             sa,
             limit,
+            *names,
+            stack,
         )
     )
 
@@ -386,11 +391,16 @@ def write_bundle(writer: Writer, extension: BundleExtension) -> None:
         *(it.version, sum(bit for value, bit in fields if value is not None), it.action),
         *(it.protocol or 0, it.source_port or 0, it.destination_port or 0, it.policy, it.limit),
         *((it.sa.spi, it.sa.destination.version) if it.sa is not None else (0, 0)),
+        *(len(it.vrf.encode()), len(it.peer.encode()), len(it.labels)),
     )
     writer.address(it.source or _NO_ADDRESS[it.version])
     writer.address(it.destination or _NO_ADDRESS[it.version])
     if it.sa is not None:
         writer.address(it.sa.destination)
+    for label in it.labels:
+        writer.put(_LABEL, label)
+    writer.octets(it.vrf.encode())
+    writer.octets(it.peer.encode())
     writer.pad()
 
 

@@ -1,1 +1,1 @@
-"""`kernel-shim sad|spd|pending|bundles|stats|monitor`: look at a kernel, as a person or as a program."""
+"""`kernel-shim sad|spd|pending|bundles|labels|stats|monitor`: look at a kernel, as a person or as a program."""

@@ -45,6 +45,11 @@ async def _bundles(options: argparse.Namespace) -> list[Report]:
     return [reports.bundle(bundle, selectors) for bundle in bundles]
 
 
+async def _labels(options: argparse.Namespace) -> list[Report]:
+    async with opened_inspectable(options.kernel, options.socket) as source:
+        return [reports.label_entry(entry) for entry in await source.labels()]
+
+
 async def _stats(options: argparse.Namespace) -> list[Report]:
     async with opened(options.kernel, options.socket) as source:
         return [{"counter": name, "value": value} for name, value in sorted((await source.statistics()).items())]
@@ -55,6 +60,7 @@ _QUESTIONS: Final[Mapping[str, tuple[str, Callable[[argparse.Namespace], Corouti
     "spd": ("show the policies", _spd),
     "pending": ("show the packets that wait for an SA, by policy and peer", _pending),
     "bundles": ("show the bundle cache: what becomes of the flows of late", _bundles),
+    "labels": ("show VRFs, tunnels, peers, labels and the routes of VRFs", _labels),
     "stats": ("show the counters of a running kernel", _stats),
 }
 NAMES: Final = (*_QUESTIONS, "monitor")

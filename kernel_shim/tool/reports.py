@@ -9,6 +9,8 @@ from typing import Any
 from kernel_shim.algorithms import EspAlgorithm, IntegrityId
 from kernel_shim.inspection import CachedBundle, PendingQueue
 from kernel_shim.model import Direction, IPAddress, Lifetime, Mark, Policy, PolicyIndex, SaId, SaStatus, Template
+from kernel_shim.mpls.lfib import Peer
+from kernel_shim.mpls.node import Classes, NodeEntry, Tunnel, Vrf
 
 Report = dict[str, Any]
 
@@ -119,8 +121,30 @@ def bundle(it: CachedBundle, selectors: Selectors) -> Report:
         "selector": selectors.get(it.policy),
         "sa": sa_id(it.sa) if it.sa is not None else None,
         "limit": it.limit or None,
+        "vrf": it.vrf or None,
+        "peer": it.peer or None,
+        "labels": list(it.labels),
     }
 
 
 def sa_id(it: SaId) -> Report:
     return {"spi": f"{it.spi:08x}", "destination": str(it.destination)}
+
+
+def label_entry(it: NodeEntry) -> Report:
+    """Of the label node: what it is, its name, and what it says in a few words."""
+    kind, name = it.key
+    return {"kind": kind, "name": " ".join(str(part) for part in name if part != ""), "what": _what(it)}
+
+
+def _what(it: NodeEntry) -> str:
+    if isinstance(it, Vrf):
+        table = f", table {it.table}" if it.table else ""
+        return f"interface {it.interface}{table}" + (f", members {' '.join(it.members)}" if it.members else "")
+    if isinstance(it, Tunnel):
+        return f"{it.local} to {it.remote}, {it.encapsulation.name.lower()}{', managed' if it.managed else ''}"
+    if isinstance(it, Peer):
+        return f"may send {it.accepts}" + (f", in space {it.space}" if it.space else "")
+    if isinstance(it, Classes):
+        return "traffic classes and code points"
+    return " or ".join(map(str, it.paths))

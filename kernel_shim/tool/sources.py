@@ -12,6 +12,7 @@ from typing import Final, Protocol
 
 from kernel_shim.inspection import CachedBundle, PendingQueue
 from kernel_shim.model import KernelError, Policy, SaStatus
+from kernel_shim.mpls.node import NodeEntry
 
 
 class Source(Protocol):
@@ -29,6 +30,7 @@ class InspectableSource(Source, Protocol):
 
     async def pending_queues(self) -> Sequence[PendingQueue]: ...
     async def cached_bundles(self) -> Sequence[CachedBundle]: ...
+    async def labels(self) -> Sequence[NodeEntry]: ...
 
 
 def _userspace(socket: Path) -> InspectableSource:

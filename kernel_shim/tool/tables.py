@@ -59,15 +59,23 @@ def pending(rows: Sequence[Report]) -> None:
 
 
 def bundles(rows: Sequence[Report]) -> None:
-    table = _table("source", "destination", "protocol", "action", "policy", "SA", "limit")
+    table = _table("VRF", "source", "destination", "protocol", "action", "labels", "policy", "SA", "limit")
     for row in rows:
         sa = row["sa"]
+        labels = f"{' '.join(map(str, row['labels']))} to {row['peer']}".strip() if row["peer"] else ""
         _add(
             table,
-            *(_side(row, "source"), _side(row, "destination"), _or_any(row["protocol"]), row["action"]),
+            *(row["vrf"] or "", _side(row, "source"), _side(row, "destination"), _or_any(row["protocol"]), row["action"], labels),
             *(row["selector"] or row["policy"] or "none", f"{sa['spi']} to {sa['destination']}" if sa else "", row["limit"] or ""),
         )
     _print(table, "the cache is empty")
+
+
+def labels(rows: Sequence[Report]) -> None:
+    table = _table("kind", "name", "what")
+    for row in rows:
+        _add(table, row["kind"], row["name"], row["what"])
+    _print(table, "no labels")
 
 
 def _side(row: Report, side: str) -> str:
@@ -87,7 +95,14 @@ def stats(rows: Sequence[Report]) -> None:
     _print(table, "no counters")
 
 
-TABLES: Final[Mapping[str, Callable[[Sequence[Report]], None]]] = {"sad": sad, "spd": spd, "pending": pending, "bundles": bundles, "stats": stats}
+TABLES: Final[Mapping[str, Callable[[Sequence[Report]], None]]] = {
+    "sad": sad,
+    "spd": spd,
+    "pending": pending,
+    "bundles": bundles,
+    "labels": labels,
+    "stats": stats,
+}
 
 
 def _table(*columns: str) -> Table:

@@ -14,6 +14,7 @@ import shtab
 from vpnd.config import ConfigErrors, load
 from vpnd.config.capabilities import EXPECTED, beyond
 from vpnd.config.errors import ConfigError
+from vpnd.config.label_tunnels import unprotected
 from vpnd.config.model import KernelChoice, LoadedConfiguration
 from vpnd.control.vici.formats import metadata_version
 from vpnd.io.kernel_choice import choose
@@ -73,6 +74,8 @@ def _check(path: Path) -> int:
             return EXIT_FAILED
     elif complaints := beyond(loaded.configuration, EXPECTED[loaded.daemon.kernel], loaded.tree):
         return _complain(complaints)
+    if complaints := unprotected(loaded.configuration, loaded.tree):
+        return _complain(complaints)
     print(f"{path}: ok, {_summary(loaded)}")
     return EXIT_OK
 
@@ -92,6 +95,7 @@ def _summary(loaded: LoadedConfiguration) -> str:
         (len(configuration.private_keys), "private key", "private keys"),
         (len(configuration.certificates), "certificate", "certificates"),
         (len(configuration.authorities), "authority", "authorities"),
+        *([(len(configuration.mpls.vrfs), "VRF", "VRFs")] if configuration.mpls else []),
     )
     return ", ".join(f"{count} {one if count == 1 else many}" for count, one, many in counted) + f", kernel {loaded.daemon.kernel.value}"
 

@@ -9,7 +9,6 @@ from kernel_shim.mpls.lfib import PLATFORM, Key, Peer, ToInterface, ToVrf
 from kernel_shim.mpls.node import LabelBinding, NodeEntry, Tunnel, Vrf, VrfRoute
 from vpnd.mpls.model import MplsConfig, RouteTarget, own_target
 from vpnd.mpls.plan import Assignment
-from vpnd.mpls.trace import describe_path
 
 Row = dict[str, str | list[str]]
 Origin = Callable[[Key], tuple[str, str]]
@@ -21,9 +20,9 @@ def lfib(entries: Iterable[NodeEntry], origin: Origin, vrf: str | None = None) -
     for entry in entries:
         if isinstance(entry, LabelBinding):
             if vrf is None or any(isinstance(path.next_hop, ToInterface | ToVrf) and path.next_hop.vrf == vrf for path in entry.paths):
-                yield _row(entry.key, origin, label=str(entry.label), space=entry.space or "platform", paths=[*map(describe_path, entry.paths)])
+                yield _row(entry.key, origin, label=str(entry.label), space=entry.space or "platform", paths=[*map(str, entry.paths)])
         elif isinstance(entry, VrfRoute) and vrf in (None, entry.vrf):
-            yield _row(entry.key, origin, vrf=entry.vrf or "platform", prefix=str(entry.prefix), paths=[*map(describe_path, entry.paths)])
+            yield _row(entry.key, origin, vrf=entry.vrf or "platform", prefix=str(entry.prefix), paths=[*map(str, entry.paths)])
 
 
 def vrfs(entries: Iterable[NodeEntry], origin: Origin, config: MplsConfig) -> Iterator[Row]:

@@ -11,7 +11,7 @@ from kernel_shim.model import IPAddress
 from kernel_shim.mpls.diffserv import ClassMap
 from kernel_shim.mpls.forward import Forwarder, choose
 from kernel_shim.mpls.labels import Entry, Label, MalformedStack, read_stack
-from kernel_shim.mpls.lfib import PLATFORM, Key, Lfib, Nhlfe, Paths, Peer, ToInterface, ToPeer, ToStack, ToVrf
+from kernel_shim.mpls.lfib import PLATFORM, Key, Lfib, Paths, Peer, ToInterface, ToPeer, ToStack, ToVrf
 from kernel_shim.mpls.node import Classes, LabelBinding, NodeEntry, Tunnel, Vrf, VrfRoute
 from kernel_shim.mpls.switch import MAX_LOOKUPS
 from kernel_shim.reasons import DropReason
@@ -103,7 +103,7 @@ class Trace:
             allowed = "in" if label in peer.accepts else "not in"
             space = f"the space of {peer.space}" if peer.space != PLATFORM else "the platform's space"
             paths = self._lfib.incoming(label, peer.space)
-            means = " or ".join(map(describe_path, paths)) if paths is not None else "nothing"
+            means = " or ".join(map(str, paths)) if paths is not None else "nothing"
             yield Step(f"label {label}", f"{allowed} what {peer.name} may send ({peer.accepts}); in {space} it means: {means}")
             if paths is None or label not in peer.accepts or not isinstance(choose(paths, lambda: _FLOW).next_hop, ToStack):
                 return
@@ -115,7 +115,7 @@ class Trace:
                 yield Step(f"{destination} in VRF {vrf}", "no route")
                 yield _dropped(DropReason.MPLS_NO_ROUTE)
                 return
-            yield Step(f"{destination} in VRF {vrf}", f"{route.prefix}: " + " or ".join(map(describe_path, route.paths)))
+            yield Step(f"{destination} in VRF {vrf}", f"{route.prefix}: " + " or ".join(map(str, route.paths)))
             path = choose(route.paths, lambda: _FLOW)
             hop = path.next_hop
             if isinstance(hop, ToInterface):
@@ -145,21 +145,6 @@ class Trace:
         for line in before:
             yield Step("protection", line)
         yield Step("result", result)
-
-
-def describe_path(path: Nhlfe) -> str:
-    """For a person: `push 100 to pe2`, `to light in VRF red`."""
-    hop, labels = path.next_hop, " ".join(map(str, path.labels))
-    more = [path.ttl.value, *([f"TC {path.traffic_class}"] if path.traffic_class is not None else []), *(["entropy"] if path.entropy else [])]
-    if isinstance(hop, ToPeer):
-        what = f"{labels} to {hop.peer}" if labels else f"no label, to {hop.peer}"
-    elif isinstance(hop, ToInterface):
-        what = f"out of VRF {hop.vrf}"
-    elif isinstance(hop, ToVrf):
-        what = f"looked up in VRF {hop.vrf}"
-    else:
-        what = "the label beneath"
-    return f"{what} ({', '.join(more)})"
 
 
 def _dropped(reason: DropReason) -> Step:

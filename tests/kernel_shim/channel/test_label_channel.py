@@ -13,16 +13,18 @@ from pfkey_support import SocketEdge
 
 from kernel_shim.channel.pfkey import PfKeyChannel
 from kernel_shim.model import KernelError
+from kernel_shim.mpls.diffserv import ClassMap
 from kernel_shim.mpls.encapsulation import Encapsulation
 from kernel_shim.mpls.labels import Label, LabelRange, LabelSet
 from kernel_shim.mpls.lfib import Nhlfe, Peer, ToPeer, ToVrf
-from kernel_shim.mpls.node import LabelBinding, NodeEntry, Tunnel, Vrf, VrfRoute
+from kernel_shim.mpls.node import Classes, LabelBinding, NodeEntry, Tunnel, Vrf, VrfRoute
 
 TUNNEL = Tunnel("pe2", ip_address("192.0.2.1"), ip_address("192.0.2.2"), Encapsulation.GRE)
 ENTRIES: list[NodeEntry] = [
     Vrf("red", "vpn-red", 101, ("eth1",)),
     TUNNEL,
     Peer("pe2", LabelSet([LabelRange(Label(100), Label(199))])),
+    Classes(ClassMap.class_selectors().but({10: 7}, {7: 11})),
     *[LabelBinding(Label(label), (Nhlfe(ToVrf("red")),)) for label in range(100, 400)],
     *[VrfRoute("red", ip_network((10 << 24 | host << 8, 24)), (Nhlfe(ToPeer("pe2"), (Label(200),)),)) for host in range(300)],
 ]

@@ -14,10 +14,11 @@ from scapy.layers.l2 import GRE
 from scapy.packet import Raw
 
 from kernel_shim.model import Mode
+from kernel_shim.mpls.diffserv import ClassMap
 from kernel_shim.mpls.encapsulation import UDP_PORT, Encapsulation
 from kernel_shim.mpls.labels import Entry, Label, LabelRange, LabelSet, write_stack
-from kernel_shim.mpls.lfib import Nhlfe, Peer, ToInterface, ToPeer, ToVrf, TtlModel
-from kernel_shim.mpls.node import LabelBinding, Tunnel, Vrf, VrfRoute
+from kernel_shim.mpls.lfib import Key, Nhlfe, Peer, ToInterface, ToPeer, ToVrf, TtlModel
+from kernel_shim.mpls.node import Classes, LabelBinding, Tunnel, Vrf, VrfRoute
 from kernel_shim.packet import virtio
 from kernel_shim.packet.virtio import VnetHeader
 
@@ -347,3 +348,38 @@ def test_uniform_ttl_and_class_reach_the_customer(many: bool) -> None:
     out = [IP(piece) for piece in pair.right.landed("red")]
     assert {(it.ttl, it.tos >> 2) for it in out} == {(20, 46)}
     assert len(out) == (12 if many else 1)
+
+
+def test_the_cache_shows_vrf_and_labels() -> None:
+    pair = Pes()
+    pair.connect()
+    pair.put("red", packet(1))
+    pair.put("blue", packet(2))
+    pair.pass_on()
+    shown = {bundle.vrf: bundle for bundle in pair.left.engine.cached_bundles()}
+    assert {vrf: (it.peer, it.labels, str(it.destination)) for vrf, it in shown.items()} == {
+        "red": ("right", (RED,), "10.0.1.5"),
+        "blue": ("right", (BLUE,), "10.0.1.5"),
+    }
+    assert all(bundle.sa is not None and bundle.limit for bundle in shown.values())
+
+
+def test_what_is_passed_on_is_shown_by_its_peer() -> None:
+    pair = Pes()
+    pair.connect()
+    pair.right.engine.put_label_entry(LabelBinding(Label(RED), (Nhlfe(ToPeer("left"), (Label(BLUE),)),)), pair.now)
+    pair.put("red", packet(2))
+    pair.pass_on()
+    assert [(bundle.vrf, bundle.peer, bundle.labels) for bundle in pair.right.engine.cached_bundles()] == [("", "left", ())]
+
+
+def test_the_nodes_own_classes_count() -> None:
+    pair = Pes(ttl=TtlModel.UNIFORM)
+    pair.left.engine.put_label_entry(Classes(ClassMap.class_selectors().but({46: 1}, {})), pair.now)
+    pair.connect()
+    pair.put("red", packet(7, ttl=33, dscp=46))
+    (plain,) = pair.plaintext(pair.left)
+    assert MPLS(plain[4:]).cos == 1
+    pair.left.engine.remove_label_entry(Key("classes", ()), pair.now)
+    pair.put("red", packet(7, ttl=33, dscp=46))
+    assert MPLS(pair.plaintext(pair.left)[1][4:]).cos == 5

@@ -185,6 +185,7 @@ STRATEGIES = {
         lambda pair, *rest: p.BundleExtension(CachedBundle(pair[0].version, *pair, *rest)),
         pairs,
         *(st.none() | u8, st.none() | u16, st.none() | u16, st.sampled_from(Action), u32, st.none() | st.tuples(addresses, u32).map(lambda it: SaId(*it)), u32),
+        *(st.text(max_size=15), st.text(max_size=15), st.lists(u32, max_size=16).map(tuple)),
     ),
     X.X_LOST: st.builds(p.Lost, u32),
     X.SENSITIVITY: st.builds(m.SensitivityExtension, st.builds(Sensitivity, u32, u8, words, u8, words)),

@@ -1,4 +1,4 @@
-"""`kernel-shim sad|spd|pending|bundles|stats|monitor` against the engine behind a socket."""
+"""`kernel-shim sad|spd|pending|bundles|labels|stats|monitor` against the engine behind a socket."""
 
 from __future__ import annotations
 
@@ -34,6 +34,9 @@ from kernel_shim.model import (
     Template,
     UdpEncapsulation,
 )
+from kernel_shim.mpls.labels import Label
+from kernel_shim.mpls.lfib import Nhlfe, ToVrf
+from kernel_shim.mpls.node import LabelBinding, Vrf
 from kernel_shim.packet.virtio import VnetHeader
 from kernel_shim.pfkey.codec import Codec
 from kernel_shim.pfkey.constants import MessageType
@@ -141,6 +144,17 @@ async def test_bundles(channel: PfKeyChannel, edge: SocketEdge, tmp_path: Path, 
     assert "the cache is empty" in capsys.readouterr().out
 
 
+async def test_labels(channel: PfKeyChannel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert await values(tmp_path, capsys, "labels") == []
+    binding = LabelBinding(Label(100), (Nhlfe(ToVrf("red")),))
+    await channel.put_labels([Vrf("red", "vpn-red", 101, ("eth1", "eth2")), binding])
+    vrf, label = await values(tmp_path, capsys, "labels")
+    assert vrf == {"kind": "vrf", "name": "red", "what": "interface vpn-red, table 101, members eth1 eth2"}
+    assert label == {"kind": "label", "name": "100", "what": "looked up in VRF red (uniform)"}
+    assert await run(tmp_path, "labels") == 0
+    assert "looked up in VRF red" in capsys.readouterr().out
+
+
 async def test_stats(channel: PfKeyChannel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (await values(tmp_path, capsys, "stats"))["policies"] == 2
     assert await run(tmp_path, "stats") == 0
@@ -157,13 +171,13 @@ async def test_a_dump_of_the_cache_is_a_snapshot_of_any_size(channel: PfKeyChann
 
 
 def test_no_kernel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("sad", "spd", "pending", "bundles", "stats", "monitor"):
+    for command in ("sad", "spd", "pending", "bundles", "labels", "stats", "monitor"):
         assert main([command, "--socket", str(tmp_path / "none")]) == 1
         assert "no kernel answers" in capsys.readouterr().err
 
 
 def test_what_another_kernel_does_not_have_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("pending", "bundles", "monitor"):
+    for command in ("pending", "bundles", "labels", "monitor"):
         assert main([command, "--kernel", "xfrm"]) == 1
         assert "xfrm" in capsys.readouterr().err
 

@@ -13,6 +13,7 @@ from kernel_shim.mpls.lfib import TtlModel
 from vpnd.config import load_text
 from vpnd.config.capabilities import EXPECTED, beyond, refused
 from vpnd.config.errors import ConfigErrors
+from vpnd.config.label_tunnels import unprotected
 from vpnd.config.model import KernelChoice
 from vpnd.mpls.model import LabelMode, LspConfig, MplsConfig, PeerConfig, RemoteVrf, VrfConfig, own_target
 
@@ -146,3 +147,46 @@ def test_a_kernel_without_labels_is_told_by_name() -> None:
             assert "forwards no labels" in str(error)
             assert error.line == 1
     assert beyond(loaded.configuration, EXPECTED[KernelChoice.USERSPACE], loaded.tree) == []
+
+
+CHILD = (
+    "connections {{ gw {{ local_addrs = {local}\n remote_addrs = {remote}\n children {{ c {{ mode = {mode}\n local_ts = {near}\n remote_ts = {far} }} }} }} }}"
+)
+PEER = "mpls {{ peers {{ pe {{ local = 192.0.2.1\n remote = 192.0.2.2\n encapsulation = {encapsulation} {more} }} }} }}"
+
+
+@pytest.mark.parametrize(
+    ("encapsulation", "near", "far", "covered"),
+    [
+        ("gre", "dynamic[gre]", "dynamic[gre]", True),
+        ("gre", "192.0.2.1[gre]", "192.0.2.0/24", True),
+        ("gre", "192.0.2.1[gre]", "192.0.2.3[gre]", False),
+        ("gre", "dynamic[udp]", "dynamic[udp]", False),
+        ("ip", "dynamic[137]", "dynamic[137]", True),
+        ("udp", "dynamic[udp]", "dynamic[udp/6635]", True),
+        ("udp", "dynamic[udp/6635]", "dynamic[udp/6635]", False),
+        ("udp", "dynamic[udp]", "dynamic[udp/6636]", False),
+    ],
+)
+def test_a_tunnel_without_protection_is_complained_of(encapsulation: str, near: str, far: str, covered: bool) -> None:
+    text = CHILD.format(local="%any", remote="192.0.2.2", mode="transport", near=near, far=far) + "\n" + PEER.format(encapsulation=encapsulation, more="")
+    loaded = load_text(text, PATH)
+    errors = unprotected(loaded.configuration, loaded.tree)
+    assert [error.path for error in errors] == ([] if covered else ["mpls.peers.pe"])
+    assert all(error.line == 6 for error in errors)
+
+
+@pytest.mark.parametrize(
+    ("remote", "mode", "more", "covered"),
+    [
+        ("192.0.2.3", "transport", "", False),
+        ("192.0.2.0/24", "tunnel", "", True),
+        ("gw.example", "transport", "", True),
+        ("192.0.2.2", "pass", "", False),
+        ("192.0.2.3", "transport", "\n managed = yes", True),
+    ],
+)
+def test_whose_child_it_is_counts(remote: str, mode: str, more: str, covered: bool) -> None:
+    text = CHILD.format(local="192.0.2.1", remote=remote, mode=mode, near="dynamic", far="dynamic") + "\n" + PEER.format(encapsulation="gre", more=more)
+    loaded = load_text(text, PATH)
+    assert (not unprotected(loaded.configuration, loaded.tree)) is covered
