@@ -67,8 +67,8 @@ class StartError(RuntimeError):
 class SocketTable:
     """The IKE sockets of every local address; implements `vpnd.daemon.manager.Sockets`."""
 
-    def __init__(self, receive: Callable[[Endpoint, Endpoint, bytes], None]) -> None:
-        self._receive = receive
+    def __init__(self, receive: Callable[[Endpoint, Endpoint, bytes], None], counters: Counters) -> None:
+        self._receive, self._counters = receive, counters
         self._by_address: dict[IPAddress, IkeSockets] = {}
 
     @property
@@ -76,7 +76,7 @@ class SocketTable:
         return set(self._by_address)
 
     async def add(self, address: IPAddress, descriptors: tuple[int, int]) -> None:
-        sockets = IkeSockets(address, descriptors, self._receive)
+        sockets = IkeSockets(address, descriptors, self._receive, lambda: self._counters.add("ike_send_refused"))
         await sockets.open()
         self._by_address[address] = sockets
 
@@ -134,7 +134,7 @@ class Daemon:
         self._configuration = loaded.configuration
         self._counters = Counters()
         self._kernel = KernelSide(self._connect, self._counters)
-        self._sockets = SocketTable(self._datagram)
+        self._sockets = SocketTable(self._datagram, self._counters)
         self._shim: subprocess.Popen[bytes] | None = None
         settings = IkeSettings(
             retransmission=Retransmission(config.retransmit_timeout, config.retransmit_base, config.retransmit_tries),

@@ -6,7 +6,7 @@ The enumerations have Linux' numbers; where other kernels differ is in `dialects
 from __future__ import annotations
 
 from collections.abc import Mapping
-from enum import IntEnum, IntFlag
+from enum import IntEnum
 from typing import Final
 
 from kernel_shim.algorithms import EncryptionId, IntegrityId
@@ -129,13 +129,6 @@ class SaType(IntEnum):
     RIPV2 = 7
     MIP = 8
     X_IPCOMP = 9
-
-
-class SaFlag(IntFlag):
-    PFS = 1
-    NOPMTUDISC = 0x20000000
-    DECAP_DSCP = 0x40000000
-    NOECN = 0x80000000
 
 
 class AuthAlgorithm(IntEnum):

@@ -190,10 +190,6 @@ class PendingQueues(Generic[PacketT]):
         queue = self._queues.get(key)
         return [] if queue is None else self._drop_all([waiting for waiting in queue.arrivals if waiting.queue is queue], reason)
 
-    def discard_policy(self, policy: PolicyIndex, reason: DropReason) -> list[Dropped[PacketT]]:
-        """`discard` for every peer of a policy. When the SPD changes, `ready_all` is better: another policy may match."""
-        return [dropped for key in self._keys_of(policy) for dropped in self.discard(key, reason)]
-
     def discard_all(self, reason: DropReason) -> list[Dropped[PacketT]]:
         return [dropped for key in list(self._queues) for dropped in self.discard(key, reason)]
 

@@ -321,13 +321,6 @@ class TsType(IntEnum):
     SECLABEL = 10  # RFC 9478
 
 
-class ConfigType(IntEnum):
-    CFG_REQUEST = 1  # RFC 7296
-    CFG_REPLY = 2  # RFC 7296
-    CFG_SET = 3  # RFC 7296
-    CFG_ACK = 4  # RFC 7296
-
-
 class ConfigAttribute(IntEnum):
     INTERNAL_IP4_ADDRESS = 1  # RFC 7296
     INTERNAL_IP4_NETMASK = 2  # RFC 7296

@@ -36,9 +36,12 @@ def _endpoint(address: Any) -> Endpoint:
 
 
 class IkeSockets:
-    """Owns both descriptors. `receive` is called for each IKE message from the event loop and must not block."""
+    """Owns both descriptors. `receive` is called for each IKE message from the event loop and must not block.
 
-    def __init__(self, address: IPAddress, descriptors: tuple[int, int], receive: Receiver) -> None:
+    `refused` is called when the network takes a message not: retransmission is the core's answer to it.
+    """
+
+    def __init__(self, address: IPAddress, descriptors: tuple[int, int], receive: Receiver, refused: Callable[[], None]) -> None:
         self.address: Final = address
         self._receive = receive
         self._plain_socket = socket.socket(fileno=descriptors[0])
@@ -46,7 +49,7 @@ class IkeSockets:
         self._plain: asyncio_dgram.aio.DatagramStream | None = None
         self._reader: asyncio.Task[None] | None = None
         self._buffer = bytearray(READ_SIZE)
-        self.send_errors = 0
+        self._refused = refused
 
     async def open(self) -> None:
         loop = asyncio.get_running_loop()
@@ -67,20 +70,20 @@ class IkeSockets:
             self._plain.close()
 
     def send(self, local_port: int, remote: Endpoint, data: bytes) -> None:
-        """Send one IKE message. A refusal of the network is counted; retransmission is the core's answer to it."""
+        """Send one IKE message."""
         try:
             if local_port == PORT_IKE:
                 self._plain_socket.sendto(data, _sockaddr(remote))
             else:
                 self._natt_socket.sendmsg([NON_ESP_MARKER, data], [], 0, _sockaddr(remote))
         except OSError:
-            self.send_errors += 1
+            self._refused()
 
     def send_keepalive(self, remote: Endpoint) -> None:
         try:
             self._natt_socket.sendto(KEEPALIVE, _sockaddr(remote))
         except OSError:
-            self.send_errors += 1
+            self._refused()
 
     async def _read_plain(self, stream: asyncio_dgram.aio.DatagramStream) -> None:
         local = Endpoint(self.address, PORT_IKE)

@@ -28,7 +28,7 @@ async def test_each_fragment_is_a_message() -> None:
         if len(came) == 4:
             done.set()
 
-    sockets = IkeSockets(HERE, (plain.detach(), natt.detach()), receive)
+    sockets = IkeSockets(HERE, (plain.detach(), natt.detach()), receive, lambda: None)
     await sockets.open()
     try:
         pieces = [bytes([number]) * 1000 for number in range(3)] + [b"short"]
