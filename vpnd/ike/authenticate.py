@@ -149,6 +149,7 @@ def _check_signature(session: Session, remote: AuthRound, peer: Identity, messag
         except (CertificateRefused, SignatureRefused) as error:
             refusal = error
         else:
+            session.proof_ends = session.now + (certificate.parsed.not_valid_after_utc - utc).total_seconds()
             return
     raise PeerRefused(str(refusal)) from refusal
 

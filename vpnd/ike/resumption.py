@@ -27,6 +27,7 @@ MAX_SPENT: Final = 65_536  # tickets that must not be taken again; beyond, the k
 MAX_TICKETS: Final = 10_000  # that we keep, one a connection
 MAX_TICKET: Final = 4096  # octets of a ticket that we keep
 
+NEVER: Final = 1e12  # s
 KEY_LENGTH: Final = 32
 NONCE_LENGTH: Final = 12
 ID_LENGTH: Final = 16
@@ -34,7 +35,10 @@ ID_LENGTH: Final = 16
 
 @dataclass(frozen=True, slots=True)
 class Resumable:
-    """What an IKE SA leaves behind for its successor. `d` is its SK_d, `authenticated_at` when the peers last proved who they are."""
+    """What an IKE SA leaves behind for its successor. `d` is its SK_d, `authenticated_at` when the peers last proved who they are.
+
+    `basis` digests what that proof rested upon; with anything else it is worth nothing. `proof_ends`: a certificate in it is no longer valid then.
+    """
 
     connection: str
     local_id: Identity
@@ -44,6 +48,8 @@ class Resumable:
     ppk: bool
     authenticated_at: float
     expires: float
+    basis: bytes = field(default=b"", repr=False)
+    proof_ends: float = NEVER
     id: bytes = field(default=b"", repr=False)
 
 
@@ -148,10 +154,10 @@ class Resumption:
 def _encode(state: Resumable, ticket_id: bytes) -> bytes:
     writer = Writer()
     writer.put(ticket_id)
-    for moment in (state.authenticated_at, state.expires):
+    for moment in (state.authenticated_at, state.expires, state.proof_ends):
         writer.put(int(moment * 1000).to_bytes(8, "big"))
     writer.u8(state.ppk)
-    for value in (state.connection.encode(), state.local_id.body(), state.remote_id.body(), state.d.reveal()):
+    for value in (state.connection.encode(), state.local_id.body(), state.remote_id.body(), state.d.reveal(), state.basis):
         writer.u16(len(value))
         writer.put(value)
     encode_sa(SaPayload((state.proposal,)), writer)
@@ -161,9 +167,9 @@ def _encode(state: Resumable, ticket_id: bytes) -> bytes:
 def _decode(data: bytes) -> Resumable:
     reader = Reader(data, "ticket")
     ticket_id = reader.take(ID_LENGTH)
-    authenticated_at, expires = (int.from_bytes(reader.take(8), "big") / 1000 for _ in range(2))
+    authenticated_at, expires, proof_ends = (int.from_bytes(reader.take(8), "big") / 1000 for _ in range(3))
     ppk = bool(reader.u8())
-    name, local_id, remote_id, d = (reader.take(reader.u16()) for _ in range(4))
+    name, local_id, remote_id, d, basis = (reader.take(reader.u16()) for _ in range(5))
     (proposal,) = decode_sa(reader).proposals
     local, remote = Identity(local_id[0], local_id[4:]), Identity(remote_id[0], remote_id[4:])
-    return Resumable(name.decode(), local, remote, proposal, Secret(d), ppk, authenticated_at, expires, ticket_id)
+    return Resumable(name.decode(), local, remote, proposal, Secret(d), ppk, authenticated_at, expires, basis, proof_ends, ticket_id)

@@ -38,7 +38,7 @@ from vpnd.ike.intermediate import Intermediate
 from vpnd.ike.keymat import IkeKeys, IkeSuite, with_ppk
 from vpnd.ike.nat import detect
 from vpnd.ike.proposal import Proposal
-from vpnd.ike.resumption import Resumable
+from vpnd.ike.resumption import NEVER, Resumable
 from vpnd.ike.state import MAX_LINGERING, Child, ChildSaState, IkeSaState
 from vpnd.ike.wire.header import IkeSpi
 from vpnd.ike.wire.message import Message
@@ -205,6 +205,7 @@ class Session:
         self.peer_knows_ppk = False  # it said USE_PPK (RFC 8784), and so did we
         self.ppk = False  # the keys have a post-quantum pre-shared key mixed in
         self.resumed: Resumable | None = None  # what it was made of, without a key exchange (RFC 5723)
+        self.proof_ends = NEVER  # when the certificate that the peer proved itself with is no longer valid
         self.ticket_id = b""  # of the ticket that we gave the peer
         self.peer_childless = False  # it takes an IKE_AUTH without a CHILD_SA (RFC 6023)
         self.peer_hashes: tuple[int, ...] = ()  # the peer's SIGNATURE_HASH_ALGORITHMS

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 from collections.abc import Callable
 from typing import Final, TypeVar
 
@@ -13,6 +15,7 @@ from vpnd.ike.cookie import COOKIE_MAXIMUM, NONCE_MAXIMUM, NONCE_MINIMUM, statel
 from vpnd.ike.effects import Effect, Reason, Send
 from vpnd.ike.exchanges.ike_sa_init import capabilities, features
 from vpnd.ike.iana import Exchange, NotifyType
+from vpnd.ike.identity import Identity
 from vpnd.ike.keymat import IkeSuite, ike_keys, resumed_skeyseed
 from vpnd.ike.nat import HASH_LENGTH, floated
 from vpnd.ike.resumption import LIFETIME, MAX_AGE, Resumable, Ticket
@@ -156,11 +159,35 @@ def _still_fits(context: IkeContext, connection: ConnectionConfig, state: Resuma
     if not connection.resumption or connection.name != state.connection or not connection.local or not connection.remote:
         return False
     remote = connection.remote[0]
-    if remote.auth is AuthMethod.PSK and context.credentials.shared_secret(state.local_id, state.remote_id) is None:
+    if not hmac.compare_digest(state.basis, basis_of(context, connection, state.local_id, state.remote_id, state.d)):
         return False
     chosen = set(state.proposal.transforms)
     same = any(chosen <= set(each.transforms) for each in connection.proposals)
     return same and (remote.id is None or state.remote_id.matches(remote.id)) and (state.ppk or not connection.ppk_required)
+
+
+def basis_of(context: IkeContext, connection: ConnectionConfig, local: Identity, remote: Identity, d: Secret) -> bytes:
+    """A digest of the identities, methods, keys and authorities by which the peers proved themselves. Keyed, so that it tells nothing of a shared key."""
+    digest = hmac.new(d.reveal(), digestmod=hashlib.sha256)
+
+    def add(value: bytes) -> None:
+        digest.update(len(value).to_bytes(4, "big") + value)
+
+    for each in connection.local:
+        add(each.id.body() if each.id is not None else b"")
+    for each in connection.remote:
+        for value in (each.auth.value.encode(), each.id.body() if each.id is not None else b"", *(scheme.encode() for scheme in each.signature_schemes)):
+            add(value)
+        if each.auth is AuthMethod.PSK:
+            secret = context.credentials.shared_secret(local, remote)
+            add(secret.reveal() if secret is not None else b"")
+        elif each.certs or each.cacerts:
+            add(b"".join(each.certs))
+            add(b"".join(each.cacerts))
+        else:
+            for certificates in (context.credentials.certificates, context.credentials.authorities):
+                add(b"".join(sorted(certificate.der for certificate in certificates)))
+    return digest.digest()
 
 
 def _resumable(session: Session, lifetime: float) -> Resumable | None:
@@ -168,9 +195,10 @@ def _resumable(session: Session, lifetime: float) -> Resumable | None:
         return None
     authenticated_at = session.resumed.authenticated_at if session.resumed is not None else session.now
     # no longer than the peers may go on without proving anew who they are
-    expires = min(session.now + lifetime, authenticated_at + (session.connection.reauth_time or MAX_AGE))
-    keys = session.keys.keys
-    return Resumable(session.connection.name, session.local_id, session.remote_id, session.proposal, keys.d, session.ppk, authenticated_at, expires)
+    expires = min(session.now + lifetime, authenticated_at + (session.connection.reauth_time or MAX_AGE), session.proof_ends)
+    names, d = (session.local_id, session.remote_id), session.keys.keys.d
+    basis = basis_of(session.context, session.connection, *names, d)
+    return Resumable(session.connection.name, *names, session.proposal, d, session.ppk, authenticated_at, expires, basis, session.proof_ends)
 
 
 def _derive(session: Session, state: Resumable) -> None:
@@ -179,4 +207,5 @@ def _derive(session: Session, state: Resumable) -> None:
     keys = ike_keys(suite, seed, session.nonce_i, session.nonce_r, session.wire_spi_i, session.wire_spi_r)
     session.crypto = IkeCrypto.of(suite, keys, session.initiator)
     session.proposal, session.ppk, session.resumed = state.proposal, state.ppk, state
+    session.proof_ends = state.proof_ends
     session.local_id, session.remote_id = state.local_id, state.remote_id

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from lab.ike_pair import Pair, Peer, agree, child, connection, mirrored, psk
@@ -200,3 +200,24 @@ def test_psk_where_a_certificate_is_required_fits_no_connection() -> None:
     pair = certificate_pair(a=psk("a.example"))
     pair.connect()
     assert pair.b.closed is Reason.NO_MATCHING_CONNECTION
+
+
+@pytest.mark.parametrize("change", ["none", "authority", "expired"])
+def test_a_ticket_is_worth_as_much_as_the_certificate_behind_it(change: str) -> None:
+    private = key("ecdsa256", 0)
+    pair = certificate_pair(resumption=True)
+    short = CA.issue("a gateway", private, ["a.example"], end=pair.b.utc(pair.now) + timedelta(hours=2))
+    pair = certificate_pair(certificate_a=short, resumption=True)
+    pair.connect()
+    agree(pair, 1)
+    pair.wait(3600.0 if change == "none" else 1.0)
+    if change == "authority":
+        pair.b.credentials.load_certificate(Authority("another CA").der, authority=True)
+    elif change == "expired":
+        pair.wait(2.5 * 3600.0)
+    for peer in pair.peers:
+        for sa in peer.standing:
+            peer.run(sa, sa.abort(pair.now, Reason.PEER_SILENT), pair.now)
+    pair.log.clear()
+    pair.connect()
+    assert any("IKE_SA_INIT" in line for line in pair.log) is (change != "none")

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from lab.ike_pair import Datagram, Pair, agree, child, connection, mirrored, psk
 
 from kernel_shim.secret import Secret
-from vpnd.config.model import SharedSecret
+from vpnd.config.model import AuthMethod, SharedSecret
 from vpnd.ike import resumption
 from vpnd.ike.cookie import CookieJar, cookie_reply, parse_init_request, stateless_reply
 from vpnd.ike.effects import Reason
+from vpnd.ike.exchanges.ike_session_resume import basis_of
 from vpnd.ike.iana import Group, NotifyType, ProtocolId
 from vpnd.ike.identity import Identity
 from vpnd.ike.proposal import parse_proposals
@@ -47,6 +48,12 @@ def lose(pair: Pair, reason: Reason = Reason.PEER_SILENT) -> None:
             peer.run(sa, sa.abort(pair.now, reason), pair.now)
     assert not pair.a.sad
     pair.log.clear()
+
+
+def altered(pair: Pair, ticket: Ticket, **changes: Any) -> Ticket:
+    """As `a` would keep it if it believed in the changes."""
+    state = replace(ticket.state, **changes)
+    return Ticket(ticket.data, replace(state, basis=basis_of(pair.a, pair.a.connections[0], state.local_id, state.remote_id, state.d)))
 
 
 def in_full(pair: Pair) -> bool:
@@ -128,7 +135,7 @@ def test_a_ticket_that_the_responder_forgot_leads_to_a_full_exchange() -> None:
     assert pair.log[:3] == ["a: IKE_SESSION_RESUME request 0", "b: IKE_SESSION_RESUME response 0", "a: IKE_SA_INIT request 0"]
 
 
-@pytest.mark.parametrize("change", ["resumption", "name", "identity", "proposals", "secret", "ppk"])
+@pytest.mark.parametrize("change", ["resumption", "name", "identity", "own identity", "proposals", "secret", "another secret", "method", "ppk"])
 def test_what_the_configuration_no_longer_allows_is_not_resumed(change: str) -> None:
     pair = standing()
     lose(pair)
@@ -144,6 +151,13 @@ def test_what_the_configuration_no_longer_allows_is_not_resumed(change: str) -> 
             pair.b.connections[0] = replace(old, proposals=parse_proposals(ProtocolId.IKE, "aes256-sha512-x25519"))
         case "secret":
             pair.b.credentials.clear()
+        case "another secret":
+            for peer in pair.peers:
+                peer.credentials.load_shared(SharedSecret("all", b"the old one is known to somebody"))
+        case "method":
+            pair.b.connections[0] = replace(old, remote=(replace(old.remote[0], auth=AuthMethod.PUBKEY),))
+        case "own identity":
+            pair.b.connections[0] = replace(old, local=(psk("c.example"),))
         case "ppk":
             pair.b.connections[0] = replace(old, ppk_required=True)
     pair.connect()
@@ -179,7 +193,7 @@ def test_who_replays_a_ticket_without_its_keys_gets_nowhere_and_uses_nothing_up(
     ticket = pair.a.resumption.wallet.take("to-b", pair.now)
     assert ticket is not None
     lose(pair)
-    pair.a.resumption.wallet.keep(Ticket(ticket.data, replace(ticket.state, d=Secret(bytes(32)))))
+    pair.a.resumption.wallet.keep(altered(pair, ticket, d=Secret(bytes(32))))
     pair.connect()
     assert not pair.b.established() or not pair.b.sad
     pair.wait(pair.b.settings.half_open_timeout, drop=lambda datagram: True)
@@ -199,7 +213,7 @@ def test_an_identity_that_is_not_the_tickets_is_refused() -> None:
     assert ticket is not None
     lose(pair)
     pair.a.connections[0] = replace(pair.a.connections[0], local=(psk("root.example"),))
-    pair.a.resumption.wallet.keep(Ticket(ticket.data, replace(ticket.state, local_id=Identity.parse("root.example"))))
+    pair.a.resumption.wallet.keep(altered(pair, ticket, local_id=Identity.parse("root.example")))
     pair.connect()
     assert pair.b.closed is Reason.AUTHENTICATION_FAILED
     assert pair.a.closed is Reason.PEER_AUTHENTICATION_FAILED
