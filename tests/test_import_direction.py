@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # The edges: where sockets, files, timers and processes may be. Everything else is a core.
 EDGES = (
+    "kernel_shim.core_dumps",
     "kernel_shim.io",
     "kernel_shim.channel",
     "kernel_shim.tool",
@@ -124,7 +125,15 @@ def test_kernel_shim_never_imports_vpnd() -> None:
 
 
 def test_vpnd_sees_a_kernel_only_through_the_channel_and_the_shared_words() -> None:
-    allowed = ("kernel_shim.model", "kernel_shim.algorithms", "kernel_shim.secret", "kernel_shim.reasons", "kernel_shim.mpls", "kernel_shim.channel")
+    allowed = (
+        "kernel_shim.model",
+        "kernel_shim.algorithms",
+        "kernel_shim.secret",
+        "kernel_shim.core_dumps",
+        "kernel_shim.reasons",
+        "kernel_shim.mpls",
+        "kernel_shim.channel",
+    )
     wrong = [
         _where(m, line, name)
         for m in MODULES

@@ -22,6 +22,7 @@ from kernel_shim.channel.api import ChannelClosed, KernelChannel
 from kernel_shim.channel.pfkey import PfKeyChannel
 from kernel_shim.channel.sysctl import Sysctls
 from kernel_shim.channel.xfrm import XfrmChannel
+from kernel_shim.core_dumps import forbid_core_dumps
 from kernel_shim.model import SOCKET_MARK, Endpoint, IPAddress, KernelError
 from vpnd.auth.credentials import CredentialError, CredentialStore
 from vpnd.config import load
@@ -397,6 +398,7 @@ def run(config_path: Path) -> int:
 
     The exit status: 0 after an orderly stop, 1 when it could not start.
     """
+    forbid_core_dumps()
     try:
         loaded = load(config_path)
     except ConfigErrors as error:

@@ -6,15 +6,23 @@ Pure, and stateless towards strangers: nothing that it remembers grows with who 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
-from kernel_shim.model import Endpoint
+from kernel_shim.model import Endpoint, IPAddress
 from vpnd.ike.cookie import CookieJar, cookie_reply, invalid_major_version, parse_init_request
 from vpnd.ike.crypto import Entropy
+
+ONE_SUBSCRIBER: Final = 8  # octets of an IPv6 address: a host has the /64 for itself (RFC 8019)
+
+
+def origin_of(address: IPAddress) -> bytes:
+    """What counts as one address: an IPv4 address, or the /64 of an IPv6 address."""
+    return address.packed[: ONE_SUBSCRIBER if address.version == 6 else None]
 
 
 @dataclass(frozen=True, slots=True)
 class GateSettings:
-    """Numbers of half-open IKE SAs; 0 switches a rule off, except `limit`."""
+    """Numbers of half-open IKE SAs; 0 switches a rule off, except `limit`. One address is what `origin_of` makes one."""
 
     cookie_threshold: int = 30  # from here on every initiator must return a cookie
     cookie_threshold_ip: int = 3  # the same, counted for one address

@@ -7,7 +7,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
-from kernel_shim.model import Endpoint, IPAddress
+from kernel_shim.model import Endpoint
 from vpnd.ike.effects import ChildFailed, ChildSa, Effect, IkeClosed, Reason, RekeyFailed
 from vpnd.ike.sa import IkeSa, IkeSaState
 
@@ -29,7 +29,7 @@ class Entry:
     owners: set[int] = field(default_factory=set)  # children whose policies are claimed
     installing: dict[int, int] = field(default_factory=dict)  # reqid by child whose SA in stands and whose SA out does not yet
     init_key: tuple[int, Endpoint] | None = None  # of a responder: the initiator's SPI and address
-    half_open: IPAddress | None = None  # counted for this address
+    half_open: bytes | None = None  # counted for this origin
     heir: Entry | None = None  # rekeyed: has its children
     awaits: Entry | None = None  # whose steps, from before it handed over, come first
 

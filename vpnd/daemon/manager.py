@@ -24,7 +24,7 @@ from vpnd.daemon.news import News
 from vpnd.daemon.redirects import Redirection, Redirects
 from vpnd.daemon.registry import Registry
 from vpnd.daemon.reqids import ReqIds
-from vpnd.gate import Admitted, Gate, GateSettings, Refused, Reply
+from vpnd.gate import Admitted, Gate, GateSettings, Refused, Reply, origin_of
 from vpnd.ike.context import IkeSettings
 from vpnd.ike.effects import AuthenticationRejected, Effect, Send
 from vpnd.ike.exchanges.crash_detection import TokenMaker
@@ -272,7 +272,7 @@ class Manager:
         if self._draining:
             self.counters.add("ike_refused_draining")
             return
-        match self._gate.judge(data, remote, self.registry.half_open_total, self.registry.half_open[remote.address], now):
+        match self._gate.judge(data, remote, self.registry.half_open_total, self.registry.half_open[origin_of(remote.address)], now):
             case Reply(answer, counter):
                 self.counters.add(counter)
                 self._sockets.send(local, remote, answer)

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from kernel_shim.model import Endpoint, SaId
 from vpnd.daemon.entry import Entry
+from vpnd.gate import origin_of
 from vpnd.ike.identity import Identity
 from vpnd.ike.sa import IkeSa
 
@@ -23,7 +24,7 @@ class Registry:
     def __init__(self) -> None:
         self._by_spi: dict[int, Entry] = {}
         self._by_init: dict[InitKey, Entry] = {}
-        self.half_open: Counter[object] = Counter()  # by remote address
+        self.half_open: Counter[bytes] = Counter()  # by `vpnd.gate.origin_of` the remote address
         self.half_open_total = 0
         self._of_connection: dict[str, dict[int, Entry]] = {}
         self._of_peer: dict[Identities, dict[int, Entry]] = {}
@@ -46,7 +47,7 @@ class Registry:
         """A responder whose peer is not authenticated."""
         entry = self.enter(sa)
         entry.init_key = key
-        entry.half_open = key[1].address
+        entry.half_open = origin_of(key[1].address)
         self._by_init[key] = entry
         self.half_open[entry.half_open] += 1
         self.half_open_total += 1

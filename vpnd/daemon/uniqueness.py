@@ -27,10 +27,17 @@ def admits(registry: Registry, connection: ConnectionConfig, local: Identity, re
 
 
 def after_initial_contact(registry: Registry, entry: Entry, identities: Identities) -> list[Entry]:
-    """Those of the same identities that the peer of `entry` knows no more."""
+    """Those of the same identities that the peer of `entry` knows no more. Who proved itself by other means, weaker ones perhaps, has no say over them."""
     if entry.sa.connection.unique is UniquePolicy.NEVER:
         return []
-    return [other for other in registry.of_peer(identities) if other is not entry]
+    return [other for other in registry.of_peer(identities) if other is not entry and _same_proof(entry.sa.connection, other.sa.connection)]
+
+
+def _same_proof(one: ConnectionConfig, other: ConnectionConfig) -> bool:
+    """Whether both connections have their peer prove itself alike, whatever its identity."""
+    return one.name == other.name or [(each.auth, each.certs, each.cacerts) for each in one.remote] == [
+        (each.auth, each.certs, each.cacerts) for each in other.remote
+    ]
 
 
 def replace(registry: Registry, entry: Entry, delete: Callable[[Entry], None]) -> None:

@@ -27,6 +27,8 @@ from vpnd.ike.wire.payloads import DeletePayload, NotifyPayload, Payload, SkfPay
 
 UNPROTECTED_ERROR_GRACE: Final = 2.0  # s that an unprotected error gives the true answer to arrive
 NARROW_COPY: Final = 2  # from this copy on a request is taken to have been too long for its path, of which nobody told us
+MAX_REPEATS: Final = 256  # of one request that are answered; with MOBIKE each copy comes over many paths
+MAX_REPEATS_OF_STRANGERS: Final = 32  # while the peer is not authenticated: our answers may be longer than what asks for them, and go where the copy says
 SPI_TIMEOUT: Final = 30.0  # s that a kernel has for an SPI
 
 Responder = Callable[[Session, Message], Steps[Response]]
@@ -209,6 +211,8 @@ class Transport(Session):
         inbox = self._inbox
         if inbox.is_repeated(header.message_id, datagram) or self._repeats_in_other_fragments(datagram, message):
             inbox.repeats += 1
+            if inbox.repeats > (MAX_REPEATS_OF_STRANGERS if self.established_at is None else MAX_REPEATS):
+                return
             if self._answered_with is not None:
                 limit = self._limit(local, remote, narrow=inbox.repeats >= NARROW_COPY, piece=_piece(message, datagram))
                 inbox.response = refit(inbox.response, self._answered_with.send, self.context.entropy, limit)
