@@ -37,7 +37,7 @@ from vpnd.daemon.demands import Demands
 from vpnd.daemon.interfaces import Interfaces
 from vpnd.daemon.kernel_side import KernelSide
 from vpnd.daemon.manager import Manager
-from vpnd.daemon.mpls import Mpls
+from vpnd.daemon.mpls import LABEL_FILE, Mpls
 from vpnd.daemon.operations import Operations
 from vpnd.gate import GateSettings
 from vpnd.ike.context import IkeSettings, Retransmission
@@ -150,7 +150,7 @@ class Daemon:
         self._manager = Manager(self._kernel, self._sockets, credentials, settings, gate, self._counters, host, tokens)
         self._demands = Demands(self._manager, SOCKET_MARK)
         self._interfaces = Interfaces()
-        self._mpls = Mpls(self._kernel, _beside_the_socket(config, ".labels"))
+        self._mpls = Mpls(self._kernel, config.state_dir / LABEL_FILE)
         self._operations = Operations(self._manager, self._demands, config, self._interfaces, [str(verdict) for verdict in verdicts], self._mpls)
         if source is not None:
             self._operations.reload_from(lambda: asyncio.to_thread(load, source.path), source.loaded)
@@ -314,13 +314,8 @@ class Daemon:
 
 
 def _settings_file(config: DaemonConfig) -> Path:
-    """Which kernel settings we changed."""
-    return _beside_the_socket(config, ".settings")
-
-
-def _beside_the_socket(config: DaemonConfig, suffix: str) -> Path:
-    """A file of ours beside the control socket: so daemons of several network namespaces keep apart."""
-    return config.control_socket.with_name(config.control_socket.name + suffix)
+    """Which kernel settings we changed; beside the control socket, so that daemons of several network namespaces keep apart."""
+    return config.control_socket.with_name(config.control_socket.name + ".settings")
 
 
 def _tokens(config: DaemonConfig) -> TokenMaker | None:

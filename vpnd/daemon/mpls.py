@@ -24,6 +24,7 @@ from vpnd.mpls.model import MplsConfig
 from vpnd.mpls.plan import Assignment, assign, entries
 from vpnd.mpls.trace import Step, Trace
 
+LABEL_FILE: Final = "labels.json"  # in the state directory
 MAX_FILE: Final = 64 << 20  # octets; as many names as there are labels
 
 log = structlog.get_logger("mpls")
@@ -103,6 +104,7 @@ class Mpls:
             return
         temporary = self._file.with_name(self._file.name + ".new")
         try:
+            self._file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             temporary.write_text(json.dumps(self.given))
             os.replace(temporary, self._file)
         except OSError as error:
