@@ -34,6 +34,7 @@ from vpnd.control.backend import ControlError
 from vpnd.control.server import ControlServer
 from vpnd.daemon.background import Background
 from vpnd.daemon.demands import Demands
+from vpnd.daemon.fpm import RoutingFeed
 from vpnd.daemon.interfaces import Interfaces
 from vpnd.daemon.kernel_side import KernelSide
 from vpnd.daemon.manager import Manager
@@ -150,7 +151,8 @@ class Daemon:
         self._manager = Manager(self._kernel, self._sockets, credentials, settings, gate, self._counters, host, tokens)
         self._demands = Demands(self._manager, SOCKET_MARK)
         self._interfaces = Interfaces()
-        self._mpls = Mpls(self._kernel, config.state_dir / LABEL_FILE)
+        self._routing = RoutingFeed(self._kernel.labels, self._counters)
+        self._mpls = Mpls(self._kernel, config.state_dir / LABEL_FILE, self._routing)
         self._operations = Operations(self._manager, self._demands, config, self._interfaces, [str(verdict) for verdict in verdicts], self._mpls)
         if source is not None:
             self._operations.reload_from(lambda: asyncio.to_thread(load, source.path), source.loaded)
@@ -248,6 +250,7 @@ class Daemon:
                 try:
                     await self._bind(self._kernel.channel)
                     self._manager.addresses_changed()
+                    self._routing.links_changed()
                 except ChannelClosed:
                     continue  # the reconnection binds them
                 except (OSError, KernelError) as error:
@@ -307,6 +310,7 @@ class Daemon:
         await self._control.stop()
         await self._sockets.clear()
         await self._interfaces.close()
+        await self._routing.close()
         await self._kernel.close()
         if self._shim is not None and self._shim.poll() is None:
             self._shim.terminate()

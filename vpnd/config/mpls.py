@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
 from typing import Final, TypeVar
@@ -16,9 +17,9 @@ from kernel_shim.mpls.lfib import MAX_PATHS, TtlModel
 from kernel_shim.mpls.node import MAX_TUNNELS, MAX_VRFS
 from vpnd.config.children import interface_name
 from vpnd.config.errors import ConfigError
-from vpnd.config.reader import Reader, integer, shown
+from vpnd.config.reader import Reader, boolean, integer, shown
 from vpnd.config.tree import Section
-from vpnd.mpls.model import DEFAULT_RANGE, LabelMode, LspConfig, MplsConfig, PeerConfig, RemoteVrf, RouteTarget, VrfConfig, own_target
+from vpnd.mpls.model import DEFAULT_RANGE, FpmConfig, LabelMode, LspConfig, MplsConfig, PeerConfig, RemoteVrf, RouteTarget, VrfConfig, own_target
 
 MAX_NAME: Final = 63  # octets; the channel's bound of a name
 MAX_MEMBERS: Final = 255  # interfaces of one VRF
@@ -36,6 +37,8 @@ _MODELS: Final = {model.value: model for model in TtlModel}
 _ENCAPSULATIONS: Final = {it.name.lower(): it for it in Encapsulation}
 _TARGET: Final = re.compile(r"(?:target:)?(?:(?P<number>[0-9]{1,10})|(?P<address>[0-9.]{7,15})):(?P<assigned>[0-9]{1,10})")
 
+_PLACE: Final = re.compile(r"(?:\[(?P<v6>[^]]+)\]|(?P<v4>[^:]+)):(?P<port>[0-9]+)")
+
 T = TypeVar("T")
 
 
@@ -50,6 +53,7 @@ def validate_mpls(section: Section, errors: list[ConfigError]) -> MplsConfig:
         label_range=_label_set(reader, "label_range") or DEFAULT_RANGE,
         dscp_to_tc=dict(reader.convert_all("dscp_to_tc", lambda text: _pair(text, CODE_POINTS, CLASSES))),
         tc_to_dscp=dict(reader.convert_all("tc_to_dscp", lambda text: _pair(text, CLASSES, CODE_POINTS))),
+        fpm=_fpm(reader),
     )
     reader.finish()
     if len(config.vrfs) > MAX_VRFS:
@@ -71,6 +75,14 @@ def _each(reader: Reader, option: str, read: Callable[[Reader, str], T]) -> Iter
         if not name.isprintable() or not 0 < len(name.encode()) <= MAX_NAME:
             below.complain(f"a name has 1 to {MAX_NAME} printable characters", node=node, at_key=True)
         yield name, read(below, name)
+
+
+def _fpm(reader: Reader) -> FpmConfig | None:
+    place = reader.convert("fpm", None, _place)
+    settle, grace = reader.seconds("fpm_settle", None), reader.seconds("fpm_grace", None)
+    if place is None:
+        return None
+    return replace(place, settle=place.settle if settle is None else settle, grace=place.grace if grace is None else grace)
 
 
 def _vrf(reader: Reader, name: str, ttl: TtlModel) -> VrfConfig:
@@ -123,6 +135,7 @@ def _peer(reader: Reader, name: str, ttl: TtlModel) -> PeerConfig:
         entropy=reader.boolean("entropy", False),
         traffic_class=_traffic_class(reader),
         vrfs=dict(_each(reader, "vrfs", _remote_vrf)),
+        next_hops=reader.convert_all("next_hops", _address),
     )
     reader.finish()
     if peer.via:
@@ -296,6 +309,15 @@ def _address(text: str) -> IPAddress:
     if address.is_unspecified or address.is_multicast:
         raise ValueError(f"{address} is not the address of one node")
     return address
+
+
+def _place(text: str) -> FpmConfig | None:
+    """`yes`, `ADDRESS`, `ADDRESS:PORT` or `[ADDRESS]:PORT`."""
+    with suppress(ValueError):
+        return FpmConfig() if boolean(text) else None
+    match = _PLACE.fullmatch(text)
+    address = _address(match["v6"] or match["v4"] if match is not None else text)
+    return FpmConfig(address, integer(match["port"], 1, 65535)) if match is not None else FpmConfig(address)
 
 
 def _prefixes(reader: Reader) -> tuple[IPNetwork, ...]:

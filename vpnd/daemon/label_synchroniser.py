@@ -22,6 +22,7 @@ from vpnd.telemetry.counters import Counters
 STATIC: Final = "static"
 FPM: Final = "fpm"
 OWNERS: Final = (STATIC, FPM)  # the earlier one counts
+FED: Final = ("label", "route")  # kinds of entries that a feed can be the owner of
 
 _ORDER: Final = {kind: at for at, kind in enumerate(("classes", "vrf", "tunnel", "peer", "label", "route"))}
 """An entry goes in after those that it rests upon, and away before them."""
@@ -80,6 +81,7 @@ class LabelSynchroniser:
         self._task: asyncio.Task[None] | None = None
         self._repair: Repair[Key] = Repair(self._again)
         self._refused: dict[Key, str] = {}
+        self.adopt: Callable[[Sequence[NodeEntry]], bool] = lambda entries: False  # whether what nobody wants may stay for now
 
     @property
     def standing(self) -> Mapping[Key, NodeEntry]:
@@ -126,7 +128,7 @@ class LabelSynchroniser:
     async def attach(self, channel: LabelChannel) -> None:
         """A kernel came: what is right in it stays as it is, the rest is repaired. Raises what the channel raises."""
         self._channel = channel
-        await self.examine()
+        await self.examine(attached=True)
         self._repair.at_once()
 
     def detach(self) -> None:
@@ -144,8 +146,8 @@ class LabelSynchroniser:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
-    async def examine(self) -> None:
-        """Hold the kernel's entries against those that should be there, and repair the difference."""
+    async def examine(self, *, attached: bool = False) -> None:
+        """Hold the kernel's entries against those that should be there, and repair the difference. When it was just `attached` a feed may adopt some."""
         channel = self._channel
         if channel is None:
             return
@@ -155,6 +157,8 @@ class LabelSynchroniser:
             if self._standing and drifted:
                 self._counters.add("kernel_labels_drifted", len(drifted))
             self._standing = standing
+            if attached and (orphans := [entry for key, entry in standing.items() if key.kind in FED and self.desired[key] is None]) and self.adopt(orphans):
+                self.desired.put(FPM, orphans)
             wrong = {key for key in self.desired.keys() | standing.keys() if standing.get(key) != self.desired[key]}
             self._changed -= wrong
             if wrong:

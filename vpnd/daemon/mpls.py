@@ -17,6 +17,7 @@ from kernel_shim.mpls.labels import FIRST_LABEL, LAST_LABEL, Label
 from kernel_shim.mpls.node import Tunnel
 from kernel_shim.reasons import DropReason
 from vpnd.control.backend import ControlError
+from vpnd.daemon.fpm import RoutingFeed
 from vpnd.daemon.kernel_side import KernelSide
 from vpnd.daemon.label_synchroniser import STATIC
 from vpnd.mpls import listing
@@ -33,9 +34,10 @@ log = structlog.get_logger("mpls")
 class Mpls:
     """`label_file` remembers what each label was given for; a label follows from its name in most cases, so a lost file costs little."""
 
-    def __init__(self, kernel: KernelSide, label_file: Path | None = None) -> None:
+    def __init__(self, kernel: KernelSide, label_file: Path | None = None, feed: RoutingFeed | None = None) -> None:
         self._kernel = kernel
         self.labels: Final = kernel.labels
+        self._feed = feed
         self._file = label_file
         self.config = MplsConfig()
         self.given: Assignment = _read(label_file) if label_file is not None else {}
@@ -54,7 +56,10 @@ class Mpls:
             self.given = given
             self._remember()
         self.config = config
-        return self.labels.replace(STATIC, entries(config, given))
+        changed = self.labels.replace(STATIC, entries(config, given))
+        if self._feed is not None:
+            self._feed.configure(config)
+        return changed
 
     # What people look at
 

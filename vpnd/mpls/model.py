@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from ipaddress import IPv4Address
 from typing import Final, NewType
 
 from kernel_shim.model import IPAddress, IPNetwork
@@ -61,7 +62,7 @@ class PeerConfig:
     """A neighbour with a tunnel, or one that lies behind the neighbour `via` under the labels `push`, outermost first.
 
     `accept` None: the labels of those VRFs here that export to one of the peer's, and of LSPs that come from it.
-    `own_space`: labels that it sends are looked up in a space of its own.
+    `own_space`: labels that it sends are looked up in a space of its own. `next_hops`: what a routing protocol calls it besides `remote`.
     """
 
     name: str
@@ -77,6 +78,7 @@ class PeerConfig:
     entropy: bool = False
     traffic_class: int | None = None
     vrfs: Mapping[str, RemoteVrf] = field(default_factory=dict)
+    next_hops: tuple[IPAddress, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,22 @@ class LspConfig:
 DEFAULT_RANGE: Final = LabelSet([LabelRange(Label(1 << 19), LAST_LABEL)])  # the upper half: hand-chosen labels tend to be small
 
 
+FPM_ADDRESS: Final = IPv4Address("127.0.0.1")
+FPM_PORT: Final = 2620  # FRR: fpm/fpm.h
+
+
+@dataclass(frozen=True, slots=True)
+class FpmConfig:
+    """Where a routing daemon connects to say its routes. `fpm` gives address and port, `fpm_settle` and `fpm_grace` the seconds after
+    which what it did not say again goes: since it fell silent, and since its connection began or ended.
+    """
+
+    address: IPAddress = FPM_ADDRESS
+    port: int = FPM_PORT
+    settle: float = 30.0
+    grace: float = 300.0
+
+
 @dataclass(frozen=True, slots=True)
 class MplsConfig:
     """All of it. `dscp_to_tc` and `tc_to_dscp` say what differs from the class selectors (RFC 2474 section 4.2.2)."""
@@ -110,7 +128,8 @@ class MplsConfig:
     label_range: LabelSet = DEFAULT_RANGE
     dscp_to_tc: Mapping[int, int] = field(default_factory=dict)
     tc_to_dscp: Mapping[int, int] = field(default_factory=dict)
+    fpm: FpmConfig | None = None
 
     def __bool__(self) -> bool:
         """Whether anything is to be forwarded."""
-        return bool(self.vrfs or self.peers or self.lsps)
+        return bool(self.vrfs or self.peers or self.lsps or self.fpm)

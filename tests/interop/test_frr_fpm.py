@@ -1,0 +1,213 @@
+"""FRR feeds labels over FPM to our gateway in the middle: customers at the two edges reach each other by the labels that zebra says, and only by them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from lab.frr import Frr, missing
+from lab.gateway import Gateway
+from lab.namespaces import Namespace
+from lab.process import Process, wait_until
+from lab.providers import Provider, Providers, providers
+from lab.traffic import ping
+
+pytestmark = [pytest.mark.interop, pytest.mark.timeout(180), pytest.mark.skipif(bool(missing()), reason=f"missing: {missing()}")]
+
+CONNECTION = """
+connections {{
+  {name} {{
+    local_addrs = {near}
+    remote_addrs = {far}
+    proposals = aes128gcm16-prfsha256-x25519
+    local {{ auth = psk }}
+    remote {{ auth = psk }}
+    children {{
+      {name} {{
+        mode = transport
+        local_ts = {near}[gre]
+        remote_ts = {far}[gre]
+        esp_proposals = aes128gcm16
+        start_action = trap
+      }}
+    }}
+  }}
+}}
+"""
+SECRETS = 'secrets { ike-all { secret = "labels are only numbers" } }\n'
+EDGE = """
+mpls {{
+  vrfs {{ red {{ members = ce-red
+ table = 101
+ label = {label}
+ prefixes = {own} }} }}
+  peers {{ core {{ local = {near}
+ remote = {far}
+ vrfs {{ red {{ label = {theirs}
+ prefixes = {others} }} }} }} }}
+}}
+"""
+CORE = """
+mpls {
+  fpm = yes
+  fpm_settle = 2
+  fpm_grace = %d
+  peers {
+    a { local = 203.0.113.1
+ remote = 203.0.113.2
+ accept = 100 }
+    b { local = 203.0.113.5
+ remote = 203.0.113.6
+ accept = 300 }
+  }
+}
+"""
+FORWARD, BACK = "mpls lsp 100 203.0.113.6 200", "mpls lsp 300 203.0.113.2 400"
+ZEBRA = f"fpm address 127.0.0.1 port 2620\n{FORWARD}\n{BACK}\n"
+
+
+@dataclass
+class Core:
+    lab: Providers
+    node: Namespace
+    gateway: Gateway
+    frr: Frr
+
+    def passes(self) -> bool:
+        near, far = self.lab.a.customers["red"], self.lab.b.customers["red"]
+        return ping(near.host, far.host4, count=1, timeout=1.0).lost == 0
+
+    def connect(self) -> socket.socket:
+        return self.node.call(lambda: socket.create_connection(("127.0.0.1", 2620), 5.0))
+
+    def say_anew(self, *lines: str) -> None:
+        """Change zebra's configuration. What its kernel did not take it says on a new connection only: its own ends, for another came."""
+        self.frr.tell(*lines)
+        self.connect().close()
+
+    def start_ping(self) -> Process:
+        near, far = self.lab.a.customers["red"], self.lab.b.customers["red"]
+        return near.host.start(["ping", "-q", "-i", "0.05", str(far.host4)], "ping")
+
+    def until(self, passing: bool) -> None:
+        wait_until(lambda: self.passes() is passing, f"packets {'pass' if passing else 'stop'}", 30.0, 0.1)
+
+
+def assert_nothing_lost(running: Process) -> None:
+    os.kill(running.pid, signal.SIGINT)
+    running.wait()
+    assert " 0% packet loss" in running.log()
+
+
+def _edge(pe: Provider, other: Provider, near: str, far: str, label: int, theirs: int) -> str:
+    own, others = pe.customers["red"].net4, other.customers["red"].net4
+    connection = CONNECTION.format(name="core", near=near, far=far)
+    return connection + SECRETS + EDGE.format(label=label, own=own, near=near, far=far, theirs=theirs, others=others)
+
+
+@pytest.fixture
+def core(tmp_path: Path, grace: int) -> Iterator[Core]:
+    with providers() as lab, contextlib.ExitStack() as stack:
+        node = lab.lab.namespace("core")
+        for letter, pe, subnet in (("a", lab.a, 0), ("b", lab.b, 4)):
+            lab.lab.veth(node, f"to-{letter}", pe.gateway, "core")
+            node.ip(f"addr add 203.0.113.{subnet + 1}/30 dev to-{letter}")
+            pe.gateway.ip(f"addr add 203.0.113.{subnet + 2}/30 dev core")
+        configurations = {
+            "a": (lab.a.gateway, _edge(lab.a, lab.b, "203.0.113.2", "203.0.113.1", 400, 100)),
+            "b": (lab.b.gateway, _edge(lab.b, lab.a, "203.0.113.6", "203.0.113.5", 200, 300)),
+            "core": (
+                node,
+                CONNECTION.format(name="a", near="203.0.113.1", far="203.0.113.2")
+                + CONNECTION.format(name="b", near="203.0.113.5", far="203.0.113.6")
+                + SECRETS
+                + CORE % grace,
+            ),
+        }
+        gateways = {}
+        for name, (namespace, text) in configurations.items():
+            (tmp_path / name).mkdir()
+            gateway = gateways[name] = Gateway(namespace, tmp_path / name / "gateway.conf")
+            gateway.config.write_text(text)
+            stack.callback(gateway.kill)
+            gateway.start()
+        frr = Frr(node, tmp_path / "frr", {"zebra": ZEBRA})
+        stack.callback(frr.kill)
+        frr.start()
+        found = Core(lab, node, gateways["core"], frr)
+        found.until(passing=True)
+        yield found
+
+
+@pytest.mark.parametrize("grace", [120])
+def test_packets_follow_what_zebra_says(core: Core) -> None:
+    # Another label than the edge accepts: it drops what comes.
+    core.say_anew("no " + FORWARD, "mpls lsp 100 203.0.113.6 201")
+    core.until(passing=False)
+    core.say_anew("no mpls lsp 100 203.0.113.6 201", FORWARD)
+    core.until(passing=True)
+    core.say_anew("no " + FORWARD)
+    core.until(passing=False)
+    core.say_anew(FORWARD)
+    core.until(passing=True)
+
+
+@pytest.mark.parametrize("grace", [120])
+def test_no_packet_is_lost_while_zebra_is_killed_and_started_again(core: Core) -> None:
+    running = core.start_ping()
+    core.frr.kill_daemon("zebra")
+    assert core.passes()
+    core.frr.start_daemon("zebra")
+    wait_until(lambda: "connected" in core.gateway.log().rpartition("gone")[2], "zebra's second connection", 30.0)
+    # What it does not say again goes, and only that.
+    core.frr.kill_daemon("zebra")
+    core.frr.configurations["zebra"] = ZEBRA.replace(FORWARD, "mpls lsp 101 203.0.113.6 200")
+    assert core.passes()
+    assert_nothing_lost(running)
+    core.frr.start_daemon("zebra")
+    core.until(passing=False)
+    assert "were not said again" in core.gateway.log()
+
+
+@pytest.mark.parametrize("grace", [4])
+def test_what_nobody_says_again_goes_after_the_grace(core: Core) -> None:
+    core.frr.kill_daemon("zebra")
+    assert core.passes()
+    core.until(passing=False)
+    core.frr.start_daemon("zebra")
+    core.until(passing=True)
+
+
+@pytest.mark.parametrize("grace", [120])
+def test_a_killed_key_manager_leaves_the_routes_to_its_successor(core: Core) -> None:
+    running = core.start_ping()
+    core.frr.kill_daemon("zebra")
+    core.gateway.kill_vpnd()
+    core.gateway.start_vpnd()
+    assert core.passes()
+    core.frr.start_daemon("zebra")
+    wait_until(lambda: "connected" in core.gateway.log(), "zebra's connection", 30.0)
+    assert core.passes()
+    assert_nothing_lost(running)
+
+
+@pytest.mark.parametrize("grace", [120])
+def test_garbage_and_a_second_connection_cost_no_packet(core: Core) -> None:
+    with core.connect() as garbage:
+        garbage.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        with contextlib.suppress(ConnectionError):
+            assert garbage.recv(1) == b""
+    assert core.passes()
+    with core.connect() as idle:
+        idle.sendall(bytes.fromhex("01010044"))
+        assert core.passes()
+    # zebra's own was closed for them, and it comes back.
+    wait_until(lambda: "cannot be read" in core.gateway.log(), "garbage is told", 10.0)
+    core.say_anew(f"no {FORWARD}")
+    core.until(passing=False)

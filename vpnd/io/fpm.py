@@ -1,0 +1,104 @@
+"""Where a routing daemon connects and says its routes (FRR: zebra with `-M dplane_fpm_nl`), and the host's VRF devices that it speaks of."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Final
+
+import structlog
+from pyroute2 import AsyncIPRoute
+from pyroute2.netlink.exceptions import NetlinkError
+
+from kernel_shim.model import IPAddress
+from kernel_shim.mpls.fpm import FpmError
+from vpnd.mpls.fpm_feed import FpmFeed
+from vpnd.telemetry.counters import Counters
+from vpnd.telemetry.throttle import Throttle
+
+READ_AT_ONCE: Final = 16384  # octets: some 250 routes, a few milliseconds of the event loop
+
+log = structlog.get_logger("fpm")
+
+
+class FpmServer:
+    """Listens for one routing daemon at a time; a newer connection takes the place of an older one. `changed` is called when there is something to take."""
+
+    def __init__(self, feed: FpmFeed, changed: Callable[[], None], counters: Counters) -> None:
+        self._feed, self._changed, self._counters = feed, changed, counters
+        self._server: asyncio.Server | None = None
+        self._current: asyncio.StreamWriter | None = None
+        self._complaints = Throttle(burst=5, rate=0.1)
+
+    async def open(self, address: IPAddress, port: int) -> None:
+        """Raises OSError."""
+        self._server = await asyncio.start_server(self._serve, str(address), port, limit=READ_AT_ONCE)
+
+    async def close(self) -> None:
+        server, self._server = self._server, None
+        if server is not None:
+            server.close()
+        if self._current is not None:
+            self._current.transport.abort()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._server is None:
+            writer.transport.abort()
+            return
+        older, self._current = self._current, writer
+        if older is not None:
+            older.transport.abort()
+        now = asyncio.get_running_loop().time
+        self._feed.begin(now())
+        self._counters.add("fpm_connections")
+        self._say("a routing daemon is connected", peer=str(writer.get_extra_info("peername")))
+        self._changed()
+        try:
+            while data := await reader.read(READ_AT_ONCE):
+                if self._current is not writer:
+                    return
+                self._counters.add("fpm_changes", self._feed.hear(data, now()))
+                self._changed()
+                await asyncio.sleep(0)  # what is buffered is read without a pause
+        except FpmError as error:
+            self._counters.add("fpm_garbage")
+            self._say("what the routing daemon says cannot be read", error=str(error))
+        except OSError as error:
+            self._say("the routing daemon's connection broke", error=str(error))
+        finally:
+            writer.transport.abort()
+            if self._current is writer:
+                self._current = None
+                self._feed.end(now())
+                self._say("the routing daemon is gone", routes=len(self._feed))
+                self._changed()
+
+    def _say(self, what: str, **details: object) -> None:
+        if (untold := self._complaints.admit(asyncio.get_running_loop().time())) is not None:
+            log.info(what, untold=untold, **details)
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """An interface of the host; `table` is that of the VRF device which it is or belongs to, 0 for none."""
+
+    name: str
+    table: int = 0
+
+
+async def links() -> Mapping[int, Link]:
+    """By index. OSError when they cannot be read."""
+    found: dict[int, tuple[str, int, int]] = {}
+    try:
+        async with AsyncIPRoute() as route:
+            async for message in await route.get_links():
+                table, info = 0, message.get("IFLA_LINKINFO")
+                if info is not None and info.get("IFLA_INFO_KIND") == "vrf":
+                    with suppress(AttributeError):
+                        table = info.get("IFLA_INFO_DATA").get("IFLA_VRF_TABLE") or 0
+                found[message["index"]] = (message.get("IFLA_IFNAME") or "", table, message.get("IFLA_MASTER") or 0)
+    except NetlinkError as error:
+        raise OSError(error.code, str(error)) from error
+    return {index: Link(name, table or found.get(master, ("", 0, 0))[1]) for index, (name, table, master) in found.items()}

@@ -1,0 +1,122 @@
+"""What a routing daemon says over connection after connection, and what the label node makes of it. Pure: bytes, events and `now` in, entries out.
+
+Routes outlive the connection that said them. A new one says everything again; what it has not said once it has been quiet for
+`settle` seconds goes, and all goes that nobody has said again `grace` seconds after the connection's end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from kernel_shim.mpls.fpm import FpmDecoder
+from kernel_shim.mpls.fpm_rib import FpmRib, RibFull, Surroundings
+from kernel_shim.mpls.lfib import Key
+from kernel_shim.mpls.node import LabelBinding, NodeEntry, VrfRoute
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Entries that are to stand, and keys of those that are not any more, since the last one that was taken."""
+
+    put: tuple[NodeEntry, ...]
+    gone: tuple[Key, ...]
+
+
+class FpmFeed:
+    """Times are monotonic seconds."""
+
+    def __init__(self, surroundings: Surroundings, settle: float, grace: float) -> None:
+        self.settle, self.grace = settle, grace
+        self._rib = FpmRib(surroundings)
+        self._decoder: FpmDecoder | None = None
+        self._adopted: set[Key] = set()
+        self._dropped: set[Key] = set()
+        self._connected_at = self._heard_at = 0.0
+        self._ended_at: float | None = None  # and what stands was not confirmed since
+        self._unconfirmed = False  # of what stands, the connection has not said all yet
+        self.refused = 0  # routes and next hops beyond the bounds
+
+    def __len__(self) -> int:
+        """Routes and labels that the daemon says there are."""
+        return len(self._rib)
+
+    @property
+    def connected(self) -> bool:
+        return self._decoder is not None
+
+    @property
+    def unresolved(self) -> int:
+        """Next hops that led nowhere known, in all that was said so far."""
+        return self._rib.unresolved
+
+    def surround(self, surroundings: Surroundings) -> None:
+        self._rib.surround(surroundings)
+
+    def adopt(self, entries: Iterable[NodeEntry], now: float) -> None:
+        """An earlier run's labels and routes carry packets on until they are said again or `grace` has passed."""
+        known = {entry.key for entry in self._rib.entries()}
+        self._adopted |= {entry.key for entry in entries if isinstance(entry, LabelBinding | VrfRoute)} - known
+        if self.connected:
+            self._unconfirmed = True
+        elif self._ended_at is None:
+            self._ended_at = now
+
+    # Connections
+
+    def begin(self, now: float) -> None:
+        """A connection came; one that was there has ended."""
+        self._decoder = FpmDecoder()
+        self._rib.begin()
+        self._connected_at = self._heard_at = now
+        self._ended_at = None
+        self._unconfirmed = True
+
+    def hear(self, data: bytes, now: float) -> int:
+        """How many changes that said. FpmError for what cannot be read: nothing of `data` counts then, and the connection is to be closed."""
+        if self._decoder is None:
+            return 0
+        changes = self._decoder.feed(data)
+        self._heard_at = now
+        for change in changes:
+            try:
+                self._rib.apply(change)
+            except RibFull:
+                self.refused += 1
+        return len(changes)
+
+    def end(self, now: float) -> None:
+        self._decoder = None
+        self._ended_at = now
+
+    # Time
+
+    @property
+    def deadline(self) -> float | None:
+        """When `tick` has something to do."""
+        if self._decoder is not None:
+            return min(self._heard_at + self.settle, self._connected_at + self.grace) if self._unconfirmed else None
+        return None if self._ended_at is None else self._ended_at + self.grace
+
+    def tick(self, now: float) -> int:
+        """How many routes and labels went, for nobody said them again."""
+        deadline = self.deadline
+        if deadline is None or now < deadline:
+            return 0
+        if self._decoder is None:
+            self._rib.begin()
+        self._unconfirmed, self._ended_at = False, None
+        swept = self._rib.sweep() + len(self._adopted)
+        self._dropped |= self._adopted
+        self._adopted.clear()
+        return swept
+
+    # Entries
+
+    def take(self) -> Difference:
+        """What became of entries since the last call."""
+        changes = self._rib.take_changes()
+        gone = self._dropped - changes.keys() | {key for key, entry in changes.items() if entry is None}
+        self._dropped = set()
+        self._adopted -= changes.keys()
+        return Difference(tuple(entry for entry in changes.values() if entry is not None), tuple(gone))
