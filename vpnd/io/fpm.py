@@ -36,6 +36,11 @@ class FpmServer:
         """Raises OSError."""
         self._server = await asyncio.start_server(self._serve, str(address), port, limit=READ_AT_ONCE)
 
+    @property
+    def port(self) -> int:
+        """Where it listens; 0 when it does not."""
+        return int(self._server.sockets[0].getsockname()[1]) if self._server is not None and self._server.sockets else 0
+
     async def close(self) -> None:
         server, self._server = self._server, None
         if server is not None:
