@@ -91,6 +91,9 @@ class Core:
         self.frr.tell(*lines)
         self.connect().close()
 
+    def until_connected(self, times: int) -> None:
+        wait_until(lambda: self.gateway.log().count("a routing daemon is connected") == times, f"connection {times}", 30.0)
+
     def unknown_labels(self) -> int:
         """Packets that met no entry."""
         return self.gateway.counters().get("drop_mpls_label_unknown", 0)
@@ -168,7 +171,7 @@ def test_no_packet_is_lost_while_zebra_is_killed_and_started_again(core: Core) -
     core.frr.kill_daemon("zebra")
     assert core.passes()
     core.frr.start_daemon("zebra")
-    wait_until(lambda: "connected" in core.gateway.log().rpartition("gone")[2], "zebra's second connection", 30.0)
+    core.until_connected(2)
     # What it does not say again goes, and only that.
     core.frr.kill_daemon("zebra")
     core.frr.configurations["zebra"] = ZEBRA.replace(FORWARD, "mpls lsp 101 203.0.113.6 200")
@@ -196,7 +199,7 @@ def test_a_killed_key_manager_leaves_the_labels_to_its_successor(core: Core) -> 
     core.gateway.start_vpnd()
     core.until(passing=True)
     core.frr.start_daemon("zebra")
-    wait_until(lambda: "connected" in core.gateway.log().rpartition("ready")[2], "zebra's connection", 30.0)
+    core.until_connected(2)
     assert core.passes()
     assert core.unknown_labels() == unknown
 
