@@ -8,10 +8,10 @@ import shutil
 from collections.abc import Iterator
 
 import hypothesis
+import lab.process
 import pytest
 from lab import strongswan
 from lab.forks import fork_servers
-from lab.process import Process
 
 CI = os.environ.get("CI") == "true"
 
@@ -24,9 +24,9 @@ hypothesis.settings.load_profile("shared")
 def no_interpreter_starts() -> Iterator[None]:
     """No test pays for the start of an interpreter in a namespace."""
     with fork_servers() as servers:
-        Process.fork_servers = servers
+        lab.process.fork_servers = servers
         yield
-        Process.fork_servers = ()
+        lab.process.fork_servers = ()
 
 
 def pytest_configure(config: pytest.Config) -> None:

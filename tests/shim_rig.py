@@ -80,7 +80,7 @@ class Shim:
     def command(self, *words: str) -> str:
         """Another subcommand of `kernel-shim`, its output."""
         argv = [sys.executable, "-m", "kernel_shim.io.main", *words, "--socket", str(self.socket)]
-        return self.namespace.run(["env", f"PYTHONPATH={REPOSITORY}", *argv]).stdout
+        return self.namespace.run(argv, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}).stdout
 
     def counters(self) -> dict[str, int]:
         found: dict[str, int] = json.loads(self.command("stats", "--json"))

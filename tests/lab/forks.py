@@ -100,11 +100,11 @@ class ForkServer:
             return False
         return not self._script or any(Path(word).name == self._script for word in argv[5:8])
 
-    def start(self, argv: Sequence[str], log: int, env: Mapping[str, str] | None, pass_fds: Sequence[int]) -> ForkedChild:
-        """`argv` as `serves` takes it; both outputs go to the descriptor `log`. OSError when the server is gone."""
+    def start(self, argv: Sequence[str], output: int, errors: int, env: Mapping[str, str] | None, pass_fds: Sequence[int]) -> ForkedChild:
+        """`argv` as `serves` takes it; `output` and `errors` are descriptors. OSError when the server is gone."""
         request = {"namespace": argv[3], "argv": list(argv[5:]), "env": dict(os.environ if env is None else env), "fds": list(pass_fds)}
         server = self._server()
-        socket.send_fds(server, [json.dumps(request).encode()], [log, *pass_fds])
+        socket.send_fds(server, [json.dumps(request).encode()], [output, errors, *pass_fds])
         answer = server.recv(64)
         if not answer:
             raise ConnectionResetError("the fork server is gone")
@@ -145,7 +145,8 @@ def _serve(control: socket.socket) -> None:
         descriptors = array.array("i")
         for _level, _kind, value in ancillary:
             descriptors.frombytes(value)
-        # Twice, so that the program's parent is the subreaper above us.
+        # Twice, so that the program's parent is the subreaper above us; it is told of it when that is so.
+        told, tell = os.pipe()
         middle = os.fork()
         if middle == 0:
             parent = os.getpid()
@@ -154,9 +155,12 @@ def _serve(control: socket.socket) -> None:
                 while os.getppid() == parent:
                     time.sleep(0.001)
                 _become(json.loads(data), list(descriptors))
-            control.send(str(program).encode())
+            os.write(tell, str(program).encode())
             os._exit(0)
+        os.close(tell)
         os.waitpid(middle, 0)
+        control.send(os.read(told, 64))
+        os.close(told)
         for descriptor in descriptors:
             os.close(descriptor)
 
@@ -176,6 +180,8 @@ def _become(request: dict[str, Any], descriptors: list[int]) -> None:
         status = 0
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else int(error.code is not None)
+        if isinstance(error.code, str):
+            sys.stderr.write(error.code + "\n")
     except BaseException:
         traceback.print_exc()
     finally:
@@ -185,15 +191,13 @@ def _become(request: dict[str, Any], descriptors: list[int]) -> None:
 
 
 def _arrange(descriptors: list[int], numbers: list[int]) -> None:
-    """The log becomes both outputs, and each passed descriptor gets the number that it has at the asker; all others are closed."""
+    """The first two become the outputs, and each other one gets the number that it has at the asker; what is not passed is closed."""
     spare = max([*descriptors, *numbers, 2]) + 1
     moved = [os.dup2(descriptor, spare + place) for place, descriptor in enumerate(descriptors)]
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
-    for number in (1, 2):
-        os.dup2(moved[0], number)
     kept = sorted({0, 1, 2, *numbers})
-    for source, number in zip(moved[1:], numbers, strict=True):
+    for source, number in zip(moved, [1, 2, *numbers], strict=True):
         os.dup2(source, number)
     for low, high in zip(kept, [*kept[1:], os.sysconf("SC_OPEN_MAX")], strict=True):
         os.closerange(low + 1, high)

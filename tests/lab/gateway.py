@@ -147,19 +147,20 @@ class Gateway(Daemon):
     def vpnctl(self, *arguments: str, check: bool = True) -> str:
         """Run vpnctl against this daemon; its output."""
         done = self.namespace.run(
-            ["env", f"PYTHONPATH={REPOSITORY}", *VPNCTL, "--socket", str(self.vici_path), *arguments],
+            [*VPNCTL, "--socket", str(self.vici_path), *arguments],
             check=check,
+            env=self._environment(),
         )
         return done.stdout if check else done.stdout + done.stderr
 
     def counters(self) -> dict[str, int]:
         """The shim's counters, those that are not 0."""
-        done = self.namespace.run(["env", f"PYTHONPATH={REPOSITORY}", *KERNEL_SHIM, "stats", "--json", "--socket", str(self.shim_path)])
+        done = self.namespace.run([*KERNEL_SHIM, "stats", "--json", "--socket", str(self.shim_path)], env=self._environment())
         return {name: value for name, value in json.loads(done.stdout).items() if value}
 
     def sad(self) -> list[dict[str, Any]]:
         """The shim's security associations, as `kernel-shim sad --json` shows them."""
-        done = self.namespace.run(["env", f"PYTHONPATH={REPOSITORY}", *KERNEL_SHIM, "sad", "--json", "--socket", str(self.shim_path)])
+        done = self.namespace.run([*KERNEL_SHIM, "sad", "--json", "--socket", str(self.shim_path)], env=self._environment())
         found: list[dict[str, Any]] = json.loads(done.stdout)
         return found
 

@@ -83,8 +83,10 @@ class Namespace:
         """The vector that runs `argv` here; the pid stays that of the program, for each step is an exec."""
         return ["ip", "netns", "exec", self.name, *argv]
 
-    def run(self, argv: Sequence[str], *, check: bool = True, timeout: float = 60.0, text_input: str | None = None) -> subprocess.CompletedProcess[str]:
-        return run(self.argv(argv), check=check, timeout=timeout, text_input=text_input)
+    def run(
+        self, argv: Sequence[str], *, check: bool = True, timeout: float = 60.0, text_input: str | None = None, env: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        return run(self.argv(argv), check=check, timeout=timeout, text_input=text_input, env=env)
 
     def start(self, argv: Sequence[str], log_name: str, *, env: Mapping[str, str] | None = None, pass_fds: Sequence[int] = ()) -> Process:
         return Process(self.argv(argv), self.directory / f"{self.role}-{log_name}.log", env=env, pass_fds=pass_fds)

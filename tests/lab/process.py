@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -31,35 +32,62 @@ def wait_until(probe: Callable[[], T | None], what: str, timeout: float = 10.0, 
         time.sleep(interval)
 
 
-def run(argv: Sequence[str], *, check: bool = True, timeout: float = 60.0, text_input: str | None = None) -> subprocess.CompletedProcess[str]:
+# What one of them serves, the first first, is not started anew but forked.
+fork_servers: Sequence[ForkServer] = ()
+
+
+def _server_of(argv: Sequence[str]) -> ForkServer | None:
+    return next((server for server in fork_servers if server.serves(argv)), None)
+
+
+def run(
+    argv: Sequence[str], *, check: bool = True, timeout: float = 60.0, text_input: str | None = None, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run to the end. LabError with both outputs when the exit status is not 0 and `check` is set."""
-    done = subprocess.run(
-        list(argv),
-        input=text_input,
-        stdin=subprocess.DEVNULL if text_input is None else None,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+    server = _server_of(argv) if text_input is None else None
+    if server is not None:
+        done = _run_forked(server, argv, timeout, env)
+    else:
+        done = subprocess.run(
+            list(argv),
+            input=text_input,
+            stdin=subprocess.DEVNULL if text_input is None else None,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+            env=env,
+        )
     if check and done.returncode:
         raise LabError(f"{' '.join(argv)}: exit status {done.returncode}\n{done.stdout}{done.stderr}")
     return done
 
 
-class Process:
-    """A running program; its outputs go to `log_path`. What one of the `fork_servers` serves, the first first, is not started anew but forked."""
+def _run_forked(server: ForkServer, argv: Sequence[str], timeout: float, env: Mapping[str, str] | None) -> subprocess.CompletedProcess[str]:
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        child = server.start(argv, output.fileno(), errors.fileno(), env, ())
+        try:
+            status = child.wait(timeout)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+            raise
+        output.seek(0)
+        errors.seek(0)
+        return subprocess.CompletedProcess(list(argv), status, output.read(), errors.read())
 
-    fork_servers: Sequence[ForkServer] = ()
+
+class Process:
+    """A running program; its outputs go to `log_path`."""
 
     def __init__(self, argv: Sequence[str], log_path: Path, *, env: Mapping[str, str] | None = None, pass_fds: Sequence[int] = ()) -> None:
         self.argv = list(argv)
         self.log_path = log_path
         self._child: subprocess.Popen[bytes] | ForkedChild
         with log_path.open("ab") as log:
-            server = next((server for server in self.fork_servers if server.serves(argv)), None)
+            server = _server_of(argv)
             if server is not None:
-                self._child = server.start(argv, log.fileno(), env, pass_fds)
+                self._child = server.start(argv, log.fileno(), log.fileno(), env, pass_fds)
                 return
             # The death signal takes the program along when the test run itself is killed.
             self._child = subprocess.Popen(

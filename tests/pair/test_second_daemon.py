@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from lab.gateway import REPOSITORY, VPND, Gateway
 from lab.pairing import OURS, pair
@@ -15,7 +17,7 @@ def test_a_second_daemon_ends_with_a_clear_error_and_touches_nothing() -> None:
         assert link.ping().received
         assert isinstance(link.a, Gateway)
         before = link.a.child()
-        second = link.a.namespace.run(["env", f"PYTHONPATH={REPOSITORY}", *VPND, "run", "--config", str(link.a.main_config)], check=False)
+        second = link.a.namespace.run([*VPND, "run", "--config", str(link.a.main_config)], check=False, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
         assert second.returncode == 1
         assert "serves the control socket" in second.stderr
         assert link.ping().lost == 0

@@ -6,10 +6,10 @@ import os
 from collections.abc import Iterator
 
 import lab.gateway
+import lab.process
 import lab.strongswan
 import pytest
 from lab.forks import fork_servers
-from lab.process import Process
 
 EMULATION = 6  # how many times longer things may take in the guest
 
@@ -24,6 +24,6 @@ if os.environ.get("REALKERNEL_GUEST"):
 def no_interpreter_starts() -> Iterator[None]:
     """No test pays for the start of an interpreter in a namespace."""
     with fork_servers() as servers:
-        Process.fork_servers = servers
+        lab.process.fork_servers = servers
         yield
-        Process.fork_servers = ()
+        lab.process.fork_servers = ()
