@@ -15,7 +15,7 @@ from kernel_shim.channel.netlink import SLICE, NetlinkSocket
 from kernel_shim.channel.standing import StandingPolicies
 from kernel_shim.model import Direction, KernelError, Policy, ReqId, Selector
 from kernel_shim.xfrm.constants import MessageType
-from kernel_shim.xfrm.policies import FIRST_INDEX, INDEX_STEP, LAST_INDEX, policy_dump_message, policy_from, policy_id_message, policy_message
+from kernel_shim.xfrm.policies import FIRST_INDEX, INDEX_STEP, LAST_INDEX, KernelPolicy, policy_dump_message, policy_from, policy_id_message, policy_message
 from kernel_shim.xfrm.selectors import standing_key
 from kernel_shim.xfrm.structs import MalformedMessage
 
@@ -47,6 +47,10 @@ class XfrmPolicies:
         if self._next_index > LAST_INDEX:
             self._next_index = FIRST_INDEX
         async with self._lock:
+            if update:  # which replaces whatever has this selector
+                theirs = await self._standing_in_kernel(policy.direction, policy.selector)
+                if theirs is not None and not theirs.ours:
+                    raise KernelError(errno.EEXIST, "another key manager's policy has this selector")
             try:
                 await self._requests.request(policy_message(policy, replace=update, index=index), repeat=update)
             except TimeoutError:
@@ -63,14 +67,17 @@ class XfrmPolicies:
 
     async def _told(self, direction: Direction, selector: Selector) -> Policy | None:
         """What the kernel has under this selector; None when it went meanwhile."""
+        told = await self._standing_in_kernel(direction, selector)
+        return told.policy if told is not None else None
+
+    async def _standing_in_kernel(self, direction: Direction, selector: Selector) -> KernelPolicy | None:
         try:
             replies = await self._requests.request(policy_id_message(MessageType.GETPOLICY, direction, selector))
         except KernelError as error:
             if error.errno == errno.ENOENT:
                 return None
             raise
-        told = policy_from(replies[0]) if replies else None
-        return told.policy if told is not None else None
+        return policy_from(replies[0]) if replies else None
 
     async def delete(self, direction: Direction, selector: Selector) -> None:
         message = policy_id_message(MessageType.DELPOLICY, direction, selector)
@@ -79,7 +86,9 @@ class XfrmPolicies:
             if standing is not None and standing.selector != selector:
                 return  # to the kernel the two selectors are one, and the other is wanted
             self.standing.drop(direction, selector)
-            await self._requests.request(message)
+            theirs = await self._standing_in_kernel(direction, selector)
+            if theirs is None or theirs.ours:
+                await self._requests.request(message)
 
     async def dump(self) -> Sequence[Policy]:
         """Ours."""
