@@ -42,8 +42,10 @@ class DesiredLabels:
     def __bool__(self) -> bool:
         return any(self._by_owner.values())
 
-    def keys(self) -> set[Key]:
-        return {key for entries in self._by_owner.values() for key in entries}
+    @property
+    def wanted(self) -> Mapping[Key, None]:
+        """In the order in which they were wanted."""
+        return {key: None for entries in self._by_owner.values() for key in entries}
 
     def owner(self, key: Key) -> str:
         return next((owner for owner, entries in self._by_owner.items() if key in entries), "")
@@ -76,7 +78,7 @@ class LabelSynchroniser:
         self.desired: Final = DesiredLabels()
         self._standing: dict[Key, NodeEntry] = {}  # as far as it is known
         self._channel: LabelChannel | None = None
-        self._changed: set[Key] = set()
+        self._changed: dict[Key, None] = {}  # an ordered set
         self._turn = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
         self._repair: Repair[Key] = Repair(self._again)
@@ -102,7 +104,7 @@ class LabelSynchroniser:
 
     def entries(self) -> list[NodeEntry]:
         """What stands, and what should and does not."""
-        return [*self._standing.values(), *(entry for key in self.desired.keys() - self._standing.keys() if (entry := self.desired[key]) is not None)]
+        return [*self._standing.values(), *(entry for key in self.desired.wanted if key not in self._standing and (entry := self.desired[key]) is not None)]
 
     # What should stand
 
@@ -133,6 +135,7 @@ class LabelSynchroniser:
 
     def detach(self) -> None:
         self._channel = None
+        self._standing = {}
 
     async def remove_all(self) -> None:
         """The orderly end: nothing is left in the kernel. Raises what the channel raises."""
@@ -159,15 +162,15 @@ class LabelSynchroniser:
             self._standing = standing
             if attached and (orphans := [entry for key, entry in standing.items() if key.kind in FED and self.desired[key] is None]) and self.adopt(orphans):
                 self.desired.put(FPM, orphans)
-            wrong = {key for key in self.desired.keys() | standing.keys() if standing.get(key) != self.desired[key]}
-            self._changed -= wrong
+            wrong = [key for key in {**self.desired.wanted, **standing} if standing.get(key) != self.desired[key]]
+            self._changed.clear()
             if wrong:
                 await self._carry(channel, wrong)
 
     # Inside
 
     def _touch(self, keys: Iterable[Key]) -> None:
-        self._changed.update(keys)
+        self._changed.update(dict.fromkeys(keys))
         if self._changed and self._channel is not None and (self._task is None or self._task.done()):
             self._task = asyncio.get_running_loop().create_task(self._carry_changes(), name="labels")
 
@@ -180,17 +183,17 @@ class LabelSynchroniser:
                 channel, changed = self._channel, self._changed
                 if channel is None:
                     return  # the next attachment examines everything
-                self._changed = set()
+                self._changed = {}
                 try:
-                    await self._carry(channel, {key for key in changed if self._standing.get(key) != self.desired[key]})
+                    await self._carry(channel, [key for key in changed if self._standing.get(key) != self.desired[key]])
                 except ChannelClosed:
-                    self._changed |= changed
+                    self._changed = {**changed, **self._changed}
                     return
                 for key in changed:
                     if key not in self._refused:
                         self._repair.done(key)
 
-    async def _carry(self, channel: LabelChannel, keys: set[Key]) -> None:
+    async def _carry(self, channel: LabelChannel, keys: Sequence[Key]) -> None:
         """ChannelClosed when the kernel goes away; what it refuses is tried again later."""
         standing, desired = self._standing, self.desired
         gone = [standing[key] for key in sorted(keys, key=_order, reverse=True) if key in standing and desired[key] is None]
