@@ -17,7 +17,7 @@ Origin = Callable[[Key], tuple[str, str]]
 
 def lfib(entries: Iterable[NodeEntry], origin: Origin, vrf: str | None = None) -> Iterator[Row]:
     """The ILM (`label` and `space`), then the FTN (`vrf` and `prefix`); with `vrf` only what is that VRF's."""
-    for entry in entries:
+    for entry in _ordered(entries):
         if isinstance(entry, LabelBinding):
             if vrf is None or any(isinstance(path.next_hop, ToInterface | ToVrf) and path.next_hop.vrf == vrf for path in entry.paths):
                 yield _row(entry.key, origin, label=str(entry.label), space=entry.space or "platform", paths=[*map(str, entry.paths)])
@@ -26,7 +26,7 @@ def lfib(entries: Iterable[NodeEntry], origin: Origin, vrf: str | None = None) -
 
 
 def vrfs(entries: Iterable[NodeEntry], origin: Origin, config: MplsConfig) -> Iterator[Row]:
-    found = list(entries)
+    found = _ordered(entries)
     routes: dict[str, int] = {}
     for entry in found:
         if isinstance(entry, VrfRoute):
@@ -50,7 +50,7 @@ def vrfs(entries: Iterable[NodeEntry], origin: Origin, config: MplsConfig) -> It
 
 def labels(entries: Iterable[NodeEntry], origin: Origin, given: Assignment) -> Iterator[Row]:
     """What each label of this node is for and who may send it, then the peers with their tunnels."""
-    found = list(entries)
+    found = _ordered(entries)
     peers = [entry for entry in found if isinstance(entry, Peer)]
     tunnels: Final[Mapping[str, Tunnel]] = {entry.peer: entry for entry in found if isinstance(entry, Tunnel)}
     names = {label: name for name, label in given.items()}
@@ -63,6 +63,24 @@ def labels(entries: Iterable[NodeEntry], origin: Origin, given: Assignment) -> I
         tunnel = tunnels.get(peer.name)
         ends = f"{tunnel.local} to {tunnel.remote}, {tunnel.encapsulation.name.lower()}" if tunnel else ""
         yield _row(peer.key, origin, peer=peer.name, accepts=str(peer.accepts), space=peer.space or "platform", tunnel=ends)
+
+
+def _ordered(entries: Iterable[NodeEntry]) -> list[NodeEntry]:
+    """Kind by kind, as a person looks for them: by name, number and address. A kernel has no order of its own."""
+
+    def place(entry: NodeEntry) -> tuple[int, str, int, int, int]:
+        match entry:
+            case Vrf():
+                return 0, f"{entry.table or 0:10} {entry.name}", 0, 0, 0
+            case LabelBinding():
+                return 1, entry.space or "", entry.label, 0, 0
+            case VrfRoute():
+                return 2, entry.vrf or "", entry.prefix.version, int(entry.prefix.network_address), entry.prefix.prefixlen
+            case Peer():
+                return 3, entry.name, 0, 0, 0
+        return 4, "", 0, 0, 0
+
+    return sorted(entries, key=place)
 
 
 def _row(key: Key, origin: Origin, **values: str | list[str]) -> Row:
