@@ -5,10 +5,13 @@ A capture that lost packets proves nothing: `Capture.packets` raises when the ke
 
 from __future__ import annotations
 
+import select
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from types import TracebackType
@@ -121,6 +124,7 @@ class Capture:
         self._frames: list[tuple[bytes, float]] = []
         self._stop = threading.Event()
         self._dropped = 0
+        self._lock = threading.Lock()  # a frame is taken and noted in one
         self._socket = namespace.call(self._open)
         self._thread = threading.Thread(target=self._read, name=f"capture-{namespace.role}-{interface}", daemon=True)
 
@@ -129,24 +133,34 @@ class Capture:
         sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, BUFFER_BYTES)
         sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
         sock.bind((self.interface, ETH_P_ALL))
-        sock.settimeout(0.05)
+        sock.setblocking(False)
         return sock
 
     def _read(self) -> None:
-        while not self._stop.is_set():
-            try:
-                frame, ancillary, _, sender = self._socket.recvmsg(SNAP_BYTES, 64)
-            except TimeoutError:
-                continue
-            except OSError:
-                return  # the interface went away
-            if self._outgoing and sender[2] != socket.PACKET_OUTGOING:
-                continue
-            if len(self._frames) < MAX_PACKETS:
+        with suppress(OSError):  # the interface went away
+            while not self._stop.is_set():
+                if select.select([self._socket], [], [], 0.05)[0]:
+                    self._take()
+
+    def _take(self) -> None:
+        """All that the kernel has for us now."""
+        until = time.time()
+        with self._lock:
+            while True:
+                try:
+                    frame, ancillary, _, sender = self._socket.recvmsg(SNAP_BYTES, 64)
+                except BlockingIOError:
+                    return
                 seconds, nanoseconds = struct.unpack("qq", ancillary[0][2]) if ancillary else (0, 0)
-                self._frames.append((frame, seconds + nanoseconds / 1e9))
-            else:
-                self._dropped += 1
+                seen = seconds + nanoseconds / 1e9
+                if self._outgoing and sender[2] != socket.PACKET_OUTGOING:
+                    continue
+                if len(self._frames) < MAX_PACKETS:
+                    self._frames.append((frame, seen))
+                else:
+                    self._dropped += 1
+                if seen > until:
+                    return
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -155,16 +169,20 @@ class Capture:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self._stop.set()
         self._thread.join()
+        with suppress(OSError):
+            self._take()
         self._socket.close()
 
     def packets(self) -> list[WirePacket]:
-        """The IP packets so far, in both directions. LabError when the kernel dropped some."""
+        """The IP packets until now, in both directions. LabError when the kernel dropped some."""
         if self._socket.fileno() >= 0:
+            with suppress(OSError):
+                self._take()
             _, dropped = struct.unpack("II", self._socket.getsockopt(SOL_PACKET, PACKET_STATISTICS, 8))
             self._dropped += dropped
         if self._dropped:
             raise LabError(f"the capture on {self.interface} lost {self._dropped} packets and proves nothing")
-        return [packet for frame, time in list(self._frames) if (packet := dissect(frame, time)) is not None]
+        return [packet for frame, seen in list(self._frames) if (packet := dissect(frame, seen)) is not None]
 
     def wait_for(self, condition: Callable[[WirePacket], bool], what: str, timeout: float = 10.0) -> WirePacket:
         """The first packet that meets `condition`."""
