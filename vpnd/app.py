@@ -139,7 +139,7 @@ class Daemon:
         self._sockets = SocketTable(self._datagram, self._counters)
         self._shim: subprocess.Popen[bytes] | None = None
         settings = IkeSettings(
-            retransmission=Retransmission(config.retransmit_timeout, config.retransmit_base, config.retransmit_tries),
+            retransmission=_retransmission(config),
             half_open_timeout=config.half_open_timeout,
             keepalive=config.keep_alive,
             follow_redirects=config.follow_redirects,
@@ -335,8 +335,11 @@ def _tokens(config: DaemonConfig) -> TokenMaker | None:
 
 def _negotiation_seconds(config: DaemonConfig) -> int:
     """How long one exchange may take before it is given up: the kernel's larval SAs stand as long."""
-    waits = (config.retransmit_timeout * config.retransmit_base**attempt for attempt in range(config.retransmit_tries + 1))
-    return max(MINIMUM_ACQUIRE, math.ceil(min(sum(waits), MAXIMUM_ACQUIRE)))
+    return max(MINIMUM_ACQUIRE, math.ceil(min(_retransmission(config).total(), MAXIMUM_ACQUIRE)))
+
+
+def _retransmission(config: DaemonConfig) -> Retransmission:
+    return Retransmission(config.retransmit_timeout, config.retransmit_base, config.retransmit_tries, limit=config.retransmit_limit)
 
 
 async def _with_kernel(loaded: LoadedConfiguration) -> tuple[LoadedConfiguration, Sequence[Verdict]]:

@@ -82,8 +82,7 @@ def invariants(pair: Pair, *, lossless: bool = True) -> None:
         if outbound and lossless:
             assert outbound[-1].spi in {sa.spi for sa in other.sad.values() if sa.direction is Direction.IN}, f"{peer.name} sends what {other.name} cannot open"
         known = {sa_id for ike in peer.standing for one in ike.children.values() for sa_id in (one.sa.inbound.id, one.sa.outbound.id)}
-        lingering = {sa_id for ike in peer.standing for sa_id in ike.lingering}
-        assert set(peer.sad) <= known | lingering
+        assert set(peer.sad) <= known | set(peer.lingering)
 
 
 def finish(pair: Pair, children: int, *, drop: Callable[[Datagram], bool] = lambda datagram: False) -> None:
@@ -97,7 +96,7 @@ def finish(pair: Pair, children: int, *, drop: Callable[[Datagram], bool] = lamb
     for peer in pair.peers:
         assert peer.sa.state is IkeSaState.ESTABLISHED
         assert {one.state for one in peer.sa.children.values()} <= {ChildSaState.INSTALLED}
-        assert not peer.sa.lingering
+        assert not peer.lingering
         assert not peer.sa.held
         assert peer.sa.tasks_active == peer.sa.tasks_queued == ()
     assert sorted(pair.a.up) == sorted(pair.b.up)

@@ -17,12 +17,14 @@ from kernel_shim.model import Capabilities, Direction, Endpoint, IPAddress, SaId
 from vpnd.auth.credentials import CredentialStore
 from vpnd.config.addresses import parse_traffic_selector
 from vpnd.config.model import AuthMethod, AuthRound, ChildConfig, ConnectionConfig, SharedSecret
+from vpnd.daemon.crossings import has_twin
 from vpnd.ike.context import IkeSettings
 from vpnd.ike.effects import (
     AllocateSpi,
     ChildClosed,
     ChildEstablished,
     ChildFailed,
+    ChildSa,
     Effect,
     IkeClosed,
     IkeEstablished,
@@ -98,6 +100,7 @@ class Peer:
     sas: dict[int, IkeSa] = field(default_factory=dict)  # by our SPI
     sad: dict[SaId, SecurityAssociation] = field(default_factory=dict)
     larval: set[SaId] = field(default_factory=set)
+    lingering: dict[SaId, float] = field(default_factory=dict)  # those of `sad` that go later, and when
     events: list[Effect] = field(default_factory=list)
     refuse_spi: bool = False
     hold_spis: bool = False  # keep AllocateSpi in `waiting`
@@ -161,6 +164,9 @@ class Peer:
 
     def first_contact(self, connection: ConnectionConfig) -> bool:
         return self.contacts
+
+    def has_twin(self, local: Identity | None, remote: Identity | None, child: ChildSa) -> bool:
+        return has_twin(child, self.sas.values())
 
     def admits(self, connection: ConnectionConfig, local: Identity, remote: Identity, address: IPAddress) -> bool:
         return self.admitting
@@ -228,7 +234,10 @@ class Peer:
                     else:
                         assert new.id not in self.sad
                         self.sad[new.id] = new
-                case RemoveSa(sa_id):
+                case RemoveSa(sa_id, delay):
+                    if delay and sa_id in self.sad:
+                        self.lingering[sa_id] = now + delay
+                        continue
                     self.sad.pop(sa_id, None)
                     self.larval.discard(sa_id)
                 case IkeOpened(new):
@@ -344,6 +353,8 @@ class Pair:
     def tick(self) -> bool:
         """Let one IKE SA whose time has come act; False when none has to."""
         for peer in self.peers:
+            for sa_id in [sa_id for sa_id, end in peer.lingering.items() if end <= self.now]:
+                del peer.lingering[sa_id], peer.sad[sa_id]
             for sa in list(peer.sas.values()):
                 deadline = sa.next_deadline()
                 if deadline is not None and deadline <= self.now:
@@ -357,6 +368,7 @@ class Pair:
         while True:
             self.settle(drop)
             deadlines = [deadline for peer in self.peers for sa in peer.sas.values() if (deadline := sa.next_deadline()) is not None]
+            deadlines += [end for peer in self.peers for end in peer.lingering.values()]
             self.now = min(end, min(deadlines, default=end))
             if self.now >= end:
                 self.settle(drop)

@@ -60,7 +60,15 @@ class Gateway:
         self.counters: Final = Counters()
         side = KernelSide(self._connect, self.counters)
         self.manager: Final = Manager(
-            side, self, CredentialStore.of(loaded.configuration), IkeSettings(), MANY, self.counters, host=self, tokens=TokenMaker(self.name.encode() * 8)
+            side,
+            self,
+            CredentialStore.of(loaded.configuration),
+            IkeSettings(),
+            MANY,
+            self.counters,
+            host=self,
+            tokens=TokenMaker(self.name.encode() * 8),
+            entropy=random.Random(f"{name}{seed}").randbytes,
         )
         self.demands: Final = Demands(self.manager, mark=1)
         self.operations: Final = Operations(self.manager, self.demands, DaemonConfig())

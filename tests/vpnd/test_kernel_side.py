@@ -22,7 +22,7 @@ from kernel_shim.model import (
     Spi,
     TrafficSelector,
 )
-from vpnd.daemon import kernel_side, repair
+from vpnd.daemon import installed_sas, kernel_side, repair
 from vpnd.daemon.kernel_side import KernelSide
 from vpnd.policies import PolicySpec, policies_for
 from vpnd.telemetry.counters import Counters
@@ -376,3 +376,26 @@ async def test_an_overrun_is_looked_after_until_the_tables_were_read(monkeypatch
             await asyncio.sleep(0)
     assert lab.kernel.requests.count("policies") == 2, "once at attaching, once for all overruns"
     await side.close()
+
+
+async def test_sas_that_linger_go_in_time_and_are_bounded_per_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(installed_sas, "MAX_LINGERING", 2)
+    lab = Lab()
+    side = lab.side()
+    await side.open()
+    for spi in (1, 2, 3):
+        await side.install(association(spi, Direction.IN))
+        side.remove_later(association(spi, Direction.IN).id, 0.01)
+    while len(lab.kernel.sas) > 2:
+        await asyncio.sleep(0)
+    assert {sa.spi for sa in lab.kernel.sas} == {1, 2}
+    while lab.kernel.sas:
+        await asyncio.sleep(0.001)
+    # those that went make room
+    for spi in (4, 5):
+        await side.install(association(spi, Direction.IN))
+        side.remove_later(association(spi, Direction.IN).id, 60.0)
+    await asyncio.sleep(0.01)
+    assert {sa.spi for sa in lab.kernel.sas} == {4, 5}
+    await side.close()
+    assert not lab.kernel.sas

@@ -46,6 +46,7 @@ def validate_daemon(section: Section, errors: list[ConfigError], path: str = "vp
         retransmit_timeout=reader.convert("retransmit_timeout", defaults.retransmit_timeout, lambda text: _decimal(text, 0.05, 600)),
         retransmit_base=reader.convert("retransmit_base", defaults.retransmit_base, lambda text: _decimal(text, 1, 10)),
         retransmit_tries=reader.integer("retransmit_tries", defaults.retransmit_tries, minimum=1, maximum=20),
+        retransmit_limit=reader.convert("retransmit_limit", defaults.retransmit_limit, lambda text: _decimal(text, 0, 600)),
         make_before_break=reader.boolean("make_before_break", defaults.make_before_break),
         inactivity_close_ike=reader.boolean("inactivity_close_ike", defaults.inactivity_close_ike),
         shutdown_timeout=reader.convert("shutdown_timeout", defaults.shutdown_timeout, lambda text: _decimal(text, 0, 600)),

@@ -225,7 +225,8 @@ class DaemonConfig:
     keep_alive: float = 20.0  # NAT keepalive interval; 0: none
     retransmit_timeout: float = 4.0  # first retransmission
     retransmit_base: float = 1.8  # growth of the interval
-    retransmit_tries: int = 5
+    retransmit_tries: int = 12
+    retransmit_limit: float = 14.0  # the longest interval; 0: none
     make_before_break: bool = True  # a reauthentication makes the new IKE SA before it deletes the old one
     inactivity_close_ike: bool = False  # an IKE SA whose last CHILD_SA was not used goes with it
     shutdown_timeout: float = 3.0  # for the peers to answer our deletes

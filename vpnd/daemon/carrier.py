@@ -184,9 +184,12 @@ class Carrier:
                     self._news.say(f"kernel did not move the {new.direction.name.lower()}bound SA {new.spi:08x}: {error}", entry, group="KNL", warning=True)
                     self._installed(entry.current, child_id)
                     answer = entry.sa.migrate_failed(child_id, asyncio.get_running_loop().time())
-            case RemoveSa(sa_id):
+            case RemoveSa(sa_id, delay):
                 self._registry.disown(sa_id)
-                await self._kernel.remove(sa_id)
+                if delay:
+                    self._kernel.remove_later(sa_id, delay)
+                else:
+                    await self._kernel.remove(sa_id)
             case effect:
                 raise AssertionError(f"{effect} does not need the kernel")
         return answer

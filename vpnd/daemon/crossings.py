@@ -12,7 +12,7 @@ from vpnd.config.model import ChildConfig
 from vpnd.ike.effects import ChildSa
 from vpnd.ike.narrowing import resolve
 from vpnd.ike.sa import IkeSa
-from vpnd.ike.state import Child, ChildSaState
+from vpnd.ike.state import Child, ChildSaState, IkeSaState
 
 CROSSING: Final = 10.0  # s; two results further apart than this did not cross: somebody wants both
 SETTLE: Final = 1.0  # s, for which the superfluous one still takes packets
@@ -60,6 +60,13 @@ def superfluous_ike(ike: IkeSa, others: Iterable[IkeSa]) -> IkeSa | None:
         if loser.children and all(any(same(one.sa, kept.sa) for kept in winner.children.values()) for one in loser.children.values()):
             return loser if loser.initiator else None
     return None
+
+
+def has_twin(child: ChildSa, ikes: Iterable[IkeSa]) -> bool:
+    """Whether another CHILD_SA of `ikes` sends the same packets, and neither it nor its IKE SA is being deleted."""
+    standing = (ike for ike in ikes if not ike.closed and ike.state is not IkeSaState.DELETING)
+    others = (other for ike in standing for other in ike.children.values() if other.sa.id != child.id)
+    return any(other.sends and other.state is not ChildSaState.DELETING and same(other.sa, child) for other in others)
 
 
 def same(one: ChildSa, other: ChildSa) -> bool:

@@ -230,7 +230,7 @@ class Demands:
         loop = asyncio.get_running_loop()
         extra = superfluous_child(entry.sa, child) or doubled_child(entry.sa, child)
         if extra is not None:
-            loop.call_later(SETTLE, self.ends.end, entry, extra.sa.id)
+            loop.call_later(SETTLE, self._drop_child, entry, extra.sa)
             return
         peers = [peer for peer in self._manager.peers_of(entry) if not peer.leaving]
         loser = superfluous_ike(entry.sa, [peer.sa for peer in peers])
@@ -238,9 +238,17 @@ class Demands:
             if peer.sa is loser:
                 loop.call_later(SETTLE, self._drop_ike, peer)
 
+    def _drop_child(self, entry: Entry, child: ChildSa) -> None:
+        """If it still is superfluous."""
+        if self._manager.has_twin(entry.sa.local_id, entry.sa.remote_id, child):
+            self.ends.end(entry, child.id)
+
     def _drop_ike(self, entry: Entry) -> None:
-        if not entry.sa.closed:
-            self._manager.run(entry, entry.sa.delete(asyncio.get_running_loop().time(), Reason.REPLACED))
+        """If it still is superfluous."""
+        entry = entry.current
+        sa = entry.sa
+        if not sa.closed and all(self._manager.has_twin(sa.local_id, sa.remote_id, child.sa) for child in sa.children.values()):
+            self._manager.run(entry, sa.delete(asyncio.get_running_loop().time(), Reason.REPLACED))
 
     def child_failed(self, entry: Entry, effect: ChildFailed) -> None:
         key = (entry.sa.connection.name, effect.name)

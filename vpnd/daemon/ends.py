@@ -10,7 +10,6 @@ from kernel_shim.model import SaId
 from vpnd.config.model import ChildConfig, ConnectionConfig, StartAction
 from vpnd.control.backend import ControlError
 from vpnd.daemon.background import Background
-from vpnd.daemon.crossings import same
 from vpnd.daemon.entry import ChildKey, Entry
 from vpnd.daemon.manager import Manager
 from vpnd.daemon.traps import Traps
@@ -152,15 +151,13 @@ class Ends:
             case Reason.PEER_SILENT:
                 return (config.start_action & StartAction.START) | config.dpd_action
             case Reason.PEER_DELETED:
-                return StartAction.NONE if self._succeeded(entry, child) else config.close_action
+                # the peer deleted it because another one of the same stands
+                twin = self._manager.has_twin(entry.sa.local_id, entry.sa.remote_id, child)
+                return StartAction.NONE if twin else config.close_action
             case Reason.REAUTHENTICATION:
                 return StartAction.START
             case _:
                 return StartAction.NONE
-
-    def _succeeded(self, entry: Entry, child: ChildSa) -> bool:
-        """Whether the peer deleted it because another one of the same stands."""
-        return any(same(other.sa, child) for peer in self._manager.peers_of(entry) if not peer.sa.closed for other in peer.sa.children.values())
 
     def _restart(self, key: ChildKey, *, now: bool) -> None:
         loop = asyncio.get_running_loop()

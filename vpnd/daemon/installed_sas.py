@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,11 +13,12 @@ from typing import Final
 import structlog
 
 from kernel_shim.channel.api import ChannelClosed, KernelChannel
-from kernel_shim.model import Direction, KernelError, SaId, SaStatus, SecurityAssociation
+from kernel_shim.model import Direction, IPAddress, KernelError, ReqId, SaId, SaStatus, SecurityAssociation
 from vpnd.daemon.background import Background
 from vpnd.daemon.repair import Repair
 from vpnd.telemetry.counters import Counters
 
+MAX_LINGERING: Final = 64  # SAs of one reqid and peer that outlive their CHILD_SA for packets under way; beyond, they go with it
 REMOVED_AT_ONCE: Final = 16  # deletions that are made again, or of what nobody owns; half of what a channel keeps under way
 
 log = structlog.get_logger("kernel")
@@ -44,6 +46,8 @@ class InstalledSas:
         self._installing: dict[SaId, None] = {}
         self._turns = asyncio.Semaphore(REMOVED_AT_ONCE)
         self._background = Background()
+        self._lingering: Counter[tuple[ReqId, IPAddress]] = Counter()
+        self._timers: dict[SaId, asyncio.TimerHandle] = {}  # of those that linger
         self._doomed: Repair[SaId] = Repair(self._remove_again)
 
     @property
@@ -106,6 +110,25 @@ class InstalledSas:
                 return
         self._doomed.done(sa)
 
+    def remove_later(self, sa: SaId, delay: float) -> None:
+        """In `delay` seconds; one of too many from the same peer goes now."""
+        known = self._ours.get(sa)
+        key = (known.reqid, known.source) if known is not None else None
+        if key is None or self._lingering[key] >= MAX_LINGERING:
+            self._background.start(self.remove(sa))
+            return
+        self._lingering[key] += 1
+
+        def due() -> None:
+            self._lingering[key] -= 1
+            if not self._lingering[key]:
+                del self._lingering[key]
+            del self._timers[sa]
+            if self._ours.get(sa) is known:
+                self._background.start(self.remove(sa))
+
+        self._timers[sa] = asyncio.get_running_loop().call_later(delay, due)
+
     async def remove_all(self, sas: Sequence[SaId]) -> None:
         """Several at a time; none waits for another's answer for ever."""
 
@@ -142,4 +165,6 @@ class InstalledSas:
         self._doomed.at_once()
 
     def stop(self) -> None:
+        for timer in self._timers.values():
+            timer.cancel()
         self._doomed.stop()

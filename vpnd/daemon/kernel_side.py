@@ -345,6 +345,9 @@ class KernelSide:
     async def remove(self, sa: SaId) -> None:
         await self._sas.remove(sa)
 
+    def remove_later(self, sa: SaId, delay: float) -> None:
+        self._sas.remove_later(sa, delay)
+
     def forget(self, sa: SaId) -> None:
         self._sas.forget(sa)
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Final, Protocol
 
 from kernel_shim.model import Capabilities, Endpoint, IPAddress, SaId
 from vpnd.auth.credentials import CredentialStore
 from vpnd.config.model import ChildConfig, ConnectionConfig, UniquePolicy
-from vpnd.daemon import uniqueness
+from vpnd.daemon import crossings, uniqueness
 from vpnd.daemon.carrier import Carrier, Sockets
 from vpnd.daemon.entry import Entry, Listener
 from vpnd.daemon.kernel_side import KernelSide
@@ -26,7 +26,7 @@ from vpnd.daemon.registry import Registry
 from vpnd.daemon.reqids import ReqIds
 from vpnd.gate import Admitted, Gate, GateSettings, Refused, Reply, origin_of
 from vpnd.ike.context import IkeSettings
-from vpnd.ike.effects import AuthenticationRejected, Effect, Send
+from vpnd.ike.effects import AuthenticationRejected, ChildSa, Effect, Send
 from vpnd.ike.exchanges.crash_detection import TokenMaker
 from vpnd.ike.fragments import ReassemblyBudget
 from vpnd.ike.gateway_id import GatewayId
@@ -84,6 +84,7 @@ class Manager:
         counters: Counters,
         host: Host | None = None,
         tokens: TokenMaker | None = None,
+        entropy: Callable[[int], bytes] = os.urandom,
     ) -> None:
         self.kernel: Final = kernel
         self.counters: Final = counters
@@ -95,8 +96,9 @@ class Manager:
         self.redirects: Final = Redirects()
         self._lost = Throttle(LOST_AT_ONCE, LOST_A_SECOND)
         self._reassembly = ReassemblyBudget()
-        self._resumption = Resumption(os.urandom)
-        self._gate = Gate(gate, os.urandom)
+        self._entropy = entropy
+        self._resumption = Resumption(entropy)
+        self._gate = Gate(gate, entropy)
         self.connections: Final = Connections()
         self.resolved: Final[dict[str, IPAddress]] = {}  # host names of remote_addrs
         self.registry: Final = Registry()
@@ -156,14 +158,14 @@ class Manager:
         return self._host.path_mtu(local, remote)
 
     def entropy(self, octets: int) -> bytes:
-        return os.urandom(octets)
+        return self._entropy(octets)
 
     def utc(self, now: float) -> datetime:
         return datetime.fromtimestamp(time.time() - (asyncio.get_running_loop().time() - now), UTC)
 
     def new_ike_spi(self) -> int:
         while True:
-            spi = int.from_bytes(os.urandom(8))
+            spi = int.from_bytes(self._entropy(8))
             if spi and spi not in self.registry:
                 return spi
 
@@ -183,6 +185,9 @@ class Manager:
 
     def first_contact(self, connection: ConnectionConfig) -> bool:
         return connection.unique is not UniquePolicy.NEVER and not self.registry.in_contact(connection.name)
+
+    def has_twin(self, local: Identity | None, remote: Identity | None, child: ChildSa) -> bool:
+        return crossings.has_twin(child, (entry.sa for entry in self.registry.of_peer((local, remote))))
 
     def admits(self, connection: ConnectionConfig, local: Identity, remote: Identity, address: IPAddress) -> bool:
         return uniqueness.admits(self.registry, connection, local, remote, address)

@@ -18,19 +18,26 @@ from vpnd.ike.resumption import Resumption
 
 @dataclass(frozen=True, slots=True)
 class Retransmission:
-    """strongSwan's schedule (`charon.retransmit_*`): the n-th copy follows after `timeout * base ** n` seconds, with `jitter` (0 to 1) taken off at random.
+    """As strongSwan's (`charon.retransmit_*`): the n-th copy follows after `timeout * base ** n` seconds, with `jitter` (0 to 1) taken off at random.
 
-    After `tries` copies and one more interval the peer counts as silent.
+    After `tries` copies and one more interval the peer counts as silent. RFC 7296 section 2.4 asks for a dozen copies over
+    several minutes: unlike strongSwan's five, they reach a peer behind a path that loses every fifth packet.
     """
 
     timeout: float = 4.0
     base: float = 1.8
-    tries: int = 5
+    tries: int = 12
     jitter: float = 0.0
+    limit: float = 14.0  # s, of an interval; 0: none
 
     def delay(self, copy: int, random: float) -> float:
         """Seconds until copy number `copy` (0 is the first); `random` is in [0, 1)."""
-        return self.timeout * self.base**copy * (1.0 - self.jitter * random)
+        interval = self.timeout * self.base**copy
+        return (min(interval, self.limit) if self.limit else interval) * (1.0 - self.jitter * random)
+
+    def total(self) -> float:
+        """Seconds, at most, until the peer counts as silent."""
+        return sum(self.delay(copy, 0.0) for copy in range(self.tries + 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +51,7 @@ class IkeSettings:
     initial_contact: bool = True
     follow_redirects: bool = True  # RFC 5685, as a client
     fragment_size: int = 1280  # octets of an IP packet that IKE fragments may fill; 0: 576 for IPv4, 1280 for IPv6
-    rekeyed_delay: float = 5.0  # a rekeyed CHILD_SA's SA in still takes packets that are under way (strongSwan's `charon.delete_rekeyed_delay`)
+    rekeyed_delay: float = 5.0  # the SA in of a CHILD_SA that is rekeyed, or has a twin, still takes packets under way (strongSwan's `delete_rekeyed_delay`)
 
 
 class IkeContext(Protocol):
@@ -102,6 +109,9 @@ class IkeContext(Protocol):
 
     def first_contact(self, connection: ConnectionConfig) -> bool:
         """Whether no other IKE SA stands with the peer of this connection, so that INITIAL_CONTACT may be said."""
+
+    def has_twin(self, local: Identity | None, remote: Identity | None, child: ChildSa) -> bool:
+        """Whether between these identities another CHILD_SA for the packets of `child` sends, and neither it nor its IKE SA is being deleted."""
 
     def admits(self, connection: ConnectionConfig, local: Identity, remote: Identity, address: IPAddress) -> bool:
         """Whether the peer, who proved to be `remote` and is at `address`, may have this IKE SA beside those that stand."""

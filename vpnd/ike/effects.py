@@ -119,9 +119,13 @@ class MigrateSa:
 
 @dataclass(frozen=True, slots=True)
 class RemoveSa:
-    """Take an SA out of the kernel; that it is gone already is no error. `sa` may be larval (an SPI that was never used)."""
+    """Take an SA out of the kernel; that it is gone already is no error. `sa` may be larval (an SPI that was never used).
+
+    `delay`: so many seconds later, whatever becomes of the IKE SA: packets that are under way are still taken.
+    """
 
     sa: SaId
+    delay: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

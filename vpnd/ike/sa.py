@@ -109,7 +109,8 @@ class IkeSa(Transport):
         if header.initiator is self.initiator or not self._addressed(header):
             return []
         if crash_detection.proves_loss(self, message):
-            self.close(Reason.PEER_RESTARTED, self.describe())
+            # a peer that heard our DELETE, and whose answer was lost, has it no more either
+            self.close(self._deleting_for if self.state is IkeSaState.DELETING else Reason.PEER_RESTARTED, self.describe())
         elif header.response:
             self._response(datagram, message, local, remote)
         else:
@@ -492,9 +493,6 @@ class IkeSa(Transport):
                     self.queue.append(key)
             elif isinstance(key, Followup):
                 self.forget_followup(key)
-            elif isinstance(key, SaId):
-                del self.lingering[key]
-                self.emit(RemoveSa(key))
             else:
                 self._rekey_child(key)
 

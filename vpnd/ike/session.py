@@ -39,7 +39,7 @@ from vpnd.ike.keymat import IkeKeys, IkeSuite, with_ppk
 from vpnd.ike.nat import detect
 from vpnd.ike.proposal import Proposal
 from vpnd.ike.resumption import NEVER, Resumable
-from vpnd.ike.state import MAX_LINGERING, Child, ChildSaState, IkeSaState
+from vpnd.ike.state import Child, ChildSaState, IkeSaState
 from vpnd.ike.wire.header import IkeSpi
 from vpnd.ike.wire.message import Message
 from vpnd.ike.wire.payloads import CertReqPayload, NotifyPayload, Payload
@@ -57,6 +57,7 @@ RETRY_FIRST: Final = 1.0  # s; doubles
 RETRY_LAST: Final = 15.0  # s
 RETRIES: Final = 24  # about 5 minutes
 RESUMABLE: Final = frozenset({Reason.PEER_SILENT, Reason.REKEYED, Reason.REPLACED, Reason.KERNEL_LOST, Reason.SHUTDOWN})  # ends after which tickets stay good
+AT_ONCE: Final = frozenset({Reason.EXPIRED, Reason.KERNEL_LOST, Reason.KERNEL_REFUSED, Reason.SHUTDOWN})  # ends after which nothing under way is waited for
 
 REKEY_AGAIN: Final = 30.0  # s, after a rekeying was refused for good
 
@@ -225,9 +226,8 @@ class Session:
         self.undecided: Session | None = None  # the peer's rekeying of that IKE SA made it, and ours is still on the wire
         self.overtaken = False  # the peer uses the IKE SA that its own rekeying made
         self.postponed: dict[Task, None] = {}
-        self.lingering: dict[SaId, None] = {}  # inbound SAs of rekeyed CHILD_SAs, for packets that are under way
-        # CHILD_SAs to rekey, lingering SAs to remove, postponed exchanges to begin, requests whose key exchanges do not come
-        self.later: Deadlines[int | SaId | Task | Followup] = Deadlines()
+        # CHILD_SAs to rekey, postponed exchanges to begin, requests whose key exchanges do not come
+        self.later: Deadlines[int | Task | Followup] = Deadlines()
         self.followups: dict[bytes, Followup] = {}  # by link: requests of the peer's that wait for their key exchanges
         self.tokens = 0
         self.effects: list[Effect] = []
@@ -334,9 +334,6 @@ class Session:
         for sa_id in sorted(self.held):
             self.emit(RemoveSa(sa_id))
         self.held.clear()
-        for sa_id in self.lingering:
-            self.emit(RemoveSa(sa_id))
-        self.lingering.clear()
         for child in list(self.children.values()):
             self.close_child(child, reason)
         for task in (self.active, *self.queue, *self.postponed):
@@ -399,7 +396,6 @@ class Session:
         heir.state, heir.undecided, heir.ends_at = IkeSaState.ESTABLISHED, None, None
         heir.children, self.children = self.children, {}
         heir.later, self.later = self.later, Deadlines()
-        heir.lingering, self.lingering = self.lingering, {}
         heir.tokens = self.tokens
         # either may have moved since the heir was made
         heir.local, heir.remote, heir.proven = self.local, self.remote, self.proven
@@ -455,21 +451,29 @@ class Session:
         self.later.set(child.sa.id, None)
         self._send_by_successor(child)
         self.emit(RemoveSa(child.sa.outbound.id))
-        inbound = child.sa.inbound.id
-        if reason is Reason.REKEYED and self.context.settings.rekeyed_delay and len(self.lingering) < MAX_LINGERING:
-            self.lingering[inbound] = None
-            self.later.set(inbound, self.now + self.context.settings.rekeyed_delay)
-        else:
-            self.emit(RemoveSa(inbound))
+        # what the peer sent before it heard of the end is under way still
+        lingers = reason is Reason.REKEYED or (reason not in AT_ONCE and self.has_twin(child))
+        self.emit(RemoveSa(child.sa.inbound.id, self.context.settings.rekeyed_delay if lingers else 0.0))
         self.emit(ChildClosed(child.sa, reason))
         self.reinstate(self.children.get(child.replaces))
+
+    def has_twin(self, child: Child) -> bool:
+        """Whether another CHILD_SA sends the same packets to the same peer, perhaps one of another IKE SA."""
+        return self.context.has_twin(self.local_id, self.remote_id, child.sa)
+
+    def cease(self, child: Child) -> None:
+        """Our DELETE of it goes out. From then on the peer may have it no more, and its answer can be late: if another one can, that one sends."""
+        self._send_by_successor(child)
+        if child.sends and self.has_twin(child):
+            child.sends = False
+            self.emit(RemoveSa(child.sa.outbound.id))
 
     def _send_by_successor(self, child: Child) -> None:
         """Until a rekeyed CHILD_SA is deleted it sends: only then its peer, who rekeyed it, surely has the new SA in."""
         # of two that a collision made, the one that did not send takes over should the other go
         old = self.children.get(child.replaces)
         both = child.replaces if old is None or old.state is ChildSaState.DELETING else 0
-        successors = [other for other in self.children.values() if other.replaces and other.replaces in (child.sa.id, both)]
+        successors = [other for other in self.children.values() if other is not child and other.replaces and other.replaces in (child.sa.id, both)]
         if self.closed or any(other.sends for other in successors):
             return
         for other in successors:

@@ -44,10 +44,9 @@ class Child:
     state: ChildSaState = ChildSaState.INSTALLED
     replaces: int = 0  # id of the CHILD_SA that it rekeys
     lowest: bytes = b""  # of the two nonces that it was made with, should its rekeying turn out to be one of two
-    sends: bool = True  # its SA out is installed; not yet while the one that it replaces still sends
+    sends: bool = True  # its SA out is installed; not yet while the one that it replaces still sends, not any more while another one takes its place
     at_risk: tuple[Effect, ...] = ()  # what followed its SAs in the same step, and is lost should the kernel refuse one
 
 
 MAX_CHILDREN: Final = 4096  # CHILD_SAs of one IKE SA; a peer that asks for more gets NO_ADDITIONAL_SAS
 MAX_TASKS: Final = 4096  # exchanges of ours that wait for the window of one
-MAX_LINGERING: Final = 64  # inbound SAs that outlive their CHILD_SA for packets under way; beyond, they go with it

@@ -209,13 +209,15 @@ def test_a_whole_daemon_section(tmp_path: Path) -> None:
           retransmit_timeout = 0.5
           retransmit_base = 1
           retransmit_tries = 3
+          retransmit_limit = 20
         }""",
         tmp_path,
     ).daemon
     assert (daemon.kernel, daemon.start_shim, str(daemon.control_socket), daemon.control_mode) == (KernelChoice.USERSPACE, False, "/run/a/vici.sock", 0o600)
     assert (daemon.control_owner, daemon.control_group, [str(address) for address in daemon.listen]) == ("root", "12", ["192.0.2.1", "2001:db8::1"])
     assert (daemon.log_level, daemon.log_format, daemon.cookie_threshold, daemon.half_open_limit) == ("debug", LogFormat.JSON, 0, 50)
-    assert (daemon.half_open_timeout, daemon.keep_alive, daemon.retransmit_timeout, daemon.retransmit_base, daemon.retransmit_tries) == (10, 0, 0.5, 1, 3)
+    assert (daemon.half_open_timeout, daemon.keep_alive) == (10, 0)
+    assert (daemon.retransmit_timeout, daemon.retransmit_base, daemon.retransmit_tries, daemon.retransmit_limit) == (0.5, 1, 3, 20)
 
 
 @pytest.mark.parametrize(

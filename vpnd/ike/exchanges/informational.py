@@ -32,6 +32,9 @@ def delete_child(spi: Spi, child_id: int, reason: Reason) -> Task:
 
     def steps(session: Session, task: Task) -> Steps[None]:
         payload = DeletePayload(ProtocolId.ESP, (spi.to_bytes(SPI_LENGTH, "big"),))
+        child = session.children.get(task.target)
+        if child is not None:
+            session.cease(child)
         yield from ask(Ask(Exchange.INFORMATIONAL, (payload,)))
         child = session.children.get(task.target)
         if child is not None:
@@ -50,7 +53,11 @@ def delete_ike(reason: Reason) -> Task:
     """RFC 7296 section 1.4.1: the IKE SA takes its CHILD_SAs along; one that was rekeyed has none, and its peer waits to hear of it."""
 
     def steps(session: Session, _task: Task) -> Steps[None]:
-        tries = None if reason is Reason.REKEYED else DELETE_TRIES
+        twins = [session.has_twin(child) for child in session.children.values()]
+        for child in list(session.children.values()):
+            session.cease(child)
+        # one that a peer keeps unheard would take what is meant for its twin
+        tries = None if reason is Reason.REKEYED or any(twins) else DELETE_TRIES
         yield from ask(Ask(Exchange.INFORMATIONAL, (DeletePayload(ProtocolId.IKE),), tries=tries))
         session.close(reason, session.describe())
 

@@ -265,7 +265,7 @@ def test_a_half_open_ike_sa_ends_after_its_time() -> None:
 
 def test_a_silent_peer_is_given_up_on_after_the_schedule() -> None:
     pair = psk_pair()
-    pair.a.settings = IkeSettings(retransmission=Retransmission(timeout=2.0, base=2.0, tries=3))
+    pair.a.settings = IkeSettings(retransmission=Retransmission(timeout=2.0, base=2.0, tries=3, limit=0.0))
     pair.a.start(pair.b.endpoint, pair.now, child())
     sent: list[tuple[float, bytes]] = []
     pair.wait(29.0, drop=lambda datagram: sent.append((pair.now - 1000.0, datagram.data)) or True)  # type: ignore[func-returns-value]

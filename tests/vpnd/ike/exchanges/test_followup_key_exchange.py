@@ -171,7 +171,7 @@ def test_key_exchanges_that_do_not_come_are_waited_for_a_bounded_time() -> None:
     pair.step()
     assert len(pair.b.larval) == 1
     pair.flight.clear()
-    pair.a.settings = IkeSettings(retransmission=Retransmission(timeout=100.0))
+    pair.a.settings = IkeSettings(retransmission=Retransmission(timeout=100.0, limit=0.0))
     pair.wait(FOLLOWUP_SECONDS - 1, drop=lambda datagram: True)
     assert pair.b.larval
     pair.wait(1.0, drop=lambda datagram: True)
@@ -212,7 +212,7 @@ def test_a_wrong_request_brings_nothing_up(payloads: Callable[[bytes], list[Payl
     pair.deliver(sealed(pair.a, Exchange.IKE_FOLLOWUP_KE, 5, payloads(link.data)))
     (answer,) = pair.flight
     assert [payload.type for payload in opened(pair, answer).all(NotifyPayload)] == [notify]
-    pair.a.settings = IkeSettings(retransmission=Retransmission(timeout=100.0))
+    pair.a.settings = IkeSettings(retransmission=Retransmission(timeout=100.0, limit=0.0))
     pair.wait(FOLLOWUP_SECONDS, drop=lambda datagram: True)
     assert len(pair.b.sad) == 2
     assert not pair.b.larval

@@ -124,7 +124,7 @@ def test_both_sides_end_with_the_same_sas(seed: int, additional: str) -> None:
     for peer in pair.peers:
         assert peer.sa.tasks_active == peer.sa.tasks_queued == ()
         assert not peer.sa.held
-        assert not peer.sa.lingering
+        assert not peer.lingering
         assert {child.state for child in peer.sa.children.values()} <= {ChildSaState.INSTALLED}
     # and then nothing is left
     last = rng.choice(pair.peers)
