@@ -6,16 +6,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from zlib import crc32
 
 from kernel_shim.model import IPNetwork
 from kernel_shim.mpls.allocator import LabelAllocator, LabelsExhausted
 from kernel_shim.mpls.diffserv import ClassMap
 from kernel_shim.mpls.labels import Label, LabelRange, LabelSet
-from kernel_shim.mpls.lfib import PLATFORM, Nhlfe, Peer, ToInterface, ToPeer, ToVrf
+from kernel_shim.mpls.lfib import MAX_PATHS, PLATFORM, Nhlfe, Peer, ToInterface, ToPeer, ToVrf
 from kernel_shim.mpls.node import Classes, LabelBinding, NodeEntry, Tunnel, Vrf, VrfRoute
-from vpnd.mpls.model import LabelMode, LspConfig, MplsConfig, PeerConfig, VrfConfig
+from vpnd.mpls.model import LabelMode, LspConfig, MplsConfig, PeerConfig, RouteTarget, VrfConfig
 
 Assignment = Mapping[str, Label]
 """By what a label is for: a VRF's name, or that with a prefix behind it."""
@@ -60,13 +60,13 @@ def entries(config: MplsConfig, labels: Assignment) -> list[NodeEntry]:
     if config.dscp_to_tc or config.tc_to_dscp:
         found.append(Classes(ClassMap.class_selectors().but(config.dscp_to_tc, config.tc_to_dscp)))
     found += [Vrf(vrf.name, vrf.interface, vrf.table, vrf.members) for vrf in config.vrfs.values()]
+    accepts = accepted(config, labels)
     for peer in config.peers.values():
         if peer.local is not None and peer.remote is not None:
             found.append(Tunnel(peer.name, peer.local, peer.remote, peer.encapsulation, peer.managed))
-            found.append(Peer(peer.name, accepted(config, labels, peer), _space(peer)))
-    found += _bindings(config, labels)
-    for vrf in config.vrfs.values():
-        found += _routes(config, vrf)
+            found.append(Peer(peer.name, accepts[peer.name], _space(peer)))
+    found += _bindings(config, labels, accepts)
+    found += _routes(config)
     return found
 
 
@@ -77,15 +77,26 @@ def labels_of(vrf: VrfConfig, labels: Assignment) -> Iterator[Label]:
         yield labels[vrf.name]
 
 
-def accepted(config: MplsConfig, labels: Assignment, peer: PeerConfig) -> LabelSet:
-    """What `peer` may send: as `accept` says, else the labels of VRFs that one of its own, or of peers behind it, imports."""
-    if peer.accept is not None:
-        return peer.accept
-    behind = [it for it in config.peers.values() if neighbour(config, it)[0] == peer.name]
-    imports = {target for it in behind for vrf in it.vrfs.values() for target in vrf.imports}
-    mine = [label for vrf in config.vrfs.values() if vrf.exports & imports for label in labels_of(vrf, labels)]
-    mine += [lsp.label for lsp in config.lsps.values() if peer.name in lsp.sources]
-    return LabelSet(LabelRange(label, label) for label in mine)
+def accepted(config: MplsConfig, labels: Assignment) -> Mapping[str, LabelSet]:
+    """What each peer with a tunnel may send: as `accept` says, else the labels of VRFs that one of its own, or of peers behind it, imports."""
+    told: dict[RouteTarget, list[Label]] = {}
+    for vrf in config.vrfs.values():
+        for target in vrf.exports:
+            told.setdefault(target, []).extend(labels_of(vrf, labels))
+    found: dict[str, set[Label]] = {peer.name: set() for peer in config.peers.values() if not peer.via}
+    for peer in config.peers.values():
+        mine = found[neighbour(config, peer)[0]]
+        for remote in peer.vrfs.values():
+            for target in remote.imports:
+                mine.update(told.get(target, ()))
+    for lsp in config.lsps.values():
+        for name in lsp.sources:
+            found[name].add(lsp.label)
+    return {name: _each(mine) if (accept := config.peers[name].accept) is None else accept for name, mine in found.items()}
+
+
+def _each(labels: Iterable[Label]) -> LabelSet:
+    return LabelSet(LabelRange(label, label) for label in labels)
 
 
 def neighbour(config: MplsConfig, peer: PeerConfig) -> tuple[str, tuple[Label, ...]]:
@@ -115,8 +126,8 @@ def _space(peer: PeerConfig) -> str:
     return peer.name if peer.own_space else PLATFORM
 
 
-def _bindings(config: MplsConfig, labels: Assignment) -> Iterator[LabelBinding]:
-    own = [(peer.name, accepted(config, labels, peer)) for peer in config.peers.values() if peer.own_space and not peer.via]
+def _bindings(config: MplsConfig, labels: Assignment, accepts: Mapping[str, LabelSet]) -> Iterator[LabelBinding]:
+    own = [(peer.name, accepts[peer.name]) for peer in config.peers.values() if peer.own_space and not peer.via]
     lsps = {(_space(config.peers[name]), lsp.label) for lsp in config.lsps.values() for name in lsp.sources}
     for vrf in config.vrfs.values():
         whole = vrf.labels is LabelMode.PER_VRF and bool(vrf.prefixes)
@@ -139,21 +150,28 @@ def _onward(config: MplsConfig, lsp: LspConfig) -> Iterator[Nhlfe]:
         yield Nhlfe(ToPeer(through), push + lsp.push, lsp.ttl, lsp.traffic_class, lsp.entropy)
 
 
-def _routes(config: MplsConfig, vrf: VrfConfig) -> Iterator[VrfRoute]:
-    """Its own prefixes, then those of other VRFs here, then those of peers: the nearer of two wins."""
-    routes: dict[IPNetwork, list[Nhlfe]] = {prefix: [Nhlfe(ToInterface(vrf.name))] for prefix in vrf.prefixes}
-    for other in config.vrfs.values():
-        if other is not vrf and other.exports & vrf.imports:
-            for prefix in other.prefixes:
-                routes.setdefault(prefix, [Nhlfe(ToVrf(other.name))])
-    here = set(routes)
+def _routes(config: MplsConfig) -> Iterator[VrfRoute]:
+    """A VRF's own prefixes, then those of other VRFs here, then those of peers: the nearer of two wins."""
+    here: dict[RouteTarget, list[VrfConfig]] = {}
+    for vrf in config.vrfs.values():
+        for target in vrf.exports:
+            here.setdefault(target, []).append(vrf)
+    there: dict[RouteTarget, list[tuple[Nhlfe, tuple[IPNetwork, ...]]]] = {}
     for peer in config.peers.values():
         through, push = neighbour(config, peer)
         for remote in peer.vrfs.values():
-            if not remote.exports & vrf.imports:
-                continue
             path = Nhlfe(ToPeer(through), (*push, remote.label), peer.ttl, peer.traffic_class, peer.entropy)
-            for prefix in remote.prefixes:
-                if prefix not in here and path not in routes.setdefault(prefix, []):
-                    routes[prefix].append(path)
-    return (VrfRoute(vrf.name, prefix, tuple(paths)) for prefix, paths in routes.items())
+            for target in remote.exports:
+                there.setdefault(target, []).append((path, remote.prefixes))
+    for vrf in config.vrfs.values():
+        imports = sorted(vrf.imports)
+        routes: dict[IPNetwork, list[Nhlfe]] = {prefix: [Nhlfe(ToInterface(vrf.name))] for prefix in vrf.prefixes}
+        for other in (it for target in imports for it in here.get(target, ()) if it is not vrf):
+            for prefix in other.prefixes:
+                routes.setdefault(prefix, [Nhlfe(ToVrf(other.name))])
+        nearer = set(routes)
+        for path, prefixes in (it for target in imports for it in there.get(target, ())):
+            for prefix in prefixes:
+                if prefix not in nearer and path not in (paths := routes.setdefault(prefix, [])) and len(paths) < MAX_PATHS:
+                    paths.append(path)
+        yield from (VrfRoute(vrf.name, prefix, tuple(paths)) for prefix, paths in routes.items())
