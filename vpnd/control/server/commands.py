@@ -148,7 +148,7 @@ class Commands:
         return formats.stats(self._backend.stats())
 
     async def _counters(self, _request: Section, _stream: Stream) -> Section:
-        """Ours: every counter of the daemon and its kernel, by name."""
+        """Ours: every counter of the daemon, by name, and which kernel it has and why."""
         figures = self._backend.stats()
         return Section.of(
             {"kernel": figures.kernel, "kernel-reasons": list(figures.kernel_reasons), "policies": figures.policies, "counters": dict(figures.counters)}
