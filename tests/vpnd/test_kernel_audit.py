@@ -43,7 +43,7 @@ class Lab:
         return self.channels[-1]
 
     async def reconnected(self) -> None:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while not self.side.connected or self.channels[-1].closed:
                 await asyncio.sleep(0)
 
@@ -168,7 +168,7 @@ async def test_audits_come_by_themselves(monkeypatch: pytest.MonkeyPatch) -> Non
     await lab.side.open()
     await lab.side.claim("trap", policies("10.2.0.0/16"))
     lab.kernel.policies.clear()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while len(lab.kernel.policies) < 3:
             await asyncio.sleep(0)
     await lab.side.close()
@@ -188,7 +188,7 @@ async def test_an_sa_of_which_the_kernel_did_not_say_whether_it_stands_goes(lab:
     if isinstance(fault, ChannelClosed):
         channel.die()
         await lab.reconnected()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while outbound(7).id in lab.kernel.sas:
             await asyncio.sleep(0)
     assert outbound(2).id in lab.kernel.sas
@@ -209,6 +209,6 @@ async def test_what_was_removed_while_the_kernel_was_away_goes_when_it_is_back(l
     await lab.side.remove(outbound(2).id)
     await lab.side.release("trap")
     await lab.reconnected()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while lab.kernel.sas or lab.kernel.policies:
             await asyncio.sleep(0)

@@ -140,7 +140,7 @@ async def test_a_deletion_that_failed_is_made_again(fault: Exception, monkeypatc
     lab.kernel.faults |= {"delete_sa": fault, "delete_policy": fault}
     await side.remove(association(2, Direction.OUT).id)
     await side.release("trap")
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while lab.kernel.sas or lab.kernel.policies:
             await asyncio.sleep(0)
     await side.close()
@@ -153,7 +153,7 @@ async def test_a_kernel_that_dies_while_it_is_examined_is_attached_once() -> Non
     await side.claim("trap", policies("10.2.0.0/16"))
     lab.kernel = FakeKernel(faults={"sas": KernelError(errno.EIO, "half alive")})
     lab.channels[-1].die()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while not lab.kernel.policies:
             await asyncio.sleep(0)
     assert [channel.closed for channel in lab.channels] == [True, True, False]
@@ -169,7 +169,7 @@ async def test_one_policy_that_a_new_kernel_refuses_does_not_keep_the_others_awa
     await side.claim("two", policies("10.3.0.0/16", reqid=2))
     lab.kernel = FakeKernel(refuse={policies("10.2.0.0/16")[0].selector})
     lab.channels[-1].die()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while "10.1.0.0/16 => 10.3.0.0/16" not in lab.selectors():
             await asyncio.sleep(0)
         assert side.connected
@@ -287,7 +287,7 @@ async def test_a_claim_outlives_a_kernel_that_dies_twice(monkeypatch: pytest.Mon
     await asyncio.sleep(0)
     lab.channels[-1].die()
     await claiming
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while len(lab.kernel.policies) < 3:
             await asyncio.sleep(0.001)
     await side.close()
@@ -307,7 +307,7 @@ async def test_a_request_without_answer_holds_up_only_its_own_policies(monkeypat
     monkeypatch.setattr(channel, "update_policy", slow)
     held = asyncio.create_task(side.claim("held", policies("10.2.0.0/16")))
     await asyncio.sleep(0)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         for number in range(3, 200):
             await side.claim(number, policies(f"10.{number}.0.0/16", reqid=number))
         await side.release(3)
@@ -339,7 +339,7 @@ async def test_a_kernel_that_dies_once_its_tables_were_read_is_attached_again(mo
     await side.claim("trap", policies("10.2.0.0/16"))
     lab.kernel = FakeKernel(faults={"update_policy": ChannelClosed("gone")})
     lab.channels[-1].die()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while len(lab.channels) < 2:
             await asyncio.sleep(0)
         lab.channels[-1].die()
@@ -355,7 +355,7 @@ async def test_a_refused_acquire_is_refused_until_the_kernel_has_heard(monkeypat
     await side.open()
     lab.kernel.faults["acquire_failed"] = TimeoutError("no answer")
     await side.acquire_failed(AcquireSequence(7), errno.EHOSTUNREACH)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while lab.kernel.requests.count("acquire_failed") < 2:
             await asyncio.sleep(0)
     await side.close()
@@ -371,7 +371,7 @@ async def test_an_overrun_is_looked_after_until_the_tables_were_read(monkeypatch
     lab.kernel.faults["sas"] = TimeoutError("no answer")
     for _ in range(3):
         lab.channels[-1].overrun()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while len(lab.kernel.policies) < 3:
             await asyncio.sleep(0)
     assert lab.kernel.requests.count("policies") == 2, "once at attaching, once for all overruns"

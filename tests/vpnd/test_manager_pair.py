@@ -258,8 +258,7 @@ async def test_a_client_that_leaves_in_the_middle_leaves_no_task_behind() -> Non
     up.cancel()
     await asyncio.gather(up, return_exceptions=True)
     await until(lambda: len(a.manager) == 0)
-    await asyncio.sleep(0.01)
-    assert asyncio.all_tasks() <= before
+    await until(lambda: asyncio.all_tasks() <= before)
 
 
 async def test_a_trap_towards_a_name_waits_for_the_resolver_and_discards_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -185,7 +185,7 @@ def test_what_another_kernel_does_not_have_is_refused_by_name(capsys: pytest.Cap
 async def test_monitor(channel: PfKeyChannel, edge: SocketEdge, tmp_path: Path) -> None:
     lines: list[str] = []
     watching = asyncio.create_task(asyncio.to_thread(monitor, open_shim(tmp_path / "kernel"), as_json=True, show=lines.append))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while (await channel.statistics())["pfkey.promiscuous"] == 0:
             await asyncio.sleep(0)
         await channel.add_sa(outbound(0x2000, 2))
