@@ -29,6 +29,7 @@ GROUPS: Final = {
     "channel-drift": "bench.channel_drift",
     "rekey-under-load": "bench.rekey_under_load",
     "kernel-hold": "bench.kernel_hold",
+    "shim-restart": "bench.shim_restart",
     "lfib-scale": "bench.lfib_scale",
     "mpls-throughput": "bench.mpls_throughput",
 }

@@ -88,6 +88,7 @@ class Outcome:
     """
 
     tunnels: int = 0
+    traps: int = 0
     drift: int = 0
     repair_seconds: float = 0.0
     build_seconds: float = 0.0
@@ -206,19 +207,19 @@ async def drift(bed: Bed, side: KernelSide, manager: KeyManager) -> int:
     return len(policies.missing | policies.foreign) + len(owned ^ actual.sas)
 
 
-async def scenario(bed: Bed, *, tunnels: int, disturbances: int, traps: int = 50, seed: int = 1, pause: float = 0.5) -> Outcome:
+async def scenario(bed: Bed, *, tunnels: int, disturbances: int, traps: int, seed: int = 1, pause: float = 0.5) -> Outcome:
     """Builds the tunnels and keeps them while the channel is disturbed, one half of the times meanwhile, each as soon as it stands again.
 
     Beside them stand `traps`, for which packets ask at each disturbance. With each a hand in the kernel takes away some of what stands, untold.
     """
     counters, draw = Counters(), random.Random(seed)
-    outcome = Outcome(tunnels=tunnels, disturbances=disturbances)
+    outcome = Outcome(tunnels=tunnels, traps=traps, disturbances=disturbances)
     side = KernelSide(bed.connect, counters)
     manager = KeyManager(side, bed, seed)
     workers: list[asyncio.Task[None]] = []
     try:
         while not side.connected:
-            with suppress(TimeoutError, OSError, KernelError):
+            with suppress(TimeoutError, ConnectionError, KernelError):
                 await side.open()
         trapped = range(tunnels, tunnels + traps)
         await asyncio.gather(*(manager.trap(number) for number in trapped))

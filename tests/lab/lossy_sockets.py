@@ -107,7 +107,8 @@ class LossyAfKeyTransport(AfKeyTransport):
 
     async def connect(self) -> socket.socket:
         plain = await super().connect()
-        lossy = _LossyKeySocket(fileno=plain.detach())
+        # AF_KEY has no getsockname, by which a socket would find out for itself what it is.
+        lossy = _LossyKeySocket(plain.family, plain.type, plain.proto, plain.detach())
         lossy.setblocking(False)
         lossy.losses = self._losses
         self._losses.add(lossy)

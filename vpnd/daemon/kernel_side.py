@@ -50,7 +50,7 @@ from vpnd.telemetry.throttle import Throttle
 
 ORPHAN_GRACE: Final = 30.0  # s, the time a successor has before an earlier run's SAs and policies are removed
 RECONNECT_FIRST: Final = 0.05  # s
-RECONNECT_LAST: Final = 0.9  # s; asking whether a socket listens costs little, and meanwhile no packet passes that needs a new SA
+RECONNECT_LAST: Final = 0.25  # s; asking whether a socket listens costs little, and meanwhile no packet passes that needs a new SA
 AUDIT_INTERVAL: Final = 180.0  # s
 STRANGER_GRACE: Final = 30.0  # s that an SA without an owner has to get one
 

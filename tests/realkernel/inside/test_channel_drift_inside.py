@@ -8,9 +8,9 @@ from bench.channel_drift import over_linux
 pytestmark = pytest.mark.realkernel
 
 
-@pytest.mark.parametrize("kind", ["xfrm"])
-def test_no_drift_is_left(kind: str) -> None:
-    outcome = over_linux(kind, tunnels=20, disturbances=4, esp=True, seed=3)
+@pytest.mark.parametrize(("kind", "tunnels", "traps", "disturbances"), [("xfrm", 20, 20, 4), ("pfkey", 10, 10, 3)])
+def test_no_drift_is_left(kind: str, tunnels: int, traps: int, disturbances: int) -> None:
+    outcome = over_linux(kind, tunnels=tunnels, disturbances=disturbances, esp=True, seed=3, traps=traps)
     assert outcome.drift == 0, outcome
     assert outcome.lost_messages > 0
     assert outcome.counters["kernel_overruns"] >= 1

@@ -39,10 +39,19 @@ def test_host_to_host_transport_over_ipv6() -> None:
         both.carries()
 
 
-@pytest.mark.parametrize(("a", "b"), [pytest.param(xfrm, OURS, id="xfrm-begins"), pytest.param(OURS, xfrm, id="userspace-begins")])
-def test_with_our_userspace_kernel(a: DaemonFactory, b: DaemonFactory) -> None:
-    with kernel_pair(a, b, Tunnel(start_a="trap")) as both:
+@pytest.mark.parametrize(
+    ("a", "b", "esp", "encap"),
+    [
+        pytest.param(xfrm, OURS, "aes256gcm16", "no", id="xfrm-begins"),
+        pytest.param(OURS, xfrm, "aes128ccm16", "no", id="userspace-begins-ccm"),
+        pytest.param(xfrm, OURS, "aes256ccm8", "yes", id="xfrm-begins-in-udp-ccm"),
+        pytest.param(OURS, xfrm, "aes128-sha256", "yes", id="userspace-begins-in-udp"),
+    ],
+)
+def test_with_our_userspace_kernel(a: DaemonFactory, b: DaemonFactory, esp: str, encap: str) -> None:
+    with kernel_pair(a, b, Tunnel(esp_proposals=esp, start_a="trap", connection_options={"encap": encap})) as both:
         assert both.link.ping(count=3, timeout=10.0).lost == 0
+        assert [child.encap for child in both.children()] == [encap == "yes"] * 2
         both.carries()
 
 
