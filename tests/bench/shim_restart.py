@@ -1,6 +1,7 @@
 """Rows `shim-restart`: our shim is killed and started again under a standing tunnel.
 
-Measured from when it listens, until the policies are back and until a packet passes. Policies come back as they were, SAs by negotiation: their sequence numbers were lost with the shim.
+Measured from when it listens, until the policies are back and until a packet passes. Policies come back as they were,
+SAs by negotiation: their sequence numbers were lost with the shim.
 """
 
 from __future__ import annotations
