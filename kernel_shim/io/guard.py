@@ -15,7 +15,7 @@ from itertools import product
 from typing import Final, NamedTuple
 
 from kernel_shim.io.capture_plan import sides
-from kernel_shim.io.nft import ADDRESS_TYPE, FAMILY, NEIGHBOUR_DISCOVERY, prefix_mask
+from kernel_shim.io.nft import ADDRESS_TYPE, FAMILY, NEIGHBOUR_DISCOVERY, interface_set, prefix_mask
 from kernel_shim.model import ANY_PROTOCOL, PROTOCOL_ICMP, PROTOCOL_ICMPV6, Action, Direction, IPAddress, IPNetwork, KernelError, Policy, PortRange
 
 MAX_SHAPES: Final = 1024
@@ -58,7 +58,7 @@ class GuardPlan:
     def create(self) -> str:
         """The table, its chains, and what is let through before any policy is asked."""
         table, mark = f"inet {self.table}", f"{self._mark:#010x}"
-        names = ", ".join(f'"{name}"' for name in ("lo", *self._interfaces))
+        names = interface_set(("lo", *self._interfaces))
         rules = [
             f"iifname {{ {names} }} accept",
             # A VRF's packets are routed by its own table: the host's policies say nothing of them.
@@ -107,8 +107,8 @@ class GuardPlan:
         lines = []
         for name, elements in ((VRF_INTERFACES, interfaces), (VRF_MEMBERS, members)):
             lines.append(f"flush set inet {self.table} {name}")
-            if quoted := ", ".join(f'"{element}"' for element in sorted(elements)):
-                lines.append(f"add element inet {self.table} {name} {{ {quoted} }}")
+            if names := interface_set(elements):
+                lines.append(f"add element inet {self.table} {name} {{ {names} }}")
         return "\n".join(lines) + "\n"
 
     def set_inside(self, inside: Mapping[IPNetwork, frozenset[str]]) -> str:
@@ -116,8 +116,8 @@ class GuardPlan:
         lines = [f"flush chain inet {self.table} inside"]
         for subnet in sorted(inside, key=str):
             family = FAMILY[subnet.version]
-            names = ", ".join(f'"{name}"' for name in sorted(inside[subnet]))
-            lines.append(f"add rule inet {self.table} inside iifname {{ {names} }} {family} saddr {subnet} {family} daddr {subnet} accept")
+            if names := interface_set(inside[subnet]):
+                lines.append(f"add rule inet {self.table} inside iifname {{ {names} }} {family} saddr {subnet} {family} daddr {subnet} accept")
         return "\n".join(lines) + "\n"
 
     def add(self, policy: Policy) -> str:

@@ -16,7 +16,7 @@ from typing import Final, NamedTuple
 
 from kernel_shim.io.capture_plan import LINK_SCOPE, CapturePlan, sides
 from kernel_shim.io.guard import VRF_INTERFACES, VRF_MEMBERS
-from kernel_shim.io.nft import ADDRESS_TYPE, FAMILY, NEIGHBOUR_DISCOVERY, prefix_mask
+from kernel_shim.io.nft import ADDRESS_TYPE, FAMILY, NEIGHBOUR_DISCOVERY, interface_set, prefix_mask
 from kernel_shim.model import IPNetwork, KernelError, Policy
 
 COUNTER: Final = "leak_dropped"
@@ -87,8 +87,8 @@ class LeakGuardPlan:
         """Subnets on this side of the tunnels: the capture leaves them alone."""
         lines = [f"flush chain inet {self._table} leaving_inside"]
         for subnet in sorted(inside, key=str):
-            names = ", ".join(f'"{name}"' for name in sorted(inside[subnet]))
-            lines.append(f"add rule inet {self._table} leaving_inside oifname {{ {names} }} {FAMILY[subnet.version]} daddr {subnet} accept")
+            if names := interface_set(inside[subnet]):
+                lines.append(f"add rule inet {self._table} leaving_inside oifname {{ {names} }} {FAMILY[subnet.version]} daddr {subnet} accept")
         return "\n".join(lines) + "\n"
 
     def add(self, policy: Policy) -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import subprocess
 from collections import deque
+from collections.abc import Iterable
 from ipaddress import IPv4Address, IPv6Address
 from typing import Final
 
@@ -14,6 +16,7 @@ from kernel_shim.model import IPAddress, KernelError
 
 LIBRARY: Final = "libnftables.so.1"
 PROGRAM_SECONDS: Final = 30
+PLAIN_NAME: Final = re.compile(r"[A-Za-z0-9_.@+~=,-]{1,15}")  # of an interface
 RECENT_PROCESSES: Final = 256  # more than one wake-up runs
 
 # Words of the language, by IP version.
@@ -84,6 +87,11 @@ class Nft:
         if self._library is not None:
             self._library.nft_ctx_free(self._context)
             self._library = None
+
+
+def interface_set(names: Iterable[str]) -> str:
+    """The elements of a set. The kernel takes names that would end the string here, or be a pattern: no rule lets the packets of those pass."""
+    return ", ".join(f'"{name}"' for name in sorted(names) if PLAIN_NAME.fullmatch(name))
 
 
 def prefix_mask(version: int, length: int) -> IPAddress:

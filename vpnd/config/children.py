@@ -155,8 +155,8 @@ def _action(text: str, actions: Mapping[str, StartAction]) -> StartAction:
 
 def interface_name(text: str) -> str:
     """What the kernel takes as the name of a link (net/core/dev.c, dev_valid_name)."""
-    if not text.isascii() or not text.isprintable() or not 0 < len(text) <= MAX_INTERFACE_NAME or text in (".", "..") or set(text) & set("/: %"):
-        raise ValueError(f"'{shown(text)}' is not the name of an interface: 1 to {MAX_INTERFACE_NAME} letters without blank, '/', ':' and '%'")
+    if not text.isascii() or not text.isprintable() or not 0 < len(text) <= MAX_INTERFACE_NAME or text in (".", "..") or set(text) & set('/: %"*\\'):
+        raise ValueError(f"'{shown(text)}' is not the name of an interface: 1 to {MAX_INTERFACE_NAME} letters without blank and /:%\"*\\")
     return text
 
 

@@ -103,5 +103,5 @@ def test_an_interface_of_ours_has_the_number_of_its_child() -> None:
     assert connection(if_id_in="42", if_id_out="42", children={"net": {"xfrm_interface": "ipsec0"}}).children["net"].if_id_out == 42
     for wrong in ({}, {"if_id_out": "42"}, {"if_id_in": "41", "if_id_out": "42"}):
         assert any("if_id_in and if_id_out" in text for text in complaints({"children": {"net": {"xfrm_interface": "ipsec0", **wrong}}}))
-    for name in ("a" * 16, "..", "a/b", "eth0:1", "a%d", "\u00e4"):
+    for name in ("a" * 16, "..", "a/b", "eth0:1", "a%d", "\u00e4", 'a"', "eth*", "a\\"):
         assert any("not the name of an interface" in text for text in complaints({"children": {"net": {"xfrm_interface": name}}}))
