@@ -10,6 +10,7 @@ from kernel_shim.model import IPAddress
 from vpnd.config.model import ConnectionConfig
 from vpnd.daemon.background import Background
 from vpnd.daemon.manager import Manager
+from vpnd.ike.gateway_id import reachable
 from vpnd.io.addresses import resolve, source_towards
 from vpnd.peers import ANY, fixed_address, host_names
 
@@ -54,7 +55,8 @@ class Endpoints:
         redirection = self._manager.redirects.next(connection.name)
         where = redirection.gateway.where if redirection is not None else None
         address = await resolve(where) if isinstance(where, str) else where
-        return address or await self.remote(connection)
+        # who sent us there chose what the name stands for
+        return address if address is not None and reachable(address) else await self.remote(connection)
 
     def look_up(self, connection: ConnectionConfig) -> None:
         """Resolve its names in the background, again and again, so that a peer who asks first is recognised by its address."""

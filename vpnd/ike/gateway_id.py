@@ -15,6 +15,7 @@ from vpnd.ike.wire.reader import Reader
 IPV4: Final = 1
 IPV6: Final = 2
 FQDN: Final = 3
+BROADCAST: Final = IPv4Address("255.255.255.255")  # RFC 919
 
 # Of this implementation
 MAX_NAME: Final = 253  # octets of a domain name in text
@@ -68,5 +69,6 @@ def decode_gateway(data: bytes) -> tuple[GatewayId, bytes]:
 
 
 def reachable(address: IPAddress) -> bool:
-    """Whether a host on the network can have it."""
-    return not (address.is_multicast or address.is_unspecified or address.is_loopback)
+    """Whether a host on the network can have it, seen from another one."""
+    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
+    return mapped is None and address != BROADCAST and not (address.is_multicast or address.is_unspecified or address.is_loopback)

@@ -455,7 +455,8 @@ class Session:
         lingers = reason is Reason.REKEYED or (reason not in AT_ONCE and self.has_twin(child))
         self.emit(RemoveSa(child.sa.inbound.id, self.context.settings.rekeyed_delay if lingers else 0.0))
         self.emit(ChildClosed(child.sa, reason))
-        self.reinstate(self.children.get(child.replaces))
+        if not self.closed:
+            self.reinstate(self.children.get(child.replaces))
 
     def has_twin(self, child: Child) -> bool:
         """Whether another CHILD_SA sends the same packets to the same peer, perhaps one of another IKE SA."""
@@ -470,11 +471,13 @@ class Session:
 
     def _send_by_successor(self, child: Child) -> None:
         """Until a rekeyed CHILD_SA is deleted it sends: only then its peer, who rekeyed it, surely has the new SA in."""
+        if self.closed:
+            return
         # of two that a collision made, the one that did not send takes over should the other go
         old = self.children.get(child.replaces)
         both = child.replaces if old is None or old.state is ChildSaState.DELETING else 0
         successors = [other for other in self.children.values() if other is not child and other.replaces and other.replaces in (child.sa.id, both)]
-        if self.closed or any(other.sends for other in successors):
+        if any(other.sends for other in successors):
             return
         for other in successors:
             other.sends = True

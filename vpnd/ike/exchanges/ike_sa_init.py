@@ -212,7 +212,7 @@ def respond(
     if not candidates:
         return refuse(NotifyType.NO_PROPOSAL_CHOSEN, why="no connection for these addresses")
     intermediate = request.notify(NotifyType.INTERMEDIATE_EXCHANGE_SUPPORTED) is not None
-    choice = _choose(candidates, sa.proposals, ke.group, intermediate)
+    choice = _choose(candidates, sa.proposals, intermediate)
     if choice is None:
         return refuse(NotifyType.NO_PROPOSAL_CHOSEN, why="no proposal of the peer is acceptable")
     chosen_group = choice.proposal.groups[0]
@@ -254,14 +254,15 @@ def respond(
     return session, [Send(local, remote, session.init_response)]
 
 
-def _choose(candidates: Sequence[ConnectionConfig], offered: Sequence[Proposal], ke_group: int, intermediate: bool) -> _Choice | None:
+def _choose(candidates: Sequence[ConnectionConfig], offered: Sequence[Proposal], intermediate: bool) -> _Choice | None:
     """The best connection with an acceptable proposal; the others that could live with that proposal stay candidates.
 
-    `intermediate`: the peer can do additional key exchanges.
+    `intermediate`: the peer can do additional key exchanges. Which method its KE payload is for counts for nothing, unlike in CREATE_CHILD_SA: somebody
+    else may have made it change that with an INVALID_KE_PAYLOAD of his own, down to the weakest of both sides (RFC 7296 section 1.2).
     """
     for connection in candidates:
         own = connection.proposals if intermediate else [bare for each in connection.proposals if (bare := each.without_additional()) is not None]
-        proposal = select(own, offered, prefer_configured=True, group=ke_group)
+        proposal = select(own, offered, prefer_configured=True)
         if proposal is not None and proposal.groups:
             fitting = tuple(other for other in candidates if other is connection or select(other.proposals, (proposal,)) is not None)
             return _Choice(connection, fitting, proposal)

@@ -95,9 +95,11 @@ def respond(session: Session, request: Message) -> Steps[Response]:
 
 def _delete(session: Session, spis: Iterable[bytes]) -> Iterable[bytes]:
     """Close the peer's CHILD_SAs; the SPIs of our inbound SAs go into the answer."""
+    # a message may name thousands, and an IKE SA may have thousands
+    known = {child.sa.outbound.spi.to_bytes(SPI_LENGTH, "big"): child for child in session.children.values()}
     for spi in spis:
-        child = session.child_by_outbound(spi)
-        if child is None:
+        child = known.get(spi)
+        if child is None or child.sa.id not in session.children:
             # its answer to our CREATE_CHILD_SA may still be on its way, or lost
             making = session.active is not None and (session.active.child is not None or session.active.name == "CHILD_REKEY")
             if making and len(session.early_deletes) < MAX_EARLY_DELETES:

@@ -14,6 +14,7 @@ from typing import Final
 
 from kernel_shim.model import PORT_NAT_T, Endpoint, IPAddress, Mode, SecurityAssociation, UdpEncapsulation
 from vpnd.ike.effects import IkeMoved, MigrateSa, Reason
+from vpnd.ike.gateway_id import reachable
 from vpnd.ike.iana import Exchange, NotifyType
 from vpnd.ike.nat import HASH_LENGTH, detect, detection_payloads
 from vpnd.ike.session import Ask, Session, Steps, Task, ask
@@ -76,11 +77,7 @@ def _read_addresses(session: Session, message: Message) -> None:
             addresses.append(IPv4Address(notify.data))
         elif notify.type == NotifyType.ADDITIONAL_IP6_ADDRESS and len(notify.data) == 16:
             addresses.append(IPv6Address(notify.data))
-    session.peer_addresses = tuple(dict.fromkeys(address for address in addresses if acceptable(address)))
-
-
-def acceptable(address: IPAddress) -> bool:
-    return not (address.is_multicast or address.is_unspecified or address.is_loopback)
+    session.peer_addresses = tuple(dict.fromkeys(address for address in addresses if reachable(address)))
 
 
 # The original initiator decides
@@ -236,7 +233,7 @@ def _refusal(request: Message, local: Endpoint, remote: Endpoint) -> NotifyType 
     seen = remote.address.packed + local.address.packed + remote.port.to_bytes(2, "big") + local.port.to_bytes(2, "big")
     if allowed is not None and not hmac.compare_digest(allowed.data, seen):
         return NotifyType.UNEXPECTED_NAT_DETECTED
-    return None if acceptable(remote.address) else NotifyType.UNACCEPTABLE_ADDRESSES
+    return None if reachable(remote.address) else NotifyType.UNACCEPTABLE_ADDRESSES
 
 
 def _check_route(session: Session, task: Task) -> Steps[None]:

@@ -336,3 +336,20 @@ def test_messages_with_foreign_spis_or_ids_change_nothing() -> None:
     agree(pair, 1)
     stranger = Endpoint(pair.b.endpoint.address, 9)
     assert pair.b.sa.receive(response.data, pair.b.endpoint, stranger, pair.now) == []
+
+
+@pytest.mark.parametrize("ike", ["aes128gcm16-prfsha256-mlkem768-x25519", "aes128gcm16-prfsha256-x25519-modp2048"])
+def test_nobody_talks_both_sides_into_their_weaker_key_exchange(ike: str) -> None:
+    """RFC 7296 section 1.2: an INVALID_KE_PAYLOAD is anybody's. It may cost the attempt, never its strength."""
+    pair = Pair(connection("to-b", psk("a"), psk("b"), [child()], ike), connection("to-a", psk("b"), psk("a"), [mirrored(child())], ike))
+    preferred, weaker = pair.a.connections[0].proposals[0].groups
+    pair.a.start(pair.b.endpoint, pair.now)
+    request = parse_init_request(pair.take().data)
+    assert request is not None
+    pair.deliver(Datagram("b", pair.b.endpoint, pair.a.endpoint, stateless_reply(request.header, NotifyType.INVALID_KE_PAYLOAD, weaker.to_bytes(2, "big"))))
+    pair.wait(30.0)
+    assert not pair.b.established()
+    pair.connect()
+    assert pair.a.sa.proposal is not None
+    assert pair.a.sa.proposal.groups == (preferred,)
+    agree(pair, 1)

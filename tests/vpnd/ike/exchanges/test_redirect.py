@@ -140,7 +140,7 @@ def test_a_client_sends_nobody_away() -> None:
     agree(pair, 1)
 
 
-@pytest.mark.parametrize("text", ["", "224.0.0.1", "0.0.0.0", "a b", "-", "x" * 300, "1.2.3"])
+@pytest.mark.parametrize("text", ["", "127.0.0.1", "255.255.255.255", "::ffff:192.0.2.1", "224.0.0.1", "0.0.0.0", "a b", "-", "x" * 300, "1.2.3"])
 def test_what_is_no_gateway(text: str) -> None:
     with pytest.raises(ValueError, match=r".*"):
         GatewayId.parse(text)
