@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from lab.certs import Authority
 
+from vpnd.cli.daemon import main
 from vpnd.config import load
 from vpnd.config.model import DaemonConfig
 
@@ -26,7 +27,9 @@ def test_examples_are_accepted(example: Path, tmp_path: Path) -> None:
     ):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / name).write_bytes(data)
-    loaded = load(Path(shutil.copy(example, tmp_path)))
+    copied = Path(shutil.copy(example, tmp_path))
+    assert main(["check", str(copied)]) == 0
+    loaded = load(copied)
     assert loaded.configuration.connections
     assert loaded.warnings == ()
 
