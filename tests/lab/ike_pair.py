@@ -14,6 +14,7 @@ from ipaddress import ip_address
 
 from kernel_shim.algorithms import EncryptionId, EspAlgorithm, IntegrityId
 from kernel_shim.model import Capabilities, Direction, Endpoint, IPAddress, SaId, SecurityAssociation, Spi, TrafficSelector
+from kernel_shim.secret import Secret
 from vpnd.auth.credentials import CredentialStore
 from vpnd.config.addresses import parse_traffic_selector
 from vpnd.config.model import AuthMethod, AuthRound, ChildConfig, ConnectionConfig, SharedSecret
@@ -100,6 +101,7 @@ class Peer:
     sas: dict[int, IkeSa] = field(default_factory=dict)  # by our SPI
     sad: dict[SaId, SecurityAssociation] = field(default_factory=dict)
     larval: set[SaId] = field(default_factory=set)
+    outbound_keys: set[Secret] = field(default_factory=set)  # of all that ever were installed
     lingering: dict[SaId, float] = field(default_factory=dict)  # those of `sad` that go later, and when
     events: list[Effect] = field(default_factory=list)
     refuse_spi: bool = False
@@ -226,6 +228,10 @@ class Peer:
                     assert association.id not in self.sad
                     assert association.direction is Direction.OUT or association.id in self.larval
                     self.larval.discard(association.id)
+                    if association.direction is Direction.OUT:
+                        # whatever a kernel did with it, its sequence numbers would begin anew
+                        assert association.encryption_key not in self.outbound_keys, "an outbound key is never installed twice"
+                        self.outbound_keys.add(association.encryption_key)
                     self.sad[association.id] = association
                 case MigrateSa(child_id, old, new):
                     assert sa is not None

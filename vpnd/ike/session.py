@@ -466,7 +466,7 @@ class Session:
         """Our DELETE of it goes out. From then on the peer may have it no more, and its answer can be late: if another one can, that one sends."""
         self._send_by_successor(child)
         if child.sends and self.has_twin(child):
-            child.sends = False
+            child.sends, child.ceased = False, True
             self.emit(RemoveSa(child.sa.outbound.id))
 
     def _send_by_successor(self, child: Child) -> None:
@@ -480,8 +480,9 @@ class Session:
         if any(other.sends for other in successors):
             return
         for other in successors:
-            other.sends = True
-            self.emit(InstallSa(other.sa.id, other.sa.outbound))
+            if not other.ceased:
+                other.sends = True
+                self.emit(InstallSa(other.sa.id, other.sa.outbound))
 
     def reinstate(self, old: Child | None) -> None:
         """The CHILD_SA that was to replace `old` is gone before that: the old one goes on."""

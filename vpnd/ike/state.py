@@ -45,6 +45,7 @@ class Child:
     replaces: int = 0  # id of the CHILD_SA that it rekeys
     lowest: bytes = b""  # of the two nonces that it was made with, should its rekeying turn out to be one of two
     sends: bool = True  # its SA out is installed; not yet while the one that it replaces still sends, not any more while another one takes its place
+    ceased: bool = False  # its SA out went before it: never again, for the sequence numbers of a second one would repeat those of the first
     at_risk: tuple[Effect, ...] = ()  # what followed its SAs in the same step, and is lost should the kernel refuse one
 
 
