@@ -36,7 +36,7 @@ from kernel_shim.policy.peer import PeerKey
 SEQUENCE_LIMIT: Final = 1 << 32  # sadb_msg_seq (RFC 2367 section 2.3)
 
 # Ours.
-ACQUIRE_SECONDS: Final = 165.0  # the sum of a key manager's retransmissions (4 s, growing by 1.8, five times); it reports failure itself
+ACQUIRE_SECONDS: Final = 165.0  # the sum of a key manager's retransmissions, vpnd's and strongSwan's by default; it reports failure itself
 REPEAT_SECONDS: Final = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # a lost notice costs a second; the last one goes on
 BACKOFF_SECONDS: Final = (1.0, 2.0, 5.0, 10.0, 30.0)  # after the first failure in a row, the second, ...; the last one goes on
 REST_SECONDS: Final = 60.0  # failures further apart than this are not in a row
