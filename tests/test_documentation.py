@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from kernel_shim.io import main as shim_cli
+from kernel_shim.pfkey.constants import ExtensionType, MessageType
 from kernel_shim.reasons import DropReason
 from vpnd.cli import control as vpnctl_cli
 from vpnd.cli import daemon as vpnd_cli
@@ -25,6 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = {path.name: path.read_text() for path in (ROOT / "docs").glob("*.md")}
 CODE = re.compile(r"`([^`\n]+)`")
 ROW = re.compile(r"^\| (`.*?) \| (.*?) ?\|", re.MULTILINE)
+FIRST_PRIVATE_MESSAGE = 200
+FIRST_PRIVATE_EXTENSION = 0x8000
 NAME = re.compile(r"[a-z][a-z_0-9]*")
 
 EVERY_SECTION = """
@@ -176,3 +179,26 @@ def test_documents_lead_to_documents_that_exist() -> None:
     for text in (*DOCUMENTS.values(), (ROOT / "README.md").read_text()):
         for target in (*re.findall(r"docs/([a-z-]+\.md)", text), *re.findall(r"\]\(([a-z-]+\.md)\)", text)):
             assert target in DOCUMENTS
+
+
+def test_the_example_of_the_readme_is_accepted(tmp_path: Path) -> None:
+    readme = (ROOT / "README.md").read_text()
+    (example,) = re.findall(r"^```\n(connections \{\n.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    assert load_text(example, tmp_path).configuration.connections
+
+
+@pytest.mark.parametrize("folder", ["kernel_shim", "kernel_shim/channel", "vpnd", "vpnd/daemon"])
+def test_rooms(folder: str) -> None:
+    found = re.search(r"^## Rooms\n(.*?)(?=^##)", DOCUMENTS["architecture.md"], re.MULTILINE | re.DOTALL)
+    assert found
+    named = set(re.findall(r"[a-z_]+", found[1]))
+    there = {path.stem for path in (ROOT / folder).iterdir() if not path.name.startswith("_") and (path.suffix == ".py" or (path / "__init__.py").exists())}
+    assert not there - named
+
+
+def test_private_messages_and_extensions_of_pf_key() -> None:
+    numbered = {message.name: str(message.value) for message in MessageType if message.value >= FIRST_PRIVATE_MESSAGE}
+    numbered |= {extension.name: f"0x{extension.value:04X}" for extension in ExtensionType if extension.value >= FIRST_PRIVATE_EXTENSION}
+    assert len(numbered) > 20
+    for name, number in numbered.items():
+        assert re.search(rf"\b{name} \({number}\)", DOCUMENTS["pfkey-extensions.md"]), name
