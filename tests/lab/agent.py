@@ -19,6 +19,7 @@ DATAGRAM: Final = struct.Struct("!IIQ")  # flow, number, nanoseconds of CLOCK_MO
 BUFFER_BYTES: Final = 8 << 20
 SO_RCVBUFFORCE: Final = 33
 SO_SNDBUFFORCE: Final = 32
+ROUNDS: Final = 16  # between looks whether a stream is to end
 LISTED: Final = 50  # numbers that a report lists of what is missing or out of order
 PATTERN: Final = hashlib.shake_128(b"lab").digest(1 << 20)
 
@@ -138,6 +139,7 @@ def udp_sink(control: int, settings: Settings) -> None:
 def udp_source(control: int, settings: Settings) -> None:
     """Send `count` numbered datagrams a flow at `rate` a second in all; flows go round robin. A refused send counts as sent.
 
+    Any message ends it early, after a round.
     With `window` no more than so many are under way to a sink that acknowledges; a second without a word of it gives up waiting.
     """
     window, acknowledged = settings["window"], 0
@@ -155,6 +157,9 @@ def udp_source(control: int, settings: Settings) -> None:
     _say(control, ready=True)
     begin = time.monotonic()
     for number in range(settings["count"]):
+        if number % ROUNDS == 0 and select.select([control], [], [], 0)[0]:
+            os.read(control, 4096)
+            break
         for flow, target in enumerate(flows):
             due = begin + sent / settings["rate"]
             if (ahead := due - time.monotonic()) > 0.0005:

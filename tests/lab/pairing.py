@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
@@ -104,24 +103,24 @@ class Pair:
             return {side: sinks[side].expect(sent[side].sent - sent[side].refused, timeout=3.0) for side in Side}
 
     @contextlib.contextmanager
-    def datagrams_all_the_while(self, *, rate: float = 400.0, seconds: float = 8.0) -> Iterator[None]:
-        """Datagrams both ways; LabError when one of them is lost or doubled, or when what goes on meanwhile outlasts them."""
-        count = int(rate * seconds)
+    def datagrams_all_the_while(self, *, rate: float = 400.0, longest: float = 60.0) -> Iterator[None]:
+        """Datagrams both ways; LabError when one of them is lost or doubled, or when what goes on meanwhile takes more than `longest` seconds."""
         with contextlib.ExitStack() as stack:
             sinks, streams = {}, {}
             for side in Side:
                 near, far, target = self.ends(side)
                 sinks[side] = stack.enter_context(udp_sink(far, target, acknowledge=WINDOW // 4))
-                streams[side] = UdpStream(near, [(target, sinks[side].port)], count=count, rate=rate, size=256, window=WINDOW)
+                streams[side] = UdpStream(near, [(target, sinks[side].port)], count=int(rate * longest), rate=rate, size=256, window=WINDOW)
                 stack.callback(streams[side].abandon)
-            begin = time.monotonic()
-            yield
-            if time.monotonic() - begin > seconds:
-                raise LabError("the datagrams were to run all the while")
             for side in Side:
-                sent = streams[side].wait()
-                received = sinks[side].expect(count, timeout=3.0)
-                if (sent.sent, sent.refused, received.received, received.duplicates) != (count, 0, count, 0):
+                sinks[side].expect(1)
+            yield
+            for side in Side:
+                if not streams[side].running:
+                    raise LabError("the datagrams were to run all the while")
+                sent = streams[side].finish()
+                received = sinks[side].expect(sent.sent, timeout=3.0)
+                if (sent.refused, received.received, received.duplicates) != (0, sent.sent, 0):
                     raise LabError(f"{sent} but {received}")
 
     def rekeyed(self, *, children: bool = True, timeout: float = 15.0) -> Callable[[], None]:

@@ -109,6 +109,10 @@ class Agent:
         self._control.send(json.dumps(question).encode())
         return self.read(wait)
 
+    def tell(self) -> None:
+        """A message that gets no answer of its own."""
+        self._control.send(b"{}")
+
     def close(self) -> None:
         self._control.close()
         if self.process.running:
@@ -321,6 +325,15 @@ class UdpStream:
             return Sent(**self._agent.read(self._timeout))
         finally:
             self._agent.close()
+
+    @property
+    def running(self) -> bool:
+        return self._agent.process.running
+
+    def finish(self) -> Sent:
+        """End now; what was sent until then."""
+        self._agent.tell()
+        return self.wait()
 
     def abandon(self) -> None:
         self._agent.close()
