@@ -98,7 +98,10 @@ class RouteSocket:
         try:
             self._socket.send(b"".join(self._message(number, changes[index]) for number, index in numbers.items()))
             while numbers:
-                for number, error in _answers(self._socket.recv(ANSWER_BYTES)):
+                data, sender = self._socket.recvfrom(ANSWER_BYTES)
+                if sender[0] != 0:
+                    continue  # only the kernel is believed
+                for number, error in _answers(data):
                     index = numbers.pop(number, None)
                     if index is not None:
                         results[index] = error
