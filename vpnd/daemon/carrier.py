@@ -50,6 +50,10 @@ from vpnd.ike.gateway_id import GatewayId
 from vpnd.ike.sa import IkeSa
 from vpnd.policies import PolicySpec, policies_for
 from vpnd.telemetry.counters import Counters
+from vpnd.telemetry.throttle import Throttle
+
+STRANGERS_AT_ONCE: Final = 100  # log lines about responders whose peer never proved who it is; anybody can cause them, at the cost of a key exchange
+STRANGERS_A_SECOND: Final = 5.0
 
 KERNEL_ERRORS: Final = (KernelError, TimeoutError, ChannelClosed)
 
@@ -75,6 +79,7 @@ class Carrier:
         self._counters = counters
         self._installing: Counter[int] = Counter()  # half installed CHILD_SAs by reqid
         self._background = Background()
+        self._strangers = Throttle(STRANGERS_AT_ONCE, STRANGERS_A_SECOND)
         self.listener: Listener | None = None
         self.redirected: Callable[[Entry, GatewayId], None] = lambda entry, gateway: None
         self.advanced: Callable[[Entry], None] = lambda entry: None
@@ -304,7 +309,7 @@ class Carrier:
                 self._news.say(f"peer's request for a CHILD_SA denied: {reason.value}{f' ({detail})' if detail else ''}", entry, warning=True)
             case AuthenticationRejected(connection, peer, why):
                 self._counters.add("authentication_rejected")
-                self._news.say(
+                self._say_of_stranger(
                     f"authentication of peer '{peer or '%any'}' at {entry.sa.remote} for connection '{connection or '?'}' failed: {why}", entry, warning=True
                 )
             case InitialContact(local_id, remote_id):
@@ -329,13 +334,23 @@ class Carrier:
         self._news.say(f"deleting IKE_SA {entry.sa.connection.name}[{entry.sa.unique_id}]: its peer has another one, and unique says one", entry)
         self.run(entry, entry.sa.delete(asyncio.get_running_loop().time(), Reason.REPLACED))
 
+    def _say_of_stranger(self, text: str, entry: Entry, *, warning: bool = False) -> None:
+        """What a peer can make us say before it proved who it is, and without our asking, is said so often and no more."""
+        unsaid: int | None = 0
+        if not entry.sa.initiator and entry.sa.established_at is None:
+            unsaid = self._strangers.admit(asyncio.get_running_loop().time())
+        if unsaid is None:
+            self._counters.add("strangers_not_logged")
+            return
+        self._news.say(text + (f" ({unsaid} more lines like it were not logged)" if unsaid else ""), entry, warning=warning)
+
     def _closed(self, entry: Entry, effect: IkeClosed) -> None:
         sa = entry.sa
         self._registry.closed(entry)
         self.advanced(entry)
         self._counters.add("ike_closed")
         detail = f" ({effect.detail})" if effect.detail else ""
-        self._news.say(f"IKE_SA {sa.connection.name}[{sa.unique_id}] closed: {effect.reason.value}{detail}", entry)
+        self._say_of_stranger(f"IKE_SA {sa.connection.name}[{sa.unique_id}] closed: {effect.reason.value}{detail}", entry)
         if self.listener:
             self.listener.ike_closed(entry, effect)
         for child_id in list(entry.owners):
