@@ -349,6 +349,16 @@ class AfKeyChannel:
         return await self._put_policy(MessageType.X_SPDADD, policy)
 
     async def update_policy(self, policy: Policy) -> Policy:
+        """SPDUPDATE replaces whosever policy has this selector, so what is not known to be ours is added first."""
+        require_policy(policy)
+        if self._standing.get(policy.direction, policy.selector) is None:
+            try:
+                return await self._put_policy(MessageType.X_SPDADD, policy)
+            except KernelError as error:
+                if error.errno != errno.EEXIST:
+                    raise
+                if await self._find(policy.direction, policy.selector) is None:
+                    raise KernelError(errno.EEXIST, "another key manager's policy has this selector") from error
         return await self._put_policy(MessageType.X_SPDUPDATE, policy)
 
     async def _put_policy(self, kind: MessageType, policy: Policy) -> Policy:

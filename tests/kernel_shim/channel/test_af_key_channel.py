@@ -205,6 +205,27 @@ async def test_what_others_put_there_is_neither_shown_nor_flushed(kernel: FakeAf
     assert refused.value.errno == errno.ESRCH
 
 
+async def test_a_policy_of_others_under_the_very_selector_of_ours_is_not_replaced(kernel: FakeAfKey, channel: AfKeyChannel) -> None:
+    await channel.update_policy(a_policy(channel))
+    ((selector, ours),) = kernel.policies.items()
+    await channel.delete_policy(a_policy(channel).direction, a_policy(channel).selector)
+    kernel.policies[selector] = foreign = tuple(it for it in ours if not mark_of((it,)))
+    with pytest.raises(KernelError) as refused:
+        await channel.update_policy(a_policy(channel))
+    assert refused.value.errno == errno.EEXIST
+    assert kernel.policies == {selector: foreign}
+
+
+async def test_an_earlier_runs_policy_is_replaced(kernel: FakeAfKey, channel: AfKeyChannel) -> None:
+    policy = await channel.add_policy(a_policy(channel))
+    later = AfKeyChannel(listens=False, require_esp=False, transport=kernel)
+    await later.open()
+    put = await later.update_policy(replace(policy, priority=5))
+    assert put.priority == 5
+    assert await later.policies() == [put]
+    await later.close()
+
+
 async def test_a_reserved_spi_is_ours_and_larval(channel: AfKeyChannel) -> None:
     spi = await channel.get_spi(SpiRequest(PEER, HERE, Mode.TUNNEL, ReqId(7)))
     (status,) = await channel.sas()
