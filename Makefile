@@ -41,7 +41,7 @@ lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	MYPYPATH=tests:deploy $(BIN)/mypy --strict -p lab -p bench -p demo
+	MYPYPATH=tests:deploy $(BIN)/mypy --strict -p lab -p bench -p demo -p simulation
 
 demo: venv
 	@.ci/provide demo

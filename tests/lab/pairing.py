@@ -85,7 +85,7 @@ class Pair:
         with tcp_server(far, target) as port:
             return tcp_bulk(near, target, port, size=size, seconds=seconds)
 
-    def datagrams(self, *, count: int = 10_000, rate: float = 2500.0, size: int = 256, window: int = WINDOW) -> dict[Side, Received]:
+    def datagrams(self, *, count: int = 10_000, rate: float = 6000.0, size: int = 256, window: int = WINDOW) -> dict[Side, Received]:
         """`count` numbered datagrams each way at once; by the sending side, what the other received.
 
         No more are under way than any peer's queues hold, however slow the machine: what is lost then, a gateway lost.
