@@ -548,6 +548,7 @@ class Capabilities:
     acquire_flow: bool = True
     unresolved_modes: frozenset[Unresolved] = frozenset({Unresolved.QUEUE})
     tfc_padding: bool = False  # it pads, and takes padding away
+    header_copies: bool = True  # each SA has `HeaderCopies` of its own
     labels: bool = False  # it forwards MPLS
     if_ids: bool = False  # policies and SAs of one xfrm interface
     marks: bool = False

@@ -25,6 +25,7 @@ OWNER: Final = 0x76706E64  # s: 63 years, "vpnd"
 _HARD, _SOFT = ExtensionType.LIFETIME_HARD, ExtensionType.LIFETIME_SOFT
 
 AF_KEY: Final = Capabilities(
+    header_copies=False,
     name="pfkey",
     algorithms=frozenset(
         EspAlgorithm(cipher, bits, integrity)

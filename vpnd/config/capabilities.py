@@ -7,7 +7,7 @@ from typing import Final
 
 from kernel_shim.channel.linux import AF_KEY, XFRM
 from kernel_shim.channel.userspace import USERSPACE
-from kernel_shim.model import NO_MARK, Action, Capabilities
+from kernel_shim.model import DEFAULT_COPIES, NO_MARK, Action, Capabilities
 from vpnd.config.errors import ConfigError, Position
 from vpnd.config.model import ChildConfig, Configuration, ConnectionConfig, KernelChoice, TsTemplate
 from vpnd.config.tree import Section
@@ -92,6 +92,15 @@ def impossible(child: ChildConfig, capabilities: Capabilities) -> Iterator[tuple
         yield "replay_window", f"has replay windows of at most {capabilities.maximum_replay_window}"
     if child.tfc_padding and not capabilities.tfc_padding:
         yield "tfc_padding", "has no TFC padding"
+    if not capabilities.header_copies:
+        chosen = (
+            ("copy_dscp", (child.copies.dscp_out, child.copies.dscp_in), (DEFAULT_COPIES.dscp_out, DEFAULT_COPIES.dscp_in)),
+            ("copy_ecn", child.copies.ecn, DEFAULT_COPIES.ecn),
+            ("copy_df", child.copies.df, DEFAULT_COPIES.df),
+        )
+        for option, value, default in chosen:
+            if value != default:
+                yield option, "copies what it copies between IP headers, for all SAs alike"
     if child.unresolved not in capabilities.unresolved_modes:
         yield "unresolved", f"does not know '{child.unresolved.value}' for packets without an SA"
 

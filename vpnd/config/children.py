@@ -19,6 +19,7 @@ from vpnd.ike.proposal import Proposal, default_proposals, number_proposals, par
 MAX_NAME: Final = 200  # bytes: a name, a hyphen and an id fit a VICI name of 255
 MAX_CHILDREN: Final = 10_000  # of one connection
 MAX_SELECTORS: Final = 255  # of one side: their number is one octet on the wire (RFC 7296 section 3.13)
+SMALLEST_REPLAY_WINDOW: Final = 32
 MAX_REPLAY_WINDOW: Final = 4096
 MAX_INTERFACE_NAME: Final = 15  # octets; IFNAMSIZ less one
 ALL_BITS: Final = 0xFFFFFFFF  # the mask of a mark without one
@@ -97,7 +98,7 @@ def _child(reader: Reader, name: str, if_ids: tuple[int, int]) -> ChildConfig:
         life_packets=int(packets.life),
         rand_packets=int(packets.rand),
         inactivity=reader.seconds("inactivity", 0.0) or 0.0,
-        replay_window=reader.integer("replay_window", 32, maximum=MAX_REPLAY_WINDOW),
+        replay_window=reader.convert("replay_window", 32, _replay_window),
         priority=reader.integer("priority", 0),
         reqid=reader.integer("reqid", 0),
         copies=_copies(reader),
@@ -118,6 +119,14 @@ def _child(reader: Reader, name: str, if_ids: tuple[int, int]) -> ChildConfig:
     _check_families(reader, child)
     reader.finish(list(options.CHILD))
     return child
+
+
+def _replay_window(text: str) -> int:
+    """RFC 4303 section 3.4.3: none, or 32 packets at least."""
+    window = integer(text, 0, MAX_REPLAY_WINDOW)
+    if 0 < window < SMALLEST_REPLAY_WINDOW:
+        raise ValueError(f"{window} is neither 0 nor within {SMALLEST_REPLAY_WINDOW} to {MAX_REPLAY_WINDOW}")
+    return window
 
 
 def _copies(reader: Reader) -> HeaderCopies:

@@ -39,6 +39,16 @@ def test_what_the_kernel_cannot_do_is_a_complaint(tmp_path: Path, capsys: pytest
     assert error.startswith(f"{file}:5:18: connections.gw.children.net.esp_proposals: the kernel 'pfkey' can do nothing of the proposal")
 
 
+def test_a_choice_that_a_kernel_leaves_nobody_is_a_complaint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "vpnd.conf"
+    text = "vpnd {\n kernel = pfkey\n}\nconnections { gw { children { net {\n esp_proposals = aes128-sha1\n copy_dscp = yes } } } }\n"
+    file.write_text(text)
+    assert main(["check", str(file)]) == 1
+    assert capsys.readouterr().err.startswith(f"{file}:6:14: connections.gw.children.net.copy_dscp: the kernel 'pfkey' copies what it copies")
+    file.write_text(text.replace("copy_dscp = yes", "copy_dscp = out"))
+    assert main(["check", str(file)]) == 0
+
+
 def test_warnings_are_no_complaints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "vpnd.conf"
     file.write_text("unused { a = b }")

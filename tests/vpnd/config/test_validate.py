@@ -199,6 +199,7 @@ def test_complaints_of_connections(options: Plain, message: str) -> None:
         ({"policies": "no"}, "policies: the option 'policies' (no) is not implemented yet"),
         ({"updown": "/bin/sh"}, "updown: the option 'updown' (/bin/sh) is not implemented yet"),
         ({"replay_window": "4097"}, "replay_window: 4097 is not within 0 to 4096"),
+        ({"replay_window": "31"}, "replay_window: 31 is neither 0 nor within 32 to 4096"),
         ({"rekey_bytes": "1T"}, "rekey_bytes: '1T' is not a volume, such as 1000, 500K, 20M or 1G"),
         ({"rekey_time": "2h", "life_time": "1h"}, "life_time: life_time is less than rekey_time: the SA would go before its successor comes"),
         ({"unresolved": "hold"}, "unresolved: 'hold' is not one of queue, eagain, block, drop"),
