@@ -28,6 +28,7 @@ GROUPS: Final = {
     "acquire-storm": "bench.acquire_storm",
     "channel-drift": "bench.channel_drift",
     "rekey-under-load": "bench.rekey_under_load",
+    "gateway-hour": "bench.gateway_hour",
     "kernel-hold": "bench.kernel_hold",
     "shim-restart": "bench.shim_restart",
     "lfib-scale": "bench.lfib_scale",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import struct
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -46,7 +47,8 @@ class Gateway:
         for address in addresses:
             wire.stations[address] = self
         self._loop = asyncio.get_running_loop()
-        self.engine: Final = Engine(EngineConfig(epoch=0.0), random.Random(seed).randbytes, self)
+        # the key manager holds the ages of SAs against the wall clock, and would else find the expiry of each overdue in every audit
+        self.engine: Final = Engine(EngineConfig(epoch=time.time() - self._loop.time()), random.Random(seed).randbytes, self)
         self._socket: Final = directory / name
         self._edge: Final = SocketEdge(self._socket, self.engine)
         self._tick: asyncio.TimerHandle | None = None

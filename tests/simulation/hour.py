@@ -44,6 +44,7 @@ class Outcome:
     wire_lost: int = 0
     repeated: int = 0
     clear: int = 0
+    numbers_repeated: int = 0  # (SA, sequence number) that were used twice
     child_rekeys: int = 0
     ike_rekeys: int = 0
     equal: bool = False
@@ -132,11 +133,13 @@ async def _live(life: Life, directory: Path) -> Outcome:
         await asyncio.sleep(1.0)
         for gateway in (a, b):
             gateway.forget_probes()
+        wire.forget_numbers()
         outcome.memory.append(_resident())
     wire.weather = CLEAR
     outcome.equal = await until(lambda: mirrored(a, b) and len(a.sas(Direction.OUT)) == life.tunnels, QUIET)
     outcome.received, outcome.wire_lost = _received((a, b)), wire.counts["esp.lost"]
     outcome.repeated, outcome.clear = a.repeated + b.repeated, a.clear + b.clear
+    outcome.numbers_repeated = wire.counts["esp.repeated"]
     outcome.sas = len(a.sas(Direction.OUT)) + len(a.sas(Direction.IN))
     outcome.ike_sas = (len(a.manager), len(b.manager))
     outcome.counters = dict(Counter(a.counters.snapshot()) + Counter(b.counters.snapshot()))

@@ -30,13 +30,15 @@ CLEAR: Final = Weather()
 
 
 class Wire:
-    """Every address belongs to one station. `counts` has what was sent, lost and doubled, of `ike` and `esp`."""
+    """Every address belongs to one station. `counts` has what was sent, lost and doubled, of `ike` and `esp`; `esp.repeated`: numbers used twice."""
 
     def __init__(self, seed: int, weather: Weather = CLEAR) -> None:
         self._dice: Final = random.Random(seed)
         self.weather = weather
         self.stations: Final[dict[IPAddress, Station]] = {}
         self.counts: Final[Counter[str]] = Counter()
+        self._numbers: dict[tuple[IPAddress, bytes], int] = {}  # the last of each SA out
+        self._earlier: dict[tuple[IPAddress, bytes], int] = {}
 
     def carry_ike(self, local: Endpoint, remote: Endpoint, data: bytes) -> None:
         station = self.stations.get(remote.address)
@@ -45,8 +47,17 @@ class Wire:
 
     def carry_esp(self, local: Endpoint, remote: Endpoint, data: bytes) -> None:
         station = self.stations.get(remote.address)
+        key, number = (remote.address, data[:4]), int.from_bytes(data[4:8], "big")
+        # a sequence number that does not grow would be a second packet under the same key and nonce
+        if number <= self._numbers.get(key, self._earlier.get(key, 0)):
+            self.counts["esp.repeated"] += 1
+        self._numbers[key] = number
         if station is not None and remote.port == PORT_NAT_T:
             self._carry("esp", lambda: station.esp(remote, local, data))
+
+    def forget_numbers(self) -> None:
+        """Of SAs that have sent nothing since the last call."""
+        self._earlier, self._numbers = self._numbers, {}
 
     def _carry(self, kind: str, arrive: Callable[[], None]) -> None:
         counts, weather, dice = self.counts, self.weather, self._dice
