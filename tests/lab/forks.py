@@ -18,6 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -81,6 +82,7 @@ class ForkServer:
     def __init__(self, modules: Sequence[str], script: str = "") -> None:
         self._modules = modules
         self._script = script
+        self._lock = threading.Lock()
         self._running: tuple[socket.socket, subprocess.Popen[bytes]] | None = None
 
     def _server(self) -> socket.socket:
@@ -88,7 +90,7 @@ class ForkServer:
             _libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with theirs:
-                argv = ["setpriv", "--pdeathsig", "KILL", sys.executable, str(Path(__file__)), str(theirs.fileno())]
+                argv = [sys.executable, str(Path(__file__)), str(theirs.fileno())]  # it ends when our end of the socket does
                 self._running = ours, subprocess.Popen(argv, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
             # Not on its command line, which is that of all its children: who looks for a program there would find each of them.
             ours.send(json.dumps(self._modules).encode())
@@ -103,9 +105,10 @@ class ForkServer:
     def start(self, argv: Sequence[str], output: int, errors: int, env: Mapping[str, str] | None, pass_fds: Sequence[int]) -> ForkedChild:
         """`argv` as `serves` takes it; `output` and `errors` are descriptors. OSError when the server is gone."""
         request = {"namespace": argv[3], "argv": list(argv[5:]), "env": dict(os.environ if env is None else env), "fds": list(pass_fds)}
-        server = self._server()
-        socket.send_fds(server, [json.dumps(request).encode()], [output, errors, *pass_fds])
-        answer = server.recv(64)
+        with self._lock:
+            server = self._server()
+            socket.send_fds(server, [json.dumps(request).encode()], [output, errors, *pass_fds])
+            answer = server.recv(64)
         if not answer:
             raise ConnectionResetError("the fork server is gone")
         return ForkedChild(int(answer))
