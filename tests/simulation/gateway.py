@@ -185,12 +185,33 @@ class Gateway:
         }
 
 
-def mirrored(a: Gateway, b: Gateway) -> bool:
-    """Both SADs hold the same SAs, in opposite directions."""
-    return a.sas(Direction.OUT) == b.sas(Direction.IN) and a.sas(Direction.IN) == b.sas(Direction.OUT)
+async def settled(a: Gateway, b: Gateway, tunnels: int, seconds: float) -> bool:
+    """Whether both SADs come to hold the same SAs, in opposite directions, one pair for each tunnel, within that much virtual time.
+
+    Of many tunnels one is always being rekeyed: there is a moment when what each side sends by is what the other one receives by. What else they receive
+    by then goes, if its delete was heard of and it took packets under way, or is sent by, if it was new.
+    """
+    leftovers: list[tuple[Gateway, Gateway, set[tuple[IPAddress, int]]]] = []
+
+    def paired() -> bool:
+        leftovers.clear()
+        for near, far in ((a, b), (b, a)):
+            out, into = near.sas(Direction.OUT), far.sas(Direction.IN)
+            if len(out) != tunnels or not out.items() <= into.items():
+                return False
+            leftovers.append((near, far, into.keys() - out.keys()))
+        return True
+
+    if not await until(paired, seconds):
+        return False
+
+    def resolved() -> bool:
+        return not any((left & far.sas(Direction.IN).keys()) - near.sas(Direction.OUT).keys() for near, far, left in leftovers)
+
+    return await until(resolved, seconds, step=1.0)
 
 
-async def until(condition: Callable[[], bool], seconds: float, step: float = 0.01) -> bool:
+async def until(condition: Callable[[], bool], seconds: float, step: float = 0.05) -> bool:
     """Whether it came true within that much virtual time."""
     loop = asyncio.get_running_loop()
     end = loop.time() + seconds

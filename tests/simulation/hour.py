@@ -14,7 +14,7 @@ from typing import Final
 
 from kernel_shim.model import Direction
 from simulation import clock
-from simulation.gateway import Gateway, mirrored, until
+from simulation.gateway import Gateway, settled, until
 from simulation.wire import CLEAR, Weather, Wire
 
 HUB: Final = IPv4Address("192.0.2.1")
@@ -136,7 +136,7 @@ async def _live(life: Life, directory: Path) -> Outcome:
         wire.forget_numbers()
         outcome.memory.append(_resident())
     wire.weather = CLEAR
-    outcome.equal = await until(lambda: mirrored(a, b) and len(a.sas(Direction.OUT)) == life.tunnels, QUIET)
+    outcome.equal = await settled(a, b, life.tunnels, QUIET)
     outcome.received, outcome.wire_lost = _received((a, b)), wire.counts["esp.lost"]
     outcome.repeated, outcome.clear = a.repeated + b.repeated, a.clear + b.clear
     outcome.numbers_repeated = wire.counts["esp.repeated"]
