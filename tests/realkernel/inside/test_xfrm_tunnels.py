@@ -63,6 +63,19 @@ def test_with_strongswan_on_the_same_kernel(a: DaemonFactory, b: DaemonFactory) 
         both.carries()
 
 
+@pytest.mark.parametrize("ours", [pytest.param(OURS, id="userspace"), pytest.param(xfrm, id="xfrm")])
+def test_padding_against_traffic_analysis_with_strongswan(ours: DaemonFactory) -> None:
+    """RFC 4303 section 2.7: whatever is inside, every packet is as long as the path carries; both take the other's padding away."""
+    with kernel_pair(ours, strongswan, Tunnel(child_options={"tfc_padding": "mtu"}, connection_options={"encap": "yes"})) as both:
+        both.link.a.initiate()
+        for side in Side:
+            assert both.link.ping(side).lost == 0
+        for sent in (both.sent_a, both.sent_b):
+            lengths = {packet.length for packet in sent.esp()}
+            assert min(lengths) > 1400, lengths
+        assert both.leaks() == []
+
+
 def test_nothing_is_left_behind() -> None:
     with kernel_pair(xfrm, xfrm, Tunnel(start_a="trap")) as both:
         a, b = both.link.a, both.link.b
