@@ -146,14 +146,17 @@ class Delivery:
 
     def _admit_labelled(self, entry: SaEntry, tunnel: Tunnel, payload: memoryview, next_header: int, labels: Inside) -> Admission:
         """The SA's selectors and the SPD see the tunnel's packet, the landing is that of the packet under the labels."""
-        outer = payload
-        if entry.sa.mode is Mode.TRANSPORT:
-            outer = memoryview(self._prefix(entry, next_header, len(payload)) + payload)
-        admission = self._admit(entry, outer)
-        if admission.reason is not None or labels.inner == labels.stack:
-            return admission
-        landing = self._labels.land(tunnel, entry.tag, bytes(payload[labels.stack : labels.inner]), payload[labels.inner : labels.end])
-        return Admission(None, landing=landing)
+
+        def admit() -> DropReason | None:
+            outer = payload
+            if entry.sa.mode is Mode.TRANSPORT:
+                outer = memoryview(self._prefix(entry, next_header, len(payload)) + payload)
+            return self._admit(entry, outer).reason
+
+        if labels.inner == labels.stack:
+            return Admission(admit())
+        landing = self._labels.land(tunnel, entry.tag, payload, labels, admit)
+        return Admission(landing) if isinstance(landing, DropReason) else Admission(None, landing=landing)
 
     def rows(self, entry: SaEntry, rows: Rows, count: int, tail: tuple[SaEntry, int, int] | None, now: float) -> None:
         """Deliver the first `count` rows, then the packet in `_single` that `tail` tells of."""

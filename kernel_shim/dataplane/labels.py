@@ -14,13 +14,13 @@ from kernel_shim.dataplane.origin import TAG, Carried, Origin, TransitOrigin, Vr
 from kernel_shim.dataplane.output import Sink
 from kernel_shim.dataplane.traffic import Traffic
 from kernel_shim.model import Action, Direction, Mode, SecurityAssociation
-from kernel_shim.mpls.encapsulation import begin_of_stack
+from kernel_shim.mpls.encapsulation import Encapsulation, begin_of_stack
 from kernel_shim.mpls.labels import ENTRY, MAX_DEPTH, read_stack
 from kernel_shim.mpls.lfib import ToInterface, ToPeer
 from kernel_shim.mpls.node import LabelNode, Tunnel
 from kernel_shim.mpls.switch import AsIp, LabelSwitch, Sent, bring_to_light, flow_hash, onward
 from kernel_shim.packet import virtio
-from kernel_shim.packet.ip import Buffer, Malformed, destination, layout, source
+from kernel_shim.packet.ip import UDP_HEADER, Buffer, Malformed, destination, layout, source
 from kernel_shim.policy.bundle import BundleCache, Generations
 from kernel_shim.policy.flowkey import FieldMask, FlowKeys
 from kernel_shim.policy.spd import SecurityPolicyDatabase
@@ -130,17 +130,28 @@ class Labels:
 
     # Where they end
 
-    def land(self, tunnel: Tunnel, tag: bytes, stack: bytes, packet: memoryview) -> Landing | None:
-        """Where a packet of the SA `tag` goes that came under `stack`; None for what goes the long way."""
+    def land(self, tunnel: Tunnel, tag: bytes, payload: memoryview, at: Inside, admit: Callable[[], DropReason | None]) -> Landing | DropReason | None:
+        """Where the packet under the labels in a `payload` of the SA `tag` goes; None for what goes the long way.
+
+        `admit` says whether the tunnel's own packet may come in. Of a flow that is known it has said so, and nothing has changed since: of that packet
+        only UDP ports may differ within a tunnel and an SA, and the name has them.
+        """
+        stack, packet = bytes(payload[at.stack : at.inner]), payload[at.inner : at.end]
         key = self._keys.cut(packet, 0)
-        if key is None:
-            return None
-        name = tag + stack + key
-        landing = self._landings.get(name)
-        if landing is None:
-            landing = self._decide(tunnel, stack, packet)
+        name = b""
+        if key is not None:
+            name = tag + stack + key
+            if tunnel.encapsulation is Encapsulation.UDP:
+                name += payload[at.stack - UDP_HEADER : at.stack - UDP_HEADER + 4]
+            landing = self._landings.get(name)
             if landing is not None:
-                self._landings.put(name, landing)
+                return landing
+        reason = admit()
+        if reason is not None:
+            return reason
+        landing = self._decide(tunnel, stack, packet) if key is not None else None
+        if landing is not None:
+            self._landings.put(name, landing)
         return landing
 
     def _decide(self, tunnel: Tunnel, stack: bytes, packet: memoryview) -> Landing | None:
