@@ -183,14 +183,14 @@ class LinuxLabels:
         name, ends = tunnel_device(tunnel.peer), (str(tunnel.local), str(tunnel.remote))
         version, gre = tunnel.local.version, tunnel.encapsulation is Encapsulation.GRE
         _require(gre or version == 4, f"peer {tunnel.peer}: in Linux MPLS in IPv6 needs GRE")
-        kind, prefix = ("gre" if version == 4 else "ip6gre", "gre") if gre else ("ipip", "ipip")
-        attribute = "IFLA_GRE" if gre else "IFLA_IPIP"
+        kind = ("gre" if version == 4 else "ip6gre") if gre else "ipip"
+        attribute = f"IFLA_{kind.upper()}"
         link = await _link(netlink, name)
         if link is not None and (_kind(link), _data(link, f"{attribute}_LOCAL"), _data(link, f"{attribute}_REMOTE")) != (kind, *ends):
             await netlink.link("del", index=link["index"])
             link = None
         if link is None:
-            options: dict[str, Any] = {f"{prefix}_local": ends[0], f"{prefix}_remote": ends[1], f"{prefix}_ttl": TUNNEL_TTL}
+            options: dict[str, Any] = {f"{kind}_local": ends[0], f"{kind}_remote": ends[1], f"{kind}_ttl": TUNNEL_TTL}
             if not gre:
                 options["ipip_proto"] = IPPROTO_MPLS
             await netlink.link("add", ifname=name, kind=kind, **options)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 
@@ -74,7 +73,7 @@ def test_entries_come_are_read_and_go() -> None:
         # Another run takes over what it wants and removes the rest.
         successor = LinuxLabels(sysctls)
         await successor.put_labels(entries[:-1])
-        subprocess.run(["ip", "-f", "mpls", "route", "del", "101"], check=True)
+        await asyncio.to_thread(here.run, ["ip", "-f", "mpls", "route", "del", "101"])
         assert entries[7] not in await successor.labels()
         await successor.put_labels([entries[7]])
         await successor.delete_labels(list(reversed(entries)))
