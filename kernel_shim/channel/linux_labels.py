@@ -136,12 +136,12 @@ class LinuxLabels:
     async def _delete(self, netlink: AsyncIPRoute, entry: NodeEntry) -> None:
         with suppress(NetlinkError):  # it went with a link, or by hand
             match entry:
-                case Vrf(interface=name) | Tunnel(peer=name):
-                    link = await _link(netlink, name if isinstance(entry, Vrf) else tunnel_device(name))
-                    if link is not None and link.get("IFLA_IFALIAS") == ALIAS:
-                        await netlink.link("del", index=link["index"])
-                    if isinstance(entry, Vrf):
-                        await self._end_table(netlink, entry.table, "del")
+                case Vrf():
+                    await self._release_members(netlink, entry)
+                    await self._delete_link(netlink, entry.interface)
+                    await self._end_table(netlink, entry.table, "del")
+                case Tunnel():
+                    await self._delete_link(netlink, tunnel_device(entry.peer))
                 case Peer():
                     _gate(tunnel_device(entry.name), "0")
                 case LabelBinding():
@@ -164,12 +164,23 @@ class LinuxLabels:
         await netlink.link("set", index=link["index"], state="up")
         await self._end_table(netlink, vrf.table, "replace")
         for message in await _links(netlink):
-            member = message.get("IFLA_IFNAME") in vrf.members
-            if member and message.get("IFLA_MASTER") != link["index"]:
-                with _addresses_kept(str(message.get("IFLA_IFNAME"))):
-                    await netlink.link("set", index=message["index"], master=link["index"])
-            elif not member and message.get("IFLA_MASTER") == link["index"] and link.get("IFLA_IFALIAS") == ALIAS:
-                await netlink.link("set", index=message["index"], master=0)
+            if message.get("IFLA_IFNAME") in vrf.members and message.get("IFLA_MASTER") != link["index"]:
+                await _move(netlink, message, link["index"])
+        if link.get("IFLA_IFALIAS") == ALIAS:
+            await self._release_members(netlink, vrf, but=vrf.members)
+
+    @staticmethod
+    async def _release_members(netlink: AsyncIPRoute, vrf: Vrf, but: Sequence[str] = ()) -> None:
+        link = await _link(netlink, vrf.interface)
+        for message in await _links(netlink) if link is not None else ():
+            if message.get("IFLA_MASTER") == link["index"] and message.get("IFLA_IFNAME") not in but:
+                await _move(netlink, message, 0)
+
+    @staticmethod
+    async def _delete_link(netlink: AsyncIPRoute, name: str) -> None:
+        link = await _link(netlink, name)
+        if link is not None and link.get("IFLA_IFALIAS") == ALIAS:
+            await netlink.link("del", index=link["index"])
 
     @staticmethod
     async def _end_table(netlink: AsyncIPRoute, table: int, verb: str) -> None:
@@ -303,6 +314,11 @@ class _Netlink:
         await self._route.__aexit__(None, None, None)
         if isinstance(error, NetlinkError):
             raise KernelError(error.code, f"labels: {error}") from error
+
+
+async def _move(netlink: AsyncIPRoute, member: Any, master: int) -> None:
+    with _addresses_kept(str(member.get("IFLA_IFNAME"))):
+        await netlink.link("set", index=member["index"], master=master)
 
 
 @contextmanager

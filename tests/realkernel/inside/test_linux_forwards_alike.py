@@ -82,7 +82,7 @@ class Linux:
         for label, labels in SWAPS.items():
             if 3 not in labels:
                 swap = f"as to {'/'.join(map(str, labels))} " if labels else ""
-                node.ip(f"-f mpls route add {label} {swap}via inet 192.0.2.2 dev out")
+                node.run(f"ip -f mpls route add {label} {swap}via inet 192.0.2.2 dev out".split())
         self._header = bytes.fromhex(_mac(node, "in").replace(":", "")) + bytes(6)
         self._in = near.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.ntohs(3))
         self._in.bind(("wire", 0))
