@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 
@@ -113,7 +114,7 @@ def test_customers_of_the_same_addresses_reach_their_own(tmp_path: Path, far: Ma
         assert ping(sender.host, target.host4, count=3, timeout=2.0).received == 0
         edges.reaches("blue")
         filters = edges.a.namespace.run(["tc", "-s", "filter", "show", "dev", tunnel_device("pe"), "ingress"]).stdout
-        assert "dropped 3" in filters or "dropped 4" in filters, filters
+        assert max(map(int, re.findall(r"dropped (\d+)", filters))) >= 3, filters
         assert isinstance(edges.a, XfrmGateway)
         edges.a.stop()
         after = state(edges.a)
