@@ -44,6 +44,7 @@ XFRM: Final = Capabilities(
     if_ids=True,
     marks=True,
     offload=True,
+    labels=True,  # where the module mpls_router is loaded
     sa_selectors=False,  # an SA can have one pair; of more the policies decide alone
     unresolved_modes=frozenset({Unresolved.QUEUE}),  # its hold queue, where it can be switched on; else DROP
 )
@@ -53,19 +54,19 @@ class HoldQueue:
     """The kernel's own queue of packets without an SA (net.core.xfrm_larval_drop), switched on for as long as a key manager is there."""
 
     def __init__(self, settings_file: Path | None = None) -> None:
-        self._sysctls = Sysctls(settings_file)
+        self.sysctls: Final = Sysctls(settings_file)
         self._on = False
 
     def look(self) -> None:
-        self._on = self._sysctls.get("core/xfrm_larval_drop") == "0"
+        self._on = self.sysctls.get("core/xfrm_larval_drop") == "0"
 
     def switch_on(self, acquire_seconds: int) -> None:
         """A larval SA, and the queue with it, stands for `acquire_seconds`."""
-        self._on = self._sysctls.set("core/xfrm_larval_drop", "0")
-        self._sysctls.set("core/xfrm_acq_expires", str(acquire_seconds))
+        self._on = self.sysctls.set("core/xfrm_larval_drop", "0")
+        self.sysctls.set("core/xfrm_acq_expires", str(acquire_seconds))
 
     def restore(self) -> None:
-        self._sysctls.restore()
+        self.sysctls.restore()
 
     @property
     def mode(self) -> Unresolved:

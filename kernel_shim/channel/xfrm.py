@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Final
 
 from kernel_shim.algorithms import EncryptionId, EspAlgorithm
+from kernel_shim.channel import linux_labels
 from kernel_shim.channel.linux import ACQUIRE_SECONDS, STATISTICS, XFRM, HoldQueue, is_local
+from kernel_shim.channel.linux_labels import LinuxLabels
 from kernel_shim.channel.netlink import LONG_TIMEOUT, SLICE, NetlinkSocket
 from kernel_shim.channel.xfrm_acquires import XfrmAcquires
 from kernel_shim.channel.xfrm_migration import check_migration, continuation, last_state, only_ports_differ
@@ -45,6 +47,7 @@ from kernel_shim.model import (
     Spi,
     SpiRequest,
 )
+from kernel_shim.mpls.node import NodeEntry
 from kernel_shim.secret import Secret
 from kernel_shim.xfrm.constants import OURS, Group, MessageType
 from kernel_shim.xfrm.events import Report, notice_from
@@ -108,6 +111,7 @@ class XfrmChannel:
         self._event_listeners: list[Callable[[KernelEvent], None]] = []
         self._overrun_listeners: list[Callable[[], None]] = []
         self._hold = HoldQueue(settings_file)
+        self._labels = LinuxLabels(self._hold.sysctls)
         self._directed = False  # the kernel knows XFRMA_SA_DIR
         self._known: dict[SaId, _Known] = {}
         self._migrating = asyncio.Lock()
@@ -117,7 +121,7 @@ class XfrmChannel:
         self._acquires = XfrmAcquires(self._requests, self._policies.standing, self._dump_sas, self._tell, self._counters)
 
     def capabilities(self) -> Capabilities:
-        return replace(XFRM, unresolved_modes=frozenset({self._hold.mode}))
+        return replace(XFRM, unresolved_modes=frozenset({self._hold.mode}), labels=linux_labels.available())
 
     def on_event(self, listener: Callable[[KernelEvent], None]) -> None:
         """Larval SAs whose ACQUIREs an earlier listener, or none, has heard are reported too: they stand in the way of the next ACQUIRE."""
@@ -337,6 +341,17 @@ class XfrmChannel:
     async def flush_policies(self) -> None:
         """Ours."""
         await self._policies.flush()
+
+    # Labels
+
+    async def put_labels(self, entries: Sequence[NodeEntry]) -> None:
+        await self._labels.put_labels(entries)
+
+    async def delete_labels(self, entries: Sequence[NodeEntry]) -> None:
+        await self._labels.delete_labels(entries)
+
+    async def labels(self) -> Sequence[NodeEntry]:
+        return await self._labels.labels()
 
     # Databases as wholes
 

@@ -16,7 +16,7 @@ from lab.process import LabError, Process, wait_until
 
 DAEMONS: Final = Path("/usr/lib/frr")
 VTYSH: Final = Path("/usr/bin/vtysh")
-READY_SECONDS: Final = 30.0
+READY_SECONDS = 30.0
 START_ORDER: Final = ("zebra", "staticd", "bgpd")
 
 _PREPARE: Final = """

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from lab.capture import Capture
 from lab.gateway import Gateway
+from lab.namespaces import Namespace
 from lab.process import LabError, wait_until
 from lab.providers import CUSTOMERS, Provider, Providers, providers
 from lab.topology import WAN
 from lab.traffic import ping
+
+MakeGateway = Callable[[Namespace, Path], Gateway]
 
 CONFIGURATION = """
 connections {{
@@ -88,13 +91,13 @@ class Edges:
 
 
 @contextlib.contextmanager
-def provider_edges(directory: Path, *, capture: bool = True) -> Iterator[Edges]:
+def provider_edges(directory: Path, *, capture: bool = True, make_a: MakeGateway = Gateway, make_b: MakeGateway = Gateway) -> Iterator[Edges]:
     """Both run, and nothing is negotiated yet; with a capture on the wire since before they started."""
     with providers() as lab, contextlib.ExitStack() as stack:
         wire = stack.enter_context(Capture(lab.a.gateway, WAN)) if capture else None
         for letter in "ab":
             (directory / letter).mkdir()
-        a, b = (Gateway(pe.gateway, directory / letter / "gateway.conf") for letter, pe in (("a", lab.a), ("b", lab.b)))
+        a, b = (make(pe.gateway, directory / letter / "gateway.conf") for letter, pe, make in (("a", lab.a, make_a), ("b", lab.b, make_b)))
         found = Edges(lab, a, b, wire)
         found.write()
         for gateway in (a, b):

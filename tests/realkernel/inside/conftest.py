@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+import lab.frr
 import lab.gateway
 import lab.process
 import lab.strongswan
@@ -16,7 +17,7 @@ EMULATION = 6  # how many times longer things may take in the guest
 collect_ignore_glob = [] if os.environ.get("REALKERNEL_GUEST") else ["test_*.py"]
 
 if os.environ.get("REALKERNEL_GUEST"):
-    for module in (lab.gateway, lab.strongswan):
+    for module in (lab.frr, lab.gateway, lab.strongswan):
         module.READY_SECONDS *= EMULATION
 
 
