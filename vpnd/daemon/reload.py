@@ -72,6 +72,7 @@ class Reloading:
         exchanged = self._manager.credentials.exchange(self._credentials, credentials)
         failed = [*await self._remove(old, new), *await self._load(new)]
         label_entries = self._mpls.load(loaded.configuration.mpls)
+        await self._mpls.labels.settled()
         changes = Changes(
             added=tuple(name for name in new if name not in old),
             changed=tuple(name for name in new if name in old and new[name] != old[name]),
