@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from kernel_shim.model import Endpoint, IPAddress
-from vpnd.ike.cookie import CookieJar, cookie_reply, invalid_major_version, parse_init_request
+from vpnd.ike.cookie import CookieJar, cookie_reply, invalid_major_version, parse_init_request, unsupported_critical_payload
 from vpnd.ike.crypto import Entropy
 
 ONE_SUBSCRIBER: Final = 8  # octets of an IPv6 address: a host has the /64 for itself (RFC 8019)
@@ -62,7 +62,8 @@ class Gate:
             return Reply(newer, "ike_invalid_major_version")
         request = parse_init_request(datagram)
         if request is None:
-            return Refused("ike_malformed")
+            unknown = unsupported_critical_payload(datagram)
+            return Refused("ike_malformed") if unknown is None else Reply(unknown, "ike_malformed")
         settings = self._settings
         spi = request.header.initiator_spi
         loaded = (0 < settings.cookie_threshold <= half_open) or (0 < settings.cookie_threshold_ip <= half_open_of_address)

@@ -1,22 +1,18 @@
 """The inbound guard: nftables text that drops and counts clear packets which a policy protects. A pure plan.
 
-Policies of one version, priority, action, prefix lengths, protocol and ports make one *shape*: a set of masked addresses
+Policies of one version, priority, action, prefix lengths, protocol and ports make one *shape*: a set of prefix pairs
 and one rule. A new policy of a known shape is one set element; a new shape rewrites the chain of rules, in order of priority.
 The table outlives its process: a dead shim lets nothing in clear either.
 """
 
 from __future__ import annotations
 
-import errno
-from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from itertools import product
 from typing import Final, NamedTuple
 
-from kernel_shim.io.capture_plan import sides
-from kernel_shim.io.nft import ADDRESS_TYPE, FAMILY, NEIGHBOUR_DISCOVERY, interface_set, prefix_mask
-from kernel_shim.model import ANY_PROTOCOL, PROTOCOL_ICMP, PROTOCOL_ICMPV6, Action, Direction, IPAddress, IPNetwork, KernelError, Policy, PortRange
+from kernel_shim.io.nft import FAMILY, NEIGHBOUR_DISCOVERY, interface_set
+from kernel_shim.io.pair_sets import Edit, PairSets
+from kernel_shim.model import ANY_PROTOCOL, PROTOCOL_ICMP, PROTOCOL_ICMPV6, Action, Direction, IPAddress, IPNetwork, Policy, PortRange
 
 MAX_SHAPES: Final = 1024
 COUNTER: Final = "clear_dropped"
@@ -35,12 +31,6 @@ class _Shape(NamedTuple):
     destination_ports: PortRange
 
 
-@dataclass(slots=True)
-class _Members:
-    number: int
-    pairs: Counter[tuple[IPNetwork, IPNetwork]] = field(default_factory=Counter)
-
-
 class GuardPlan:
     """Feed it the inbound and forward policies; run the commands that it gives, in order, as one transaction."""
 
@@ -48,8 +38,7 @@ class GuardPlan:
         self.table: Final = table
         self._interfaces: Final = tuple(interfaces)
         self._mark: Final = mark
-        self._shapes: dict[_Shape, _Members] = {}
-        self._numbers = 0
+        self._sets: Final = PairSets(table, "shape", _shape, MAX_SHAPES)
 
     @staticmethod
     def guards(policy: Policy) -> bool:
@@ -122,64 +111,24 @@ class GuardPlan:
 
     def add(self, policy: Policy) -> str:
         """KernelError(ENOSPC) when the bounds are reached; nothing has changed then."""
-        pairs = list(product(*sides(policy)))
-        shapes = {_shape(policy, *pair) for pair in pairs}
-        if len(self._shapes.keys() | shapes) > MAX_SHAPES:
-            raise KernelError(errno.ENOSPC, f"inbound policies have more than {MAX_SHAPES} shapes")
-        lines: list[str] = []
-        new_shape = False
-        for pair in pairs:
-            shape = _shape(policy, *pair)
-            members = self._shapes.get(shape)
-            if members is None:
-                self._numbers += 1
-                members = self._shapes[shape] = _Members(self._numbers)
-                kind = ADDRESS_TYPE[shape.version]
-                lines.append(f"add set inet {self.table} shape{members.number} {{ type {kind} . {kind}; }}")
-                new_shape = True
-            members.pairs[pair] += 1
-            if members.pairs[pair] == 1:
-                lines.append(self._element("add", members, pair))
-        return "\n".join(lines) + "\n" + (self._rules() if new_shape else "")
+        return self._commands(self._sets.add(policy))
 
     def remove(self, policy: Policy) -> str:
         """Of a policy that `add` took."""
-        lines: list[str] = []
-        gone: list[int] = []
-        for pair in product(*sides(policy)):
-            shape = _shape(policy, *pair)
-            members = self._shapes[shape]
-            members.pairs[pair] -= 1
-            if members.pairs[pair]:
-                continue
-            del members.pairs[pair]
-            lines.append(self._element("delete", members, pair))
-            if not members.pairs:
-                del self._shapes[shape]
-                gone.append(members.number)
-        text = "\n".join(lines) + "\n"
-        if gone:
-            text += self._rules() + "".join(f"delete set inet {self.table} shape{number}\n" for number in gone)
-        return text
+        return self._commands(self._sets.remove(policy))
 
     def restore(self) -> str:
         """The table anew with all that `add` gave, whatever is left of it; addresses, inside subnets and VRFs are the caller's."""
-        lines = [f"add table inet {self.table}", f"delete table inet {self.table}", self.create().rstrip("\n")]
-        for shape, members in self._shapes.items():
-            kind = ADDRESS_TYPE[shape.version]
-            lines.append(f"add set inet {self.table} shape{members.number} {{ type {kind} . {kind}; }}")
-            lines += [self._element("add", members, pair) for pair in members.pairs]
-        return "\n".join(lines) + "\n" + self._rules()
+        return f"add table inet {self.table}\ndelete table inet {self.table}\n" + self.create() + self._sets.restore() + self._rules()
 
-    def _element(self, verb: str, members: _Members, pair: tuple[IPNetwork, IPNetwork]) -> str:
-        source, destination = pair
-        return f"{verb} element inet {self.table} shape{members.number} {{ {source.network_address} . {destination.network_address} }}"
+    def _commands(self, edit: Edit) -> str:
+        return edit.before + (self._rules() if edit.reshaped else "") + edit.after
 
     def _rules(self) -> str:
         """The chain anew. Of equal priorities the older wins, as in the SPD."""
         lines = [f"flush chain inet {self.table} protected"]
-        for shape, members in sorted(self._shapes.items(), key=lambda item: (item[0].priority, item[1].number)):
-            lines.append(f"add rule inet {self.table} protected {_match(shape)} @shape{members.number} {_ports(shape)}{_verdict(shape.action)}")
+        for shape, match in sorted(self._sets, key=lambda item: item[0].priority):
+            lines.append(f"add rule inet {self.table} protected {match} {_ports(shape)}{_verdict(shape.action)}")
         return "\n".join(lines) + "\n"
 
 
@@ -195,11 +144,6 @@ def _shape(policy: Policy, source: IPNetwork, destination: IPNetwork) -> _Shape:
         selector.source_ports,
         selector.destination_ports,
     )
-
-
-def _match(shape: _Shape) -> str:
-    family = FAMILY[shape.version]
-    return f"{family} saddr & {prefix_mask(shape.version, shape.source_length)} . {family} daddr & {prefix_mask(shape.version, shape.destination_length)}"
 
 
 def _ports(shape: _Shape) -> str:

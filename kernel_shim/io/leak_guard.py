@@ -2,22 +2,19 @@
 
 The capture's rules and routes bring protected packets into the TUN; should somebody take them away, this holds until they are back, and outlives its
 process like the rest. It knows prefixes only, as the capture does: what is captured and yet bypassed leaves by the clear TUN, and passes here for that.
-Prefix pairs of one pair of lengths are one set with one rule, so a packet costs as many lookups as there are pairs of lengths, of which there are few.
+A packet costs as many lookups as there are pairs of prefix lengths, of which there are few.
 """
 
 from __future__ import annotations
 
-import errno
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from itertools import product
+from collections.abc import Mapping
 from typing import Final, NamedTuple
 
-from kernel_shim.io.capture_plan import LINK_SCOPE, CapturePlan, sides
+from kernel_shim.io.capture_plan import LINK_SCOPE, CapturePlan
 from kernel_shim.io.guard import VRF_INTERFACES, VRF_MEMBERS
-from kernel_shim.io.nft import ADDRESS_TYPE, FAMILY, NEIGHBOUR_DISCOVERY, interface_set, prefix_mask
-from kernel_shim.model import IPNetwork, KernelError, Policy
+from kernel_shim.io.nft import FAMILY, NEIGHBOUR_DISCOVERY, interface_set
+from kernel_shim.io.pair_sets import Edit, PairSets
+from kernel_shim.model import IPNetwork, Policy
 
 COUNTER: Final = "leak_dropped"
 VRF_COUNTER: Final = "vrf_errors_dropped"
@@ -31,14 +28,8 @@ _ERRORS: Final = (
 
 class _Lengths(NamedTuple):
     version: int
-    source: int
-    destination: int
-
-
-@dataclass(slots=True)
-class _Members:
-    number: int
-    pairs: Counter[tuple[IPNetwork, IPNetwork]] = field(default_factory=Counter)
+    source_length: int
+    destination_length: int
 
 
 class LeakGuardPlan:
@@ -49,8 +40,7 @@ class LeakGuardPlan:
         self._tun: Final = tun
         self._clear_tun: Final = clear_tun
         self._mark: Final = mark
-        self._members: dict[_Lengths, _Members] = {}
-        self._numbers = 0
+        self._sets: Final = PairSets(table, "captured", _lengths, MAX_LENGTH_PAIRS)
 
     guards = staticmethod(CapturePlan.captures)
 
@@ -93,71 +83,24 @@ class LeakGuardPlan:
 
     def add(self, policy: Policy) -> str:
         """KernelError(ENOSPC) when the bounds are reached; nothing has changed then."""
-        pairs = list(product(*sides(policy)))
-        if len(self._members.keys() | {_lengths(*pair) for pair in pairs}) > MAX_LENGTH_PAIRS:
-            raise KernelError(errno.ENOSPC, f"outbound policies have more than {MAX_LENGTH_PAIRS} pairs of prefix lengths")
-        lines: list[str] = []
-        for pair in pairs:
-            lengths = _lengths(*pair)
-            members = self._members.get(lengths)
-            if members is None:
-                self._numbers += 1
-                members = self._members[lengths] = _Members(self._numbers)
-                lines += self._put(lengths, members)
-            members.pairs[pair] += 1
-            if members.pairs[pair] == 1:
-                lines.append(self._element("add", members, pair))
-        return _joined(lines)
+        return self._commands(self._sets.add(policy))
 
     def remove(self, policy: Policy) -> str:
         """Of a policy that `add` took."""
-        lines: list[str] = []
-        gone: list[int] = []
-        for pair in product(*sides(policy)):
-            lengths = _lengths(*pair)
-            members = self._members[lengths]
-            members.pairs[pair] -= 1
-            if members.pairs[pair]:
-                continue
-            del members.pairs[pair]
-            lines.append(self._element("delete", members, pair))
-            if not members.pairs:
-                del self._members[lengths]
-                gone.append(members.number)
-        if gone:
-            lines.append(f"flush chain inet {self._table} captured")
-            lines += [self._rule(lengths, members) for lengths, members in self._members.items()]
-            lines += [f"delete set inet {self._table} captured{number}" for number in gone]
-        return _joined(lines)
+        return self._commands(self._sets.remove(policy))
 
     def restore(self) -> str:
         """Chains and sets anew, in a table that was made anew; inside subnets are the caller's."""
-        return self.create() + _joined(self._everything())
+        return self.create() + self._sets.restore() + self._rules()
 
-    def _everything(self) -> Iterator[str]:
-        for lengths, members in self._members.items():
-            yield from self._put(lengths, members)
-            yield from (self._element("add", members, pair) for pair in members.pairs)
+    def _commands(self, edit: Edit) -> str:
+        return edit.before + (self._rules() if edit.reshaped else "") + edit.after
 
-    def _put(self, lengths: _Lengths, members: _Members) -> list[str]:
-        kind = ADDRESS_TYPE[lengths.version]
-        return [f"add set inet {self._table} captured{members.number} {{ type {kind} . {kind}; }}", self._rule(lengths, members)]
-
-    def _rule(self, lengths: _Lengths, members: _Members) -> str:
-        family = FAMILY[lengths.version]
-        source, destination = prefix_mask(lengths.version, lengths.source), prefix_mask(lengths.version, lengths.destination)
-        match = f"{family} saddr & {source} . {family} daddr & {destination} @captured{members.number}"
-        return f"add rule inet {self._table} captured {match} counter name {COUNTER} drop"
-
-    def _element(self, verb: str, members: _Members, pair: tuple[IPNetwork, IPNetwork]) -> str:
-        source, destination = pair
-        return f"{verb} element inet {self._table} captured{members.number} {{ {source.network_address} . {destination.network_address} }}"
+    def _rules(self) -> str:
+        lines = [f"flush chain inet {self._table} captured"]
+        lines += [f"add rule inet {self._table} captured {match} counter name {COUNTER} drop" for _, match in self._sets]
+        return "\n".join(lines) + "\n"
 
 
-def _lengths(source: IPNetwork, destination: IPNetwork) -> _Lengths:
+def _lengths(_: Policy, source: IPNetwork, destination: IPNetwork) -> _Lengths:
     return _Lengths(source.version, source.prefixlen, destination.prefixlen)
-
-
-def _joined(lines: list[str] | Iterator[str]) -> str:
-    text = "\n".join(lines)
-    return text + "\n" if text else ""

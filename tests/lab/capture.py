@@ -17,6 +17,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_add
 from types import TracebackType
 from typing import Final, Self
 
+from kernel_shim.packet.traffic_class import traffic_class
 from lab.namespaces import Namespace
 from lab.process import LabError, wait_until
 
@@ -49,6 +50,8 @@ class WirePacket:
     length: int
     payload: bytes
     time: float = 0.0  # seconds of the Unix epoch, from the kernel
+    traffic_class: int = 0  # DSCP and ECN
+    dont_fragment: bool = False  # the bit of IPv4
 
     @property
     def is_ike(self) -> bool:
@@ -99,17 +102,18 @@ def dissect(frame: bytes, time: float = 0.0) -> WirePacket | None:
         protocol, length = packet[9], int.from_bytes(packet[2:4], "big")
         source, destination = IPv4Address(packet[12:16]), IPv4Address(packet[16:20])
         first = not int.from_bytes(packet[6:8], "big") & 0x1FFF
+        dont_fragment = bool(packet[6] & 0x40)
     elif kind == ETH_P_IPV6 and len(packet) >= 40:
         header, protocol, length = 40, packet[6], int.from_bytes(packet[4:6], "big") + 40
         source, destination = IPv6Address(packet[8:24]), IPv6Address(packet[24:40])
-        first = True
+        first, dont_fragment = True, False
         if protocol == 44 and len(packet) >= 48:
             protocol, header, first = packet[40], 48, not int.from_bytes(packet[42:44], "big") & 0xFFF8
     else:
         return None
     payload = packet[header:]
     ports = struct.unpack("!HH", payload[:4]) if first and protocol in (6, 17) and len(payload) >= 4 else (0, 0)
-    return WirePacket(source, destination, protocol, ports[0], ports[1], length, payload, time)
+    return WirePacket(source, destination, protocol, ports[0], ports[1], length, payload, time, traffic_class(packet), dont_fragment)
 
 
 class Capture:

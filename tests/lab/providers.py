@@ -1,7 +1,7 @@
-"""Two provider edges with three customers each, all of them in the same 10.0.0.0/24 and the same IPv6 subnet.
+"""Two or three provider edges with three customers each, all of them in the same 10.0.0.0/24 and the same IPv6 subnet.
 
-Site 1 of each customer has the lower half, site 2 the upper one; hosts believe that the whole subnet is on their link, and the PE answers
-for the other half (proxy ARP and NDP). A packet that reached another customer's host of the same address would be answered there.
+Each site of a customer has a part of it: of two sites site 1 the lower half, site 2 the upper one. Hosts believe that the whole subnet is on their
+link, and the PE answers for the other parts (proxy ARP and NDP). A packet that reached another customer's host of the same address would be answered there.
 """
 
 from __future__ import annotations
@@ -46,15 +46,26 @@ class Provider:
 @dataclass(frozen=True, slots=True)
 class Providers:
     lab: Lab
-    a: Provider
-    b: Provider
+    edges: tuple[Provider, ...]
+
+    @property
+    def a(self) -> Provider:
+        return self.edges[0]
+
+    @property
+    def b(self) -> Provider:
+        return self.edges[1]
+
+    @property
+    def c(self) -> Provider:
+        return self.edges[2]
 
 
-def _provider(lab: Lab, letter: str, number: int) -> Provider:
+def _provider(lab: Lab, letter: str, number: int, halvings: int) -> Provider:
     gateway = lab.namespace(f"pe-{letter}")
     # Strict reverse path checks know nothing of rules by interface.
     gateway.sysctl(ipv4__ip_forward=1, ipv6__conf__all__forwarding=1, ipv4__conf__all__rp_filter=0, ipv4__conf__default__rp_filter=0)
-    net4, net6 = list(SUBNET4.subnets())[number - 1], list(SUBNET6.subnets())[number - 1]
+    net4, net6 = list(SUBNET4.subnets(halvings))[number - 1], list(SUBNET6.subnets(halvings))[number - 1]
     customers = {}
     for name in CUSTOMERS:
         host, member = lab.namespace(f"{name}-{letter}"), f"ce-{name}"
@@ -72,11 +83,19 @@ def _provider(lab: Lab, letter: str, number: int) -> Provider:
 
 
 @contextmanager
-def providers() -> Iterator[Providers]:
-    """The topology, up; what leads from site to site is the test's."""
+def providers(count: int = 2, mtu: int = 1500) -> Iterator[Providers]:
+    """The topology, up; what leads from site to site is the test's. Three PEs meet at a bridge. `mtu`: of what lies between them."""
     with Lab() as lab:
-        a, b = _provider(lab, "a", 1), _provider(lab, "b", 2)
-        lab.veth(a.gateway, WAN, b.gateway, WAN)
-        for pe in (a, b):
+        edges = tuple(_provider(lab, "abc"[number], number + 1, (count - 1).bit_length()) for number in range(count))
+        if count == 2:
+            lab.veth(edges[0].gateway, WAN, edges[1].gateway, WAN, mtu=mtu)
+        else:
+            core = lab.namespace("core")
+            core.sysctl(ipv6__conf__default__disable_ipv6=1)
+            core.ip(f"link add middle mtu {mtu} type bridge", "link set middle up")
+            for number, pe in enumerate(edges):
+                lab.veth(pe.gateway, WAN, core, f"port{number}", mtu=mtu)
+                core.ip(f"link set port{number} master middle")
+        for pe in edges:
             pe.gateway.ip(f"addr add {pe.wan4}/24 dev {WAN}", f"addr add {pe.wan6}/64 dev {WAN} nodad")
-        yield Providers(lab, a, b)
+        yield Providers(lab, edges)

@@ -74,6 +74,7 @@ class Tunnel:
     ppk_b: str = ""
     ppk_name_b: str = PPK_NAME  # whom B has it for
     more_children: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # name -> ts_a, ts_b; else like the first
+    more_options: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # further lines of one of these children, on both sides
 
     def _selector(self, site: Site, given: str) -> str:
         if given:
@@ -137,6 +138,7 @@ class Tunnel:
                 "start_action": start,
                 **self.child_options,
                 **more,
+                **self.more_options.get(name, {}),
             }
             children += f"      {name} {{\n" + "".join(f"        {option} = {value}\n" for option, value in child.items()) + "      }\n"
         path = directory / "swanctl.conf"

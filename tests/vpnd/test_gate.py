@@ -11,7 +11,11 @@ from lab.ike_pair import psk_pair
 
 from kernel_shim.model import Endpoint
 from vpnd.gate import Admitted, Gate, GateSettings, Refused, Reply, origin_of
+from vpnd.ike.iana import NotifyType
 from vpnd.ike.transport import MAX_REPEATS_OF_STRANGERS
+from vpnd.ike.wire.header import CRITICAL, FLAG_INITIATOR, FLAG_RESPONSE
+from vpnd.ike.wire.message import decode_message
+from vpnd.ike.wire.payloads import NotifyPayload
 
 
 def first_request() -> bytes:
@@ -52,3 +56,26 @@ def test_a_stranger_does_not_make_us_answer_for_ever() -> None:
     assert len(pair.flight) == 1 + MAX_REPEATS_OF_STRANGERS
     pair.settle()
     assert pair.b.established()
+
+
+def test_an_unknown_critical_payload_is_named_and_costs_nothing() -> None:
+    """RFC 7296 section 2.5."""
+    gate, remote, data = Gate(GateSettings(cookie_threshold=1), random.Random(1).randbytes), Endpoint(ip_address("192.0.2.9"), 500), first_request()
+
+    def preceded(critical: int, flags: int = FLAG_INITIATOR) -> bytes:
+        """The request with a payload of type 200 before all others."""
+        unknown = bytes((data[16], critical, 0, 8)) + b"what"
+        length = (len(data) + len(unknown)).to_bytes(4, "big")
+        return data[:16] + bytes((200,)) + data[17:19] + bytes((flags,)) + data[20:24] + length + unknown + data[28:]
+
+    # HDR, ?*, SAi1, KEi, Ni -->  <-- HDR, N(UNSUPPORTED_CRITICAL_PAYLOAD)
+    verdict = gate.judge(preceded(CRITICAL), remote, 5, 5, 1.0)
+    assert isinstance(verdict, Reply)
+    answer = decode_message(verdict.answer)
+    assert answer.header.response
+    assert [(notify.type, notify.data) for notify in answer.all(NotifyPayload)] == [(NotifyType.UNSUPPORTED_CRITICAL_PAYLOAD, bytes((200,)))]
+    assert len(verdict.answer) < len(data)
+    # nobody answers an answer, and what is not critical is skipped
+    assert gate.judge(preceded(CRITICAL, FLAG_INITIATOR | FLAG_RESPONSE), remote, 5, 5, 1.0) == Refused("ike_malformed")
+    assert gate.judge(preceded(CRITICAL, 0), remote, 5, 5, 1.0) == Refused("ike_malformed")
+    assert isinstance(gate.judge(preceded(0), remote, 0, 0, 1.0), Admitted)

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from vpnd.config.reader import Reader, integer
+from vpnd.config.reader import MAX_OCTETS, Reader, integer
 
 DEFAULT_CHILD_REKEY: Final = 3600.0  # s
 DEFAULT_IKE_REKEY: Final = 14400.0  # s
 SMALLEST_REKEY_BYTES: Final = 1 << 16  # an SA that a few packets wear out is nothing but rekeying
 SMALLEST_REKEY_PACKETS: Final = 64
 SMALLEST_OVER: Final = 1.0  # s, of those that follow from other options
+SMALLEST_DIFFERENCE: Final = 1  # s, between rekeying and end of a CHILD_SA, where the one follows from the other
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,18 +47,18 @@ def child_lifetimes(reader: Reader) -> tuple[ChildLifetime, ChildLifetime, Child
 def _of_child(reader: Reader, unit: str, read: Callable[[str], float | None], default: float, smallest: int) -> ChildLifetime:
     """Each missing one follows from the others."""
     rekey, life, rand = read(f"rekey_{unit}"), read(f"life_{unit}"), read(f"rand_{unit}")
-    given = "life" if rekey is None else "rekey"
+    given = "rekey" if rekey else "life"
     if rekey is None:
         rekey = default if life is None else int(life) * 10 // 11
     if life is None:
-        life = int(rekey) * 11 // 10
+        life = min(max(int(rekey) * 11 // 10, int(rekey) + SMALLEST_DIFFERENCE), MAX_OCTETS) if rekey else 0
+    elif 0 < life <= rekey:
+        reader.complain(f"life_{unit} is not more than rekey_{unit}: the SA would go before its successor comes", f"life_{unit}")
     if rand is None:
         rand = min(life - min(life, rekey), int(rekey) // 2) if rekey else life - min(life, rekey)
     elif rekey and rand > rekey:
         reader.complain(f"rand_{unit} is more than rekey_{unit}: the SA could be due as soon as it stands", f"rand_{unit}")
-    if life and life < rekey:
-        reader.complain(f"life_{unit} is less than rekey_{unit}: the SA would go before its successor comes", f"life_{unit}")
-    if 0 < rekey < smallest:
+    if 0 < (rekey or life) < smallest:
         reader.complain(f"an SA of fewer than {smallest} {unit} would be rekeyed without end", f"{given}_{unit}")
     return ChildLifetime(float(rekey) if unit == "time" else rekey, float(life) if unit == "time" else life, float(rand) if unit == "time" else rand)
 
@@ -83,4 +84,4 @@ def ike_lifetime(reader: Reader) -> IkeLifetime:
 
 
 def _packets(text: str) -> int:
-    return integer(text, 0, 2**64 - 1)
+    return integer(text, 0, MAX_OCTETS)

@@ -274,6 +274,10 @@ class Manager:
         if entry is not None:
             self.run(entry, entry.sa.receive(data, local, remote, now))
             return
+        # a request of our own that was sent back to us: whoever shares its secret with us would be us
+        if key[0] in self.registry:
+            self.counters.add("ike_reflected")
+            return
         if self._draining:
             self.counters.add("ike_refused_draining")
             return

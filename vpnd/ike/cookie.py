@@ -11,7 +11,7 @@ from kernel_shim.model import IPAddress
 from vpnd.ike.crypto import Entropy
 from vpnd.ike.iana import Exchange, NotifyType
 from vpnd.ike.wire.errors import MalformedMessage
-from vpnd.ike.wire.header import HEADER_LENGTH, NO_SPI, Header, IkeSpi, MessageId
+from vpnd.ike.wire.header import HEADER_LENGTH, NO_SPI, Header, IkeSpi, MessageId, decode_header
 from vpnd.ike.wire.message import Message, decode_message, encode_message
 from vpnd.ike.wire.payloads import NoncePayload, NotifyPayload
 
@@ -86,15 +86,16 @@ def parse_init_request(datagram: bytes) -> InitRequest | None:
         message = decode_message(datagram)
     except MalformedMessage:
         return None
-    header = message.header
-    opens = header.exchange in (Exchange.IKE_SA_INIT, Exchange.IKE_SESSION_RESUME) and header.initiator and not header.response and header.message_id == 0
     nonce = message.first(NoncePayload)
-    if not opens or header.responder_spi != NO_SPI or header.initiator_spi == NO_SPI or nonce is None:
-        return None
-    if not NONCE_MINIMUM <= len(nonce.data) <= NONCE_MAXIMUM:
+    if not _opens(message.header) or nonce is None or not NONCE_MINIMUM <= len(nonce.data) <= NONCE_MAXIMUM:
         return None
     cookie = message.notify(NotifyType.COOKIE)
-    return InitRequest(header, nonce.data, cookie.data if cookie else None)
+    return InitRequest(message.header, nonce.data, cookie.data if cookie else None)
+
+
+def _opens(header: Header) -> bool:
+    opening = header.exchange in (Exchange.IKE_SA_INIT, Exchange.IKE_SESSION_RESUME) and header.message_id == 0
+    return opening and header.initiator and not header.response and header.responder_spi == NO_SPI
 
 
 def cookie_reply(request: InitRequest, cookie: bytes) -> bytes:
@@ -106,6 +107,17 @@ def stateless_reply(request: Header, notify: int, data: bytes = b"") -> bytes:
     """A response of one notification, for which nothing is remembered."""
     header = Header(request.initiator_spi, request.responder_spi, request.exchange, request.message_id, initiator=False, response=True)
     return encode_message(Message(header, (NotifyPayload(notify, data),)))
+
+
+def unsupported_critical_payload(datagram: bytes) -> bytes | None:
+    """RFC 7296 section 2.5: the answer to a request that may open an IKE SA, for a critical payload that we do not know; None when none is due."""
+    try:
+        decode_message(datagram)
+    except MalformedMessage as error:
+        # the header was read before any payload
+        if error.notify == NotifyType.UNSUPPORTED_CRITICAL_PAYLOAD and _opens(header := decode_header(datagram)):
+            return stateless_reply(header, error.notify, error.data)
+    return None
 
 
 def invalid_major_version(datagram: bytes) -> bytes | None:

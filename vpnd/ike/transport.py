@@ -23,7 +23,7 @@ from vpnd.ike.window import Inbox, Outstanding, Serving
 from vpnd.ike.wire.errors import IntegrityFailure, MalformedMessage
 from vpnd.ike.wire.header import Header, MessageId
 from vpnd.ike.wire.message import Message, decode_payloads, plain_form, plain_message
-from vpnd.ike.wire.payloads import DeletePayload, NotifyPayload, Payload, SkfPayload, UnknownPayload
+from vpnd.ike.wire.payloads import DeletePayload, NotifyPayload, Payload, SkfPayload
 
 UNPROTECTED_ERROR_GRACE: Final = 2.0  # s that an unprotected error gives the true answer to arrive
 NARROW_COPY: Final = 2  # from this copy on a request is taken to have been too long for its path, of which nobody told us
@@ -242,11 +242,7 @@ class Transport(Session):
             return
         self._heard(local, remote)
         self._fallback = None
-        # RFC 7296 section 2.5
-        unknown = next((payload for payload in opened.payloads if isinstance(payload, UnknownPayload) and payload.critical), None)
-        if unknown is not None:
-            self._refuse(serving, NotifyPayload(NotifyType.UNSUPPORTED_CRITICAL_PAYLOAD, bytes([unknown.type])), f"critical payload {unknown.type}")
-        elif responder is None:
+        if responder is None:
             self._refuse(serving, NotifyPayload(NotifyType.INVALID_SYNTAX), f"exchange {header.exchange}")
         else:
             self._serving = serving

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from kernel_shim.model import NO_MARK, Mark
+from vpnd.config import load_text
 from vpnd.config.errors import ConfigErrors
 from vpnd.config.model import ChildConfig, ConnectionConfig, StartAction, UniquePolicy
 from vpnd.config.tree import Plain, Section
@@ -53,10 +56,44 @@ def test_missing_lifetimes_of_an_ike_sa_follow_from_the_others(options: Plain, e
         ({"children": {"net": {"rand_time": "2h"}}}, "rand_time: rand_time is more than rekey_time: the SA could be due as soon as it stands"),
         ({"children": {"net": {"rekey_bytes": "1K"}}}, "rekey_bytes: an SA of fewer than 65536 bytes would be rekeyed without end"),
         ({"children": {"net": {"life_packets": "9"}}}, "life_packets: an SA of fewer than 64 packets would be rekeyed without end"),
+        ({"children": {"net": {"life_packets": "1"}}}, "life_packets: an SA of fewer than 64 packets would be rekeyed without end"),
+        ({"children": {"net": {"rekey_bytes": "0", "life_bytes": "9"}}}, "life_bytes: an SA of fewer than 65536 bytes would be rekeyed without end"),
+        (
+            {"children": {"net": {"rekey_time": "1h", "life_time": "1h"}}},
+            "life_time: life_time is not more than rekey_time: the SA would go before its successor comes",
+        ),
     ],
 )
 def test_absurd_lifetimes_are_refused(options: Plain, complaint: str) -> None:
     assert complaints(options) == [complaint]
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["-1", "1.5", "1e9", "nan", "inf", "1y", "0x", "1_000", "\u0663", "9223372036854775808", "18446744073709551616", "99999999999d", "99999999999G"],
+)
+@pytest.mark.parametrize("option", ["rekey_time", "life_time", "rand_time", "rekey_bytes", "life_bytes", "rand_bytes", "rekey_packets", "life_packets"])
+def test_what_is_no_lifetime_is_refused_with_its_place(option: str, value: str) -> None:
+    text = f"connections {{\n gw {{\n  remote_addrs = 192.0.2.2\n  children {{\n   net {{\n    {option} = {value}\n   }}\n  }}\n }}\n}}\n"
+    with pytest.raises(ConfigErrors) as caught:
+        load_text(text, Path("/nonexistent"))
+    (error,) = caught.value.errors
+    assert str(error).startswith(f"<text>:6:{len(option) + 8}: connections.gw.children.net.{option}: ")
+
+
+def test_the_greatest_lifetimes_fit_what_kernels_count_with() -> None:
+    for unit in ("bytes", "packets"):
+        for greatest in (child(**{f"rekey_{unit}": str(2**63 - 1)}), child(**{f"life_{unit}": str(2**63 - 1)})):
+            found = [getattr(greatest, f"{which}_{unit}") for which in ("rekey", "life", "rand")]
+            assert max(found) < 2**63
+    assert child(rekey_time=str(2**31 - 1)).life_time < 2**32
+
+
+@pytest.mark.parametrize("seconds", range(1, 12))
+def test_a_successor_has_time_to_come_however_short_the_life(seconds: int) -> None:
+    found = child(rekey_time=f"{seconds}s")
+    assert found.life_time >= found.rekey_time + 1
+    assert found.rand_time <= found.rekey_time / 2
 
 
 def test_the_random_part_that_follows_from_a_long_life_leaves_half_of_the_time() -> None:

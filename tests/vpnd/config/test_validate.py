@@ -201,7 +201,7 @@ def test_complaints_of_connections(options: Plain, message: str) -> None:
         ({"replay_window": "4097"}, "replay_window: 4097 is not within 0 to 4096"),
         ({"replay_window": "31"}, "replay_window: 31 is neither 0 nor within 32 to 4096"),
         ({"rekey_bytes": "1T"}, "rekey_bytes: '1T' is not a volume, such as 1000, 500K, 20M or 1G"),
-        ({"rekey_time": "2h", "life_time": "1h"}, "life_time: life_time is less than rekey_time: the SA would go before its successor comes"),
+        ({"rekey_time": "2h", "life_time": "1h"}, "life_time: life_time is not more than rekey_time: the SA would go before its successor comes"),
         ({"unresolved": "hold"}, "unresolved: 'hold' is not one of queue, eagain, block, drop"),
         ({"local_ts": ["10.0.0.0/33"]}, "local_ts: '10.0.0.0/33' is not a prefix, an address range or 'dynamic'"),
         ({"local_ts": ["10.0.0.0/8[tcp/80"]}, "local_ts: '10.0.0.0/8[tcp/80' has no closing ']' at its end"),

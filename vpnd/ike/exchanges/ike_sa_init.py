@@ -25,7 +25,7 @@ from vpnd.ike.state import IkeSaState
 from vpnd.ike.wire.errors import MalformedMessage
 from vpnd.ike.wire.header import NO_SPI, Header, MessageId
 from vpnd.ike.wire.message import Message, decode_message, encode_message
-from vpnd.ike.wire.payloads import CertReqPayload, KePayload, NoncePayload, NotifyPayload, Payload, SaPayload, UnknownPayload, VendorIdPayload
+from vpnd.ike.wire.payloads import CertReqPayload, KePayload, NoncePayload, NotifyPayload, Payload, SaPayload, VendorIdPayload
 
 MAX_REQUESTED: Final = 256  # authorities that a CERTREQ names; more would not fit a datagram
 MAX_RESTARTS: Final = 4  # cookies and other groups that one attempt answers; they come from anybody
@@ -197,10 +197,6 @@ def respond(
         reject: list[Effect] = [AuthenticationRejected(None, None, f"{remote}: {why}")] if why else []
         return None, [*reject, Send(local, remote, stateless_reply(header, notify, data))]
 
-    # RFC 7296 section 2.5
-    unknown = next((payload for payload in request.payloads if isinstance(payload, UnknownPayload) and payload.critical), None)
-    if unknown is not None:
-        return refuse(NotifyType.UNSUPPORTED_CRITICAL_PAYLOAD, bytes([unknown.type]))
     sa, ke, nonce = request.first(SaPayload), request.first(KePayload), request.first(NoncePayload)
     if sa is None or ke is None or nonce is None or not NONCE_MINIMUM <= len(nonce.data) <= NONCE_MAXIMUM:
         return refuse(NotifyType.INVALID_SYNTAX)

@@ -24,7 +24,7 @@ from vpnd.ike.state import IkeSaState
 from vpnd.ike.wire.errors import MalformedMessage
 from vpnd.ike.wire.header import NO_SPI, Header, MessageId
 from vpnd.ike.wire.message import Message, decode_message, encode_message
-from vpnd.ike.wire.payloads import NoncePayload, NotifyPayload, Payload, UnknownPayload
+from vpnd.ike.wire.payloads import NoncePayload, NotifyPayload, Payload
 
 LIFETIME_LENGTH: Final = 4  # octets before the ticket in TICKET_LT_OPAQUE, RFC 5723 section 7.2
 
@@ -114,9 +114,6 @@ def respond(
     opens = header.exchange == Exchange.IKE_SESSION_RESUME and header.initiator and not header.response and header.message_id == 0
     if not opens or header.responder_spi != NO_SPI or nonce is None or not NONCE_MINIMUM <= len(nonce.data) <= NONCE_MAXIMUM:
         return None, []
-    unknown = next((payload for payload in request.payloads if isinstance(payload, UnknownPayload) and payload.critical), None)
-    if unknown is not None:
-        return None, [Send(local, remote, stateless_reply(header, NotifyType.UNSUPPORTED_CRITICAL_PAYLOAD, bytes([unknown.type])))]
     ticket = request.notify(NotifyType.TICKET_OPAQUE)
     state = context.resumption.office.open(ticket.data, now) if ticket is not None else None
     connection = next((each for each in context.candidates(local, remote) if state is not None and _still_fits(context, each, state)), None)
