@@ -12,6 +12,8 @@ import lab.process
 import pytest
 from lab import strongswan
 from lab.forks import fork_servers
+from realkernel import guest
+from realkernel.guest import Guest
 
 CI = os.environ.get("CI") == "true"
 
@@ -27,6 +29,23 @@ def no_interpreter_starts() -> Iterator[None]:
         lab.process.fork_servers = servers
         yield
         lab.process.fork_servers = ()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def real_kernel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guest | None]:
+    """It boots as soon as its tests are chosen, and runs them beside all others; None where the machine lacks what it needs."""
+    chosen = any(item.get_closest_marker("realkernel") for item in request.session.items)
+    if not chosen or guest.missing():
+        yield None
+        return
+    running = Guest(tmp_path_factory.mktemp("realkernel"))
+    yield running
+    running.stop()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The kernel's tests come last: it takes as long as all others together."""
+    items.sort(key=lambda item: item.get_closest_marker("realkernel") is not None)
 
 
 def pytest_configure(config: pytest.Config) -> None:
