@@ -12,6 +12,7 @@ import lab.process
 import pytest
 from lab import strongswan
 from lab.forks import fork_servers
+from lab.root import HOST, NEWER
 from realkernel import guest
 from realkernel.guest import Guest
 
@@ -49,6 +50,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "newer: meets the strongSwan of a newer Debian")
     config.addinivalue_line("markers", "root: needs root, /dev/net/tun, iproute2 and nftables, but no second gateway")
 
 
@@ -69,8 +71,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     lacks = ""
     if any(item.get_closest_marker(name) for name in ("pair", "interop", "root")):
         lacks = _lab_lacks()
-    if item.get_closest_marker("interop") and strongswan.missing():
-        lacks = ", ".join(filter(None, (lacks, strongswan.missing())))
+    for marker, peer in (("interop", HOST), ("newer", NEWER)):
+        if item.get_closest_marker(marker):
+            lacks = ", ".join(filter(None, (lacks, strongswan.missing(peer))))
     if lacks:
         reason = f"missing: {lacks}"
         if CI:
