@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 from lab.ike_pair import Datagram, Pair, agree, child, psk_pair
 
-from kernel_shim.model import Endpoint
 from vpnd.ike.effects import Reason
 from vpnd.ike.iana import Exchange, NotifyType
 from vpnd.ike.session import Ask, Session, Steps, Task, ask
@@ -42,7 +41,6 @@ def test_what_is_sent_back_changes_nothing(flags: int) -> None:
 
     pair.connect(reflect)
     agree(pair, 1)
-    (entry,) = pair.a.sa.children.values()
     for act in (
         lambda: (pair.b, pair.b.sa.rekey_child(next(iter(pair.b.sa.children)), pair.now)),
         lambda: (pair.a, pair.a.sa.rekey(pair.now)),
