@@ -12,6 +12,9 @@ import lab.process
 import pytest
 from lab import strongswan
 from lab.forks import fork_servers
+from lab.root import HOST, NEWER
+from realkernel import guest
+from realkernel.guest import Guest
 
 CI = os.environ.get("CI") == "true"
 
@@ -29,7 +32,25 @@ def no_interpreter_starts() -> Iterator[None]:
         lab.process.fork_servers = ()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def real_kernel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guest | None]:
+    """It boots as soon as its tests are chosen, and runs them beside all others; None where the machine lacks what it needs."""
+    chosen = any(item.get_closest_marker("realkernel") for item in request.session.items)
+    if not chosen or guest.missing():
+        yield None
+        return
+    running = Guest(tmp_path_factory.mktemp("realkernel"))
+    yield running
+    running.stop()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The kernel's tests come last: it takes as long as all others together."""
+    items.sort(key=lambda item: item.get_closest_marker("realkernel") is not None)
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "newer: meets the strongSwan of a newer Debian")
     config.addinivalue_line("markers", "root: needs root, /dev/net/tun, iproute2 and nftables, but no second gateway")
 
 
@@ -50,8 +71,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     lacks = ""
     if any(item.get_closest_marker(name) for name in ("pair", "interop", "root")):
         lacks = _lab_lacks()
-    if item.get_closest_marker("interop") and strongswan.missing():
-        lacks = ", ".join(filter(None, (lacks, strongswan.missing())))
+    for marker, peer in (("interop", HOST), ("newer", NEWER)):
+        if item.get_closest_marker(marker):
+            lacks = ", ".join(filter(None, (lacks, strongswan.missing(peer))))
     if lacks:
         reason = f"missing: {lacks}"
         if CI:

@@ -16,7 +16,7 @@ from typing import Final
 
 import structlog
 
-from kernel_shim.channel import af_key, xfrm
+from kernel_shim.channel import af_key_socket, xfrm
 from kernel_shim.channel.af_key import AfKeyChannel
 from kernel_shim.channel.api import ChannelClosed, KernelChannel
 from kernel_shim.channel.pfkey import PfKeyChannel
@@ -202,7 +202,7 @@ class Daemon:
         return await self._opened(PfKeyChannel(config.shim_socket))
 
     def _bypass(self) -> Bypass:
-        return af_key.bypass_policies if self._config.kernel is KernelChoice.PFKEY else xfrm.bypass_policies
+        return af_key_socket.bypass_policies if self._config.kernel is KernelChoice.PFKEY else xfrm.bypass_policies
 
     async def _opened(self, channel: KernelChannel) -> KernelChannel:
         await channel.open()

@@ -12,23 +12,20 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import os
 import secrets
-import socket
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from ipaddress import IPv4Address
 from pathlib import Path
-from struct import Struct
-from typing import Final
 
 from kernel_shim.algorithms import EspAlgorithm
+from kernel_shim.channel.af_key_acquires import AfKeyAcquires
+from kernel_shim.channel.af_key_socket import AfKeyTransport
 from kernel_shim.channel.api import ChannelClosed
-from kernel_shim.channel.linux import ACQUIRE_SECONDS, DROPS, MAX_ACQUIRES, HoldQueue, is_local, random_spi, xfrm_statistics
-from kernel_shim.channel.look import Look
-from kernel_shim.channel.pfkey_link import EventListeners, PfKeyLink, RequestRefused, Transport
+from kernel_shim.channel.linux import ACQUIRE_SECONDS, HoldQueue, is_local, xfrm_statistics
+from kernel_shim.channel.listeners import EventListeners
+from kernel_shim.channel.pfkey_link import PfKeyLink, RequestRefused, Transport
 from kernel_shim.channel.standing import StandingPolicies
 from kernel_shim.model import (
     Acquire,
@@ -64,80 +61,11 @@ from kernel_shim.pfkey.af_key import (
     told_policy,
     told_sa,
 )
-from kernel_shim.pfkey.codec import Codec
-from kernel_shim.pfkey.constants import PF_KEY_V2, MessageType, SaType
+from kernel_shim.pfkey.constants import MessageType, SaType
 from kernel_shim.pfkey.messages import Message, PfKeyError, PolicyExtension, Sa
 from kernel_shim.pfkey.policy_messages import require_selector_expressible, selector_extensions
 from kernel_shim.pfkey.sa_messages import sa_id_extensions, spi_request_extensions
 from kernel_shim.secret import Secret
-
-AF_KEY: Final = 15  # linux/socket.h
-RECEIVE_BUFFER: Final = 8 << 20  # octets: some 5,000 ACQUIREs, each of which repeats all that the kernel could do
-FULL: Final = (5, 6)  # of the buffer: from here on messages may have been dropped. A dump alone waits at 2/3 (pfkey_can_dump)
-FOUND_SEQUENCES: Final = 0xC0000000  # the first of ours, for ACQUIREs whose own number nobody heard
-
-# asm-generic/socket.h, linux/sock_diag.h, linux/in.h, linux/in6.h, linux/ipsec.h
-_SO_RCVBUFFORCE: Final = 33
-_SO_MEMINFO: Final = 55
-_MEMINFO: Final = Struct("=II")  # SK_MEMINFO_RMEM_ALLOC, SK_MEMINFO_RCVBUF
-_MEMINFO_SIZE: Final = 36
-_IP_IPSEC_POLICY: Final = 16
-_IPV6_IPSEC_POLICY: Final = 34
-_IPSEC_POLICY_BYPASS: Final = 4
-_SADB_X_POLICY: Final = Struct("=HHHBBII")
-_SADB_X_EXT_POLICY: Final = 18
-
-_LarvalKey = tuple[IPAddress, IPAddress, Mode, ReqId]
-
-
-class AfKeyTransport:
-    """`connect` raises KernelError(EPROTONOSUPPORT) where the kernel has no AF_KEY, PermissionError without CAP_NET_ADMIN."""
-
-    answers_at_once = True
-
-    def __init__(self, receive_buffer: int = RECEIVE_BUFFER) -> None:
-        self._receive_buffer = receive_buffer
-        self._full = False
-
-    async def connect(self) -> socket.socket:
-        opened = open_af_key(self._receive_buffer)
-        try:
-            # The first REGISTER has the kernel load its cipher modules, which may take seconds: not on the loop.
-            await asyncio.get_running_loop().run_in_executor(None, _load_ciphers, opened)
-        except BaseException:
-            opened.close()
-            raise
-        return opened
-
-    def receive(self, opened: socket.socket, buffer: bytearray) -> tuple[int, tuple[int, ...]]:
-        return opened.recv_into(buffer), ()
-
-    def overrun(self, opened: socket.socket) -> bool:
-        """Said when a time of drops begins, and again when it is over."""
-        filled, size = _MEMINFO.unpack_from(opened.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, _MEMINFO_SIZE))
-        full = filled * FULL[1] > size * FULL[0]
-        changed, self._full = full is not self._full, full
-        return changed
-
-
-def open_af_key(receive_buffer: int = RECEIVE_BUFFER) -> socket.socket:
-    """A socket that does not block, with a receive buffer beyond net.core.rmem_max where we may. Errors as of `AfKeyTransport`."""
-    try:
-        opened = socket.socket(AF_KEY, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, PF_KEY_V2)
-    except OSError as error:
-        if error.errno not in (errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT, errno.ESOCKTNOSUPPORT):
-            raise
-        raise KernelError(errno.EPROTONOSUPPORT, f"this kernel has no AF_KEY (module af_key): {error.strerror}") from error
-    try:
-        opened.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, receive_buffer // 2)  # the kernel doubles it
-    except OSError:
-        opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer // 2)
-    return opened
-
-
-def _load_ciphers(opened: socket.socket) -> None:
-    opened.send(Codec().encode(Message(MessageType.REGISTER, SaType.UNSPEC, sequence=1, pid=os.getpid())))
-    opened.recv(1 << 16)
 
 
 class AfKeyChannel:
@@ -166,12 +94,9 @@ class AfKeyChannel:
         self._standing = StandingPolicies(lambda direction, selector: (direction, selector))
         self._policy_lock = asyncio.Lock()  # so that no kick puts back what was just deleted
         self._directions: dict[SaId, Direction] = {}  # of all that is ours, reserved SPIs included
-        self._acquires: OrderedDict[AcquireSequence, Acquire] = OrderedDict()
-        self._larval: dict[_LarvalKey, AcquireSequence] = {}
-        self._next_found = FOUND_SEQUENCES
-        self._look = Look(self._find_acquires, "af-key-acquires")
         self._closed_listeners: list[Callable[[], None]] = []
         self._counters = {"acquires": 0, "expires": 0, "mappings": 0, "foreign": 0, "malformed": 0, "kicks": 0, "found": 0}
+        self._acquires = AfKeyAcquires(self._link, self._standing, self._dump_sas, self._listeners.tell, self._counters)
 
     def capabilities(self) -> Capabilities:
         """Known once `open` has returned; ChannelClosed before."""
@@ -183,7 +108,7 @@ class AfKeyChannel:
         """Larval SAs whose ACQUIREs an earlier listener, or none, has heard are reported too: they stand in the way of the next ACQUIRE."""
         self._listeners.on_event(listener)
         if self._link.is_open:
-            self._look.ask()
+            self._acquires.look()
 
     def on_overrun(self, listener: Callable[[], None]) -> None:
         self._listeners.on_overrun(listener)
@@ -212,7 +137,7 @@ class AfKeyChannel:
             self._hold.look()
 
     async def close(self) -> None:
-        await self._look.stop()
+        await self._acquires.stop()
         self._link.close()
         self._hold.restore()
 
@@ -263,8 +188,7 @@ class AfKeyChannel:
             if error.errno != errno.EEXIST or not await self._stands(sa):
                 raise
         if sa.direction is Direction.OUT:
-            self._forget_larval(sa.source, sa.destination, sa.reqid)
-            self._acquires.pop(sa.acquire, None)
+            self._acquires.answered(sa)
             await self._kick(sa.reqid)
 
     async def update_sa(self, sa: SecurityAssociation) -> None:
@@ -304,7 +228,7 @@ class AfKeyChannel:
                 if status.sa.spi:
                     await self.delete_sa(status.sa.id)
                 else:
-                    await self._drop_larval(status.sa.source, status.sa.destination, status.sa.mode, status.sa.reqid)
+                    await self._acquires.drop(status.sa.source, status.sa.destination, status.sa.mode, status.sa.reqid)
 
     async def _stands(self, sa: SecurityAssociation) -> bool:
         """Whether a request whose answer was lost had its effect."""
@@ -324,7 +248,7 @@ class AfKeyChannel:
     def _status(self, told: SaStatus | Larval | None) -> SaStatus | None:
         """None for what is not ours."""
         if isinstance(told, Larval):
-            if told.id not in self._directions and (told.spi or self._asking(told) is None):
+            if told.id not in self._directions and (told.spi or self._acquires.asking(told) is None):
                 return None
             return told.status(self._directions.get(told.id, Direction.OUT))
         if told is None:
@@ -423,11 +347,11 @@ class AfKeyChannel:
 
     def _overrun(self) -> None:
         self._listeners.tell_overrun()
-        self._look.ask()
+        self._acquires.look()
 
     def _event(self, event: KernelEvent) -> None:
         if isinstance(event, Acquire):
-            self._acquire(event)
+            self._acquires.add(event)
             return
         told: KernelEvent | None = None
         if isinstance(event, Expire):
@@ -437,21 +361,9 @@ class AfKeyChannel:
         if told is not None:
             self._listeners.tell(told)
 
-    def _acquire(self, event: Acquire) -> None:
-        """It names the policy and the outer addresses; the rest is the policy's."""
-        policy = self._standing.of_index(event.policy)
-        if policy is None or not policy.templates:
-            self._counters["foreign"] += 1
-            self._look.ask()  # it may be of a policy whose own reply has not come yet
-            return
-        self._counters["acquires"] += 1
-        template = policy.templates[0]
-        self._acquired(replace(event, reqid=template.reqid, mode=template.mode, selector=policy.selector))
-
     def _expire(self, event: Expire) -> Expire | None:
         if not event.sa.spi:
-            for key in [key for key in self._larval if key[1] == event.sa.destination and key[3] == event.reqid]:
-                self._acquires.pop(self._larval.pop(key), None)
+            self._acquires.expired(event.sa.destination, event.reqid)
             return None
         if event.sa not in self._directions:
             self._counters["foreign"] += 1
@@ -470,78 +382,9 @@ class AfKeyChannel:
         self._counters["foreign"] += 1
         return None
 
-    async def _find_acquires(self) -> None:
-        """An ACQUIRE is state, a larval SA: what nobody has heard of is found there. Its own number it does not tell, and gets one of ours."""
-        for larval in await self._dump_sas():
-            if not isinstance(larval, Larval) or larval.spi or self._larval.get(_key(larval)) in self._acquires:
-                continue
-            policy = self._asking(larval)
-            if policy is not None:
-                self._counters["found"] += 1
-                number = AcquireSequence(self._next_found)
-                self._next_found = FOUND_SEQUENCES if self._next_found == 0xFFFFFFFF else self._next_found + 1
-                self._acquired(Acquire(number, policy.index, larval.reqid, larval.mode, larval.source, larval.destination, policy.selector))
-
-    def _asking(self, larval: Larval) -> Policy | None:
-        """The policy of ours that may have left it."""
-        for policy in self._standing.outbound(larval.reqid):
-            for template in policy.templates:
-                fits = template.source in (None, larval.source) and template.destination in (None, larval.destination)
-                if fits and (template.mode, template.reqid) == (larval.mode, larval.reqid):
-                    return policy
-        return None
-
-    def _acquired(self, event: Acquire) -> None:
-        self._acquires[event.sequence] = event
-        if event.source is not None and event.destination is not None:
-            self._larval[event.source, event.destination, event.mode, event.reqid] = event.sequence
-        if len(self._acquires) > MAX_ACQUIRES:
-            self._forget(self._acquires.popitem(last=False)[1])
-        self._listeners.tell(event)
-
-    def _forget(self, event: Acquire) -> None:
-        if event.source is not None and event.destination is not None:
-            self._forget_larval(event.source, event.destination, event.reqid)
-
-    def _forget_larval(self, source: IPAddress, destination: IPAddress, reqid: ReqId) -> None:
-        for mode in Mode:
-            sequence = self._larval.pop((source, destination, mode, reqid), None)
-            if sequence is not None:
-                self._acquires.pop(sequence, None)
-
     async def acquire_failed(self, sequence: AcquireSequence, errno: int) -> None:
         """The larval SA goes, so that the next packet asks again. RFC 2367's answer would block its flow until the larval SA expires."""
-        event = self._acquires.get(sequence)
-        if event is not None and event.source is not None and event.destination is not None:
-            await self._drop_larval(event.source, event.destination, event.mode, event.reqid)
-            self._acquires.pop(sequence, None)
-            self._forget(event)
-
-    async def _drop_larval(self, source: IPAddress, destination: IPAddress, mode: Mode, reqid: ReqId) -> None:
-        """It can only be deleted by an SPI, so it is given one first: GETSPI takes the larval SA of these ends and reqid (xfrm_find_acq).
-
-        Where there is none it makes one. So when GETSPI is repeated the first has this SPI, and another stands without any.
-        """
-        for _ in range(DROPS):
-            spi, left = random_spi(), False
-            request = SpiRequest(source, destination, mode, reqid, minimum=spi, maximum=spi)
-            try:
-                await self._link.ask(MessageType.GETSPI, spi_request_extensions(request, private=False))
-            except TimeoutError:
-                await self._delete_larval(SaId(destination, spi))
-                raise
-            except KernelError as error:
-                if error.errno != errno.ENOENT:
-                    raise
-                left = True
-            await self._delete_larval(SaId(destination, spi))
-            if not left:
-                return
-        raise TimeoutError("a larval SA stands still")
-
-    async def _delete_larval(self, sa: SaId) -> None:
-        with suppress(KernelError):  # it is gone
-            await self.delete_sa(sa)
+        await self._acquires.failed(sequence)
 
     # The rest
 
@@ -558,19 +401,7 @@ class AfKeyChannel:
         return {**own, **xfrm_statistics()}
 
 
-def _key(larval: Larval) -> _LarvalKey:
-    return larval.source, larval.destination, larval.mode, larval.reqid
-
-
 def _same(told: Policy, asked: Policy) -> bool:
     """Whether the kernel has what was asked for, as far as it keeps that."""
     kept = as_kept(asked)
     return (told.action, told.priority, told.templates) == (kept.action, kept.priority, kept.templates)
-
-
-def bypass_policies(opened: socket.socket) -> None:
-    """Let a socket's own packets, in and out, pass every policy, where only AF_KEY says so. OSError where that is not permitted."""
-    level, option = (socket.IPPROTO_IP, _IP_IPSEC_POLICY) if opened.family == socket.AF_INET else (socket.IPPROTO_IPV6, _IPV6_IPSEC_POLICY)
-    for direction in (Direction.IN, Direction.OUT):
-        words = _SADB_X_POLICY.size // 8
-        opened.setsockopt(level, option, _SADB_X_POLICY.pack(words, _SADB_X_EXT_POLICY, _IPSEC_POLICY_BYPASS, direction, 0, 0, 0))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import secrets
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,12 +10,10 @@ from typing import Final
 
 from kernel_shim.algorithms import EncryptionId, EspAlgorithm, IntegrityId
 from kernel_shim.channel.sysctl import Sysctls
-from kernel_shim.model import Action, Capabilities, Direction, IPAddress, KernelError, Policy, Spi, Unresolved
+from kernel_shim.model import Action, Capabilities, Direction, IPAddress, KernelError, Policy, Unresolved
 from kernel_shim.pfkey.af_key import AF_KEY as AF_KEY
 
 ACQUIRE_SECONDS: Final = 165  # how long a larval SA stands: as long as a negotiation may take with the default retransmissions
-MAX_ACQUIRES: Final = 65536  # remembered, so that their larval SAs can be removed; beyond it the oldest expire by themselves
-DROPS: Final = 5  # tries to remove a larval SA, each of which leaves another when its answer was lost
 STATISTICS: Final = Path("/proc/thread-self/net/xfrm_stat")
 MAX_REPLAY_WINDOW: Final = 4096  # XFRMA_REPLAY_ESN_MAX
 
@@ -85,11 +82,6 @@ class HoldQueue:
 
 def _resolves(policy: Policy) -> bool:
     return policy.direction is Direction.OUT and policy.action is Action.PROTECT
-
-
-def random_spi() -> Spi:
-    """For an SA that goes again at once. 0 to 255 are reserved (RFC 4303 section 2.1)."""
-    return Spi(secrets.randbelow(0xFFFFFF00) + 0x100)
 
 
 def is_local(address: IPAddress) -> bool:

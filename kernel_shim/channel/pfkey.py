@@ -10,7 +10,8 @@ from dataclasses import replace
 from typing import Final, TypeVar
 
 from kernel_shim.channel.api import ChannelClosed
-from kernel_shim.channel.pfkey_link import EventListeners, PfKeyLink, UnixTransport, close_all
+from kernel_shim.channel.listeners import EventListeners
+from kernel_shim.channel.pfkey_link import PfKeyLink, UnixTransport, close_all
 from kernel_shim.inspection import CachedBundle, PendingQueue
 from kernel_shim.model import (
     AcquireSequence,

@@ -11,7 +11,6 @@ import errno
 import os
 import secrets
 import socket
-from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Final, Protocol, TypeVar
@@ -28,7 +27,6 @@ READS_A_WAKEUP: Final = 64  # datagrams, so that a dump does not starve the rest
 SLICE: Final = 256  # entries of a dump that are translated at a time, for the same reason
 SOCKET_BUFFER: Final = 1 << 20  # octets
 MAX_DESCRIPTORS: Final = 16  # that one datagram may bring
-MAX_HELD_EVENTS: Final = 8192  # until the first listener comes
 CONNECT_TRIES: Final = 20  # while the shim's backlog is full
 CONNECT_PAUSE: Final = 0.05  # s
 
@@ -304,36 +302,6 @@ class PfKeyLink:
             future.set_exception(RequestRefused(event.error.errno, event.error.detail))
         else:
             future.set_exception(event.error)
-
-
-class EventListeners:
-    """Who hears of events. Those that come before the first listener are kept for it, within `MAX_HELD_EVENTS`."""
-
-    def __init__(self) -> None:
-        self._events: list[Callable[[KernelEvent], None]] = []
-        self._overruns: list[Callable[[], None]] = []
-        self._held: deque[KernelEvent] = deque()
-
-    def on_event(self, listener: Callable[[KernelEvent], None]) -> None:
-        self._events.append(listener)
-        while self._held:
-            asyncio.get_running_loop().call_soon(listener, self._held.popleft())
-
-    def on_overrun(self, listener: Callable[[], None]) -> None:
-        self._overruns.append(listener)
-
-    def tell(self, event: KernelEvent) -> None:
-        if not self._events:
-            self._held.append(event)
-            if len(self._held) > MAX_HELD_EVENTS:
-                self._held.popleft()
-                self.tell_overrun()
-        for listener in self._events:
-            asyncio.get_running_loop().call_soon(listener, event)
-
-    def tell_overrun(self) -> None:
-        for listener in self._overruns:
-            asyncio.get_running_loop().call_soon(listener)
 
 
 def _descriptors_of(ancillary: Iterable[tuple[int, int, bytes]]) -> tuple[int, ...]:

@@ -19,8 +19,9 @@ from typing import Final
 
 from kernel_shim.algorithms import EncryptionId, EspAlgorithm
 from kernel_shim.channel import linux_labels
-from kernel_shim.channel.linux import ACQUIRE_SECONDS, STATISTICS, XFRM, HoldQueue, is_local
+from kernel_shim.channel.linux import ACQUIRE_SECONDS, XFRM, HoldQueue, is_local, xfrm_statistics
 from kernel_shim.channel.linux_labels import LinuxLabels
+from kernel_shim.channel.listeners import EventListeners
 from kernel_shim.channel.netlink import LONG_TIMEOUT, SLICE, NetlinkSocket
 from kernel_shim.channel.xfrm_acquires import XfrmAcquires
 from kernel_shim.channel.xfrm_migration import check_migration, continuation, last_state, only_ports_differ
@@ -108,8 +109,7 @@ class XfrmChannel:
         self._acquire_seconds = acquire_seconds
         self._requests = NetlinkSocket()
         self._events = NetlinkSocket(GROUPS if listens else (), receive_buffer=event_buffer, on_message=self._event, on_overrun=self._overrun)
-        self._event_listeners: list[Callable[[KernelEvent], None]] = []
-        self._overrun_listeners: list[Callable[[], None]] = []
+        self._listeners = EventListeners()
         self._hold = HoldQueue(settings_file)
         self._labels = LinuxLabels(self._hold.sysctls)
         self._directed = False  # the kernel knows XFRMA_SA_DIR
@@ -118,20 +118,20 @@ class XfrmChannel:
         names = ("acquires", "expires", "mappings", "migrations", "reports", "foreign", "malformed", "kicks", "repeated", "found", "moved")
         self._counters = dict.fromkeys(names, 0)
         self._policies = XfrmPolicies(self._requests, self._hold, self._counters)
-        self._acquires = XfrmAcquires(self._requests, self._policies.standing, self._dump_sas, self._tell, self._counters)
+        self._acquires = XfrmAcquires(self._requests, self._policies.standing, self._dump_sas, self._listeners.tell, self._counters)
 
     def capabilities(self) -> Capabilities:
         return replace(XFRM, unresolved_modes=frozenset({self._hold.mode}), labels=linux_labels.available())
 
     def on_event(self, listener: Callable[[KernelEvent], None]) -> None:
         """Larval SAs whose ACQUIREs an earlier listener, or none, has heard are reported too: they stand in the way of the next ACQUIRE."""
-        self._event_listeners.append(listener)
+        self._listeners.on_event(listener)
         if self._requests.is_open:
             self._acquires.look()
 
     def on_overrun(self, listener: Callable[[], None]) -> None:
         """`listener` is called when events were lost: look at `sas()` and `policies()`."""
-        self._overrun_listeners.append(listener)
+        self._listeners.on_overrun(listener)
 
     def on_closed(self, listener: Callable[[], None]) -> None:
         """Never called: this kernel goes away only together with its host."""
@@ -139,7 +139,6 @@ class XfrmChannel:
     # Life
 
     async def open(self) -> None:
-        self._loop = asyncio.get_running_loop()
         try:
             self._requests.open()
             self._events.open()
@@ -268,7 +267,7 @@ class XfrmChannel:
 
     async def sas(self) -> Sequence[SaStatus]:
         """Ours. A larval SA that an ACQUIRE left has SPI 0 and the flow as its selectors; who listens is told of those not yet heard of."""
-        found = await (self._acquires.read() if self._event_listeners else self._dump_sas())
+        found = await (self._acquires.read() if self._listeners.any else self._dump_sas())
         standing = {sa.id for sa in found}
         self._known = {sa: known for sa, known in self._known.items() if sa in standing}
         return [self._status(sa) for sa in found]
@@ -376,16 +375,8 @@ class XfrmChannel:
     # Events
 
     def _overrun(self) -> None:
-        self._tell_overrun()
+        self._listeners.tell_overrun()
         self._acquires.look()
-
-    def _tell_overrun(self) -> None:
-        for listener in self._overrun_listeners:
-            self._loop.call_soon(listener)
-
-    def _tell(self, event: KernelEvent) -> None:
-        for listener in self._event_listeners:
-            self._loop.call_soon(listener, event)
 
     def _event(self, message: Message) -> None:
         try:
@@ -409,14 +400,14 @@ class XfrmChannel:
             self._counters["expires"] += 1
             if event.hard:
                 self._known.pop(event.sa, None)
-            self._tell(event)
+            self._listeners.tell(event)
         elif isinstance(event, NewMapping):
             self._counters["mappings"] += 1
-            self._tell(event)
+            self._listeners.tell(event)
         elif isinstance(event, Migration):
             # Somebody else moved SAs of ours: they are no longer what we know.
             self._counters["migrations"] += 1
-            self._tell_overrun()
+            self._listeners.tell_overrun()
 
     async def acquire_failed(self, sequence: AcquireSequence, errno: int) -> None:
         """The larval SA goes, so that the next packet asks again; it would block its flow for `acquire_seconds`."""
@@ -435,11 +426,7 @@ class XfrmChannel:
         own = dict(self._counters)
         for name in ("overruns", "malformed", "timeouts"):
             own[name] = own.get(name, 0) + getattr(self._requests, name) + getattr(self._events, name)
-        with suppress(OSError):
-            for line in STATISTICS.read_text().splitlines():
-                name, _, value = line.partition(" ")
-                own[name] = int(value)
-        return own
+        return {**own, **xfrm_statistics()}
 
 
 def bypass_policies(opened: socket.socket) -> None:

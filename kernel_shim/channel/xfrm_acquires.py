@@ -6,7 +6,7 @@ import errno
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 
-from kernel_shim.channel.linux import DROPS, MAX_ACQUIRES, random_spi
+from kernel_shim.channel.larval import MAX_ACQUIRES, remove_larval
 from kernel_shim.channel.look import Look
 from kernel_shim.channel.netlink import NetlinkSocket
 from kernel_shim.channel.standing import StandingPolicies
@@ -60,33 +60,20 @@ class XfrmAcquires:
         self.answered(sequence)
 
     async def drop(self, larval: Larval) -> None:
-        """A larval SA can only be deleted by an SPI, so it is given one first; it has one if an earlier try got so far, and the reply tells it.
+        """Errors as of `failed`."""
 
-        Where it is gone ALLOCSPI makes another. When that is repeated the first of those has this SPI, and a second stands without any.
-        """
-        for _ in range(DROPS):
-            spi, left = random_spi(), False
+        async def claim(spi: Spi) -> Spi:
+            replies = await self._requests.request(claim_message(larval, spi))
+            return next((sa_from(it.body, it.attributes).id.spi for it in replies if it.type == MessageType.NEWSA), spi)
+
+        async def delete(spi: Spi) -> None:
             try:
-                replies = await self._requests.request(claim_message(larval, spi))
-                spi = next((sa_from(it.body, it.attributes).id.spi for it in replies if it.type == MessageType.NEWSA), spi)
-            except TimeoutError:
-                await self._delete(larval, spi)
-                raise
+                await self._requests.request(sa_id_message(MessageType.DELSA, SaId(larval.destination, spi), larval.mark))
             except KernelError as error:
-                if error.errno != errno.ENOENT:
+                if error.errno != errno.ESRCH:
                     raise
-                left = True
-            await self._delete(larval, spi)
-            if not left:
-                return
-        raise TimeoutError("a larval SA stands still")
 
-    async def _delete(self, larval: Larval, spi: Spi) -> None:
-        try:
-            await self._requests.request(sa_id_message(MessageType.DELSA, SaId(larval.destination, spi), larval.mark))
-        except KernelError as error:
-            if error.errno != errno.ESRCH:
-                raise
+        await remove_larval(claim, delete)
 
     # Looking
 

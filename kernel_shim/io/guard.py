@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Final, NamedTuple
 
 from kernel_shim.io.nft import FAMILY, NEIGHBOUR_DISCOVERY, interface_set
-from kernel_shim.io.pair_sets import Edit, PairSets
+from kernel_shim.io.pair_sets import PairSets
 from kernel_shim.model import ANY_PROTOCOL, PROTOCOL_ICMP, PROTOCOL_ICMPV6, Action, Direction, IPAddress, IPNetwork, Policy, PortRange
 
 MAX_SHAPES: Final = 1024
@@ -38,7 +38,7 @@ class GuardPlan:
         self.table: Final = table
         self._interfaces: Final = tuple(interfaces)
         self._mark: Final = mark
-        self._sets: Final = PairSets(table, "shape", _shape, MAX_SHAPES)
+        self._sets: Final = PairSets(table, "shape", _shape, MAX_SHAPES, self._rules)
 
     @staticmethod
     def guards(policy: Policy) -> bool:
@@ -111,18 +111,15 @@ class GuardPlan:
 
     def add(self, policy: Policy) -> str:
         """KernelError(ENOSPC) when the bounds are reached; nothing has changed then."""
-        return self._commands(self._sets.add(policy))
+        return self._sets.add(policy)
 
     def remove(self, policy: Policy) -> str:
         """Of a policy that `add` took."""
-        return self._commands(self._sets.remove(policy))
+        return self._sets.remove(policy)
 
     def restore(self) -> str:
         """The table anew with all that `add` gave, whatever is left of it; addresses, inside subnets and VRFs are the caller's."""
-        return f"add table inet {self.table}\ndelete table inet {self.table}\n" + self.create() + self._sets.restore() + self._rules()
-
-    def _commands(self, edit: Edit) -> str:
-        return edit.before + (self._rules() if edit.reshaped else "") + edit.after
+        return f"add table inet {self.table}\ndelete table inet {self.table}\n" + self.create() + self._sets.restore()
 
     def _rules(self) -> str:
         """The chain anew. Of equal priorities the older wins, as in the SPD."""

@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 from kernel_shim.io.capture_plan import LINK_SCOPE, CapturePlan
 from kernel_shim.io.guard import VRF_INTERFACES, VRF_MEMBERS
 from kernel_shim.io.nft import FAMILY, NEIGHBOUR_DISCOVERY, interface_set
-from kernel_shim.io.pair_sets import Edit, PairSets
+from kernel_shim.io.pair_sets import PairSets
 from kernel_shim.model import IPNetwork, Policy
 
 COUNTER: Final = "leak_dropped"
@@ -40,7 +40,7 @@ class LeakGuardPlan:
         self._tun: Final = tun
         self._clear_tun: Final = clear_tun
         self._mark: Final = mark
-        self._sets: Final = PairSets(table, "captured", _lengths, MAX_LENGTH_PAIRS)
+        self._sets: Final = PairSets(table, "captured", _lengths, MAX_LENGTH_PAIRS, self._rules)
 
     guards = staticmethod(CapturePlan.captures)
 
@@ -83,18 +83,15 @@ class LeakGuardPlan:
 
     def add(self, policy: Policy) -> str:
         """KernelError(ENOSPC) when the bounds are reached; nothing has changed then."""
-        return self._commands(self._sets.add(policy))
+        return self._sets.add(policy)
 
     def remove(self, policy: Policy) -> str:
         """Of a policy that `add` took."""
-        return self._commands(self._sets.remove(policy))
+        return self._sets.remove(policy)
 
     def restore(self) -> str:
         """Chains and sets anew, in a table that was made anew; inside subnets are the caller's."""
-        return self.create() + self._sets.restore() + self._rules()
-
-    def _commands(self, edit: Edit) -> str:
-        return edit.before + (self._rules() if edit.reshaped else "") + edit.after
+        return self.create() + self._sets.restore()
 
     def _rules(self) -> str:
         lines = [f"flush chain inet {self._table} captured"]

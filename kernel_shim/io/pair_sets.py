@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Final, Generic, NamedTuple, Protocol, TypeVar
+from typing import Final, Generic, Protocol, TypeVar
 
 from kernel_shim.io.capture_plan import sides
 from kernel_shim.io.nft import ADDRESS_TYPE, FAMILY, prefix_mask
@@ -31,14 +31,6 @@ class Shape(Protocol):
 S = TypeVar("S", bound=Shape)
 
 
-class Edit(NamedTuple):
-    """Run `before`, then what rewrites the rules if `reshaped`, then `after`."""
-
-    before: str
-    reshaped: bool
-    after: str = ""
-
-
 @dataclass(slots=True)
 class _Set:
     number: int
@@ -46,13 +38,17 @@ class _Set:
 
 
 class PairSets(Generic[S]):
-    """One set for each shape, named by `stem` and a number; each pair is counted by the policies that have it."""
+    """One set for each shape, named by `stem` and a number; each pair is counted by the policies that have it.
 
-    def __init__(self, table: str, stem: str, shape: Callable[[Policy, IPNetwork, IPNetwork], S], most: int) -> None:
+    All that it gives is commands. `rules` gives those that write the chain anew which asks the sets: it is asked whenever sets come or go.
+    """
+
+    def __init__(self, table: str, stem: str, shape: Callable[[Policy, IPNetwork, IPNetwork], S], most: int, rules: Callable[[], str]) -> None:
         self._table: Final = table
         self._stem: Final = stem
         self._shape: Final = shape
         self._most: Final = most
+        self._rules: Final = rules
         self._sets: dict[S, _Set] = {}
         self._numbers = 0
 
@@ -63,26 +59,26 @@ class PairSets(Generic[S]):
             source, destination = prefix_mask(shape.version, shape.source_length), prefix_mask(shape.version, shape.destination_length)
             yield shape, f"{family} saddr & {source} . {family} daddr & {destination} @{self._name(members)}"
 
-    def add(self, policy: Policy) -> Edit:
+    def add(self, policy: Policy) -> str:
         """KernelError(ENOSPC) when there would be too many sets; nothing has changed then."""
         shaped = [(self._shape(policy, *pair), pair) for pair in product(*sides(policy))]
         if len(self._sets.keys() | {shape for shape, _ in shaped}) > self._most:
             raise KernelError(errno.ENOSPC, f"policies have more than {self._most} {self._stem} shapes")
         lines: list[str] = []
-        reshaped = False
+        new_shape = False
         for shape, pair in shaped:
             members = self._sets.get(shape)
             if members is None:
                 self._numbers += 1
                 members = self._sets[shape] = _Set(self._numbers)
                 lines.append(self._create(shape, members))
-                reshaped = True
+                new_shape = True
             members.pairs[pair] += 1
             if members.pairs[pair] == 1:
                 lines.append(self._element("add", members, pair))
-        return Edit("".join(lines), reshaped)
+        return "".join(lines) + (self._rules() if new_shape else "")
 
-    def remove(self, policy: Policy) -> Edit:
+    def remove(self, policy: Policy) -> str:
         """Of a policy that `add` took."""
         lines: list[str] = []
         gone: list[str] = []
@@ -97,13 +93,15 @@ class PairSets(Generic[S]):
             if not members.pairs:
                 del self._sets[shape]
                 gone.append(f"delete set inet {self._table} {self._name(members)}\n")
-        return Edit("".join(lines), bool(gone), "".join(gone))
+        return "".join(lines) + (self._rules() if gone else "") + "".join(gone)
 
     def restore(self) -> str:
-        """All sets anew, in a table that has none of them."""
-        return "".join(
-            self._create(shape, members) + "".join(self._element("add", members, pair) for pair in members.pairs) for shape, members in self._sets.items()
-        )
+        """All sets and the rules anew, in a table that has none of them."""
+        lines: list[str] = []
+        for shape, members in self._sets.items():
+            lines.append(self._create(shape, members))
+            lines += [self._element("add", members, pair) for pair in members.pairs]
+        return "".join(lines) + self._rules()
 
     def _name(self, members: _Set) -> str:
         return f"{self._stem}{members.number}"

@@ -6,6 +6,7 @@
 
 TTL follows RFC 3443: a node takes one off, from the header by which it forwards. With the uniform model the TTL of what is taken
 off is that of what comes to light; with pipe and short-pipe what comes to light keeps its own. The traffic class goes the same ways (RFC 3270 section 2.6).
+No TTL is ever raised: where a label was pushed by another model than the one by which it comes off, a loop still ends.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ class Forwarder:
             ttl = LARGEST_TTL
         tc = self.classes.traffic_class(dscp) if path.traffic_class is None else path.traffic_class
         entries = [Entry(label, tc, ttl) for label in labels]
-        return write_stack(entries + _entropy(path, flow))
+        return write_stack(entries + _entropy(path, entries[-1:], flow))
 
     # 2. Arrival
 
@@ -109,14 +110,18 @@ class Forwarder:
         vrf = PLATFORM
         while at <= last:
             label = stack[at].label
+            if at and label == ENTROPY_INDICATOR and at < last:
+                at += 2  # it belongs to the label above: what that one hands down goes past it
+                continue
             if at and not uniform:
                 ttl, tc = stack[at].ttl, stack[at].tc
+            ttl = min(ttl, stack[at].ttl)
             if not ttl:
                 return DropReason.MPLS_TTL_EXPIRED
             if label < FIRST_LABEL:
                 if label == ENTROPY_INDICATOR and at < last:
+                    # RFC 6790 section 4.3: the label above was taken off by the node before, and left its TTL and class here.
                     at += 2
-                    uniform = True  # neither has a TTL or class of its own that counts
                     continue
                 if label == ROUTER_ALERT and at < last:
                     alert = True
@@ -169,7 +174,7 @@ class Forwarder:
                     return DropReason.MPLS_PAYLOAD
                 return Way(hop, at * ENTRY, b"", ttl - 1 if uniform else None, tc if uniform else None, alert)
             if uniform:
-                rest[0] = Entry(rest[0].label, tc, ttl - 1)
+                rest[0] = Entry(rest[0].label, tc, min(ttl - 1, rest[0].ttl))
             new: list[Entry] = []
         else:
             above = ttl - 1 if uniform else LARGEST_TTL
@@ -178,7 +183,7 @@ class Forwarder:
             # The innermost takes the place of the label that came: same LSP, same TTL.
             new.append(Entry(labels[-1], tc_above, ttl - 1))
             if not rest:
-                new += _entropy(path, flow)
+                new += _entropy(path, new[-1:], flow)
         if alert:
             new.insert(0, Entry(ROUTER_ALERT, tc, ttl - 1))
         if len(new) + len(rest) > MAX_DEPTH:
@@ -186,6 +191,7 @@ class Forwarder:
         return Way(hop, len(stack) * ENTRY, write_stack(new + rest), alert=alert)
 
 
-def _entropy(path: Nhlfe, flow: FlowHash) -> list[Entry]:
-    # RFC 6790 section 4.2: the TTL of the entropy label is 0, that of its indicator that of the label above or any.
-    return [Entry(ENTROPY_INDICATOR, 0, LARGEST_TTL), Entry(entropy_label(flow()), 0, 0)] if path.entropy else []
+def _entropy(path: Nhlfe, above: list[Entry], flow: FlowHash) -> list[Entry]:
+    """Beneath the label `above`."""
+    # RFC 6790 section 4.2: the indicator has TTL and class of the label above, for penultimate-hop popping; the entropy label's TTL is 0.
+    return [above[0]._replace(label=ENTROPY_INDICATOR), Entry(entropy_label(flow()), 0, 0)] if path.entropy else []

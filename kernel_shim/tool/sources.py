@@ -58,7 +58,7 @@ def _shim_messages(path: Path) -> socket.socket:
 
 
 def _af_key_messages(_path: Path) -> socket.socket:
-    from kernel_shim.channel.af_key import open_af_key
+    from kernel_shim.channel.af_key_socket import open_af_key
 
     return open_af_key()
 

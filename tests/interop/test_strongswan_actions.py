@@ -1,15 +1,21 @@
-"""What we do when strongSwan deletes a CHILD_SA, and what it sees when we find one idle."""
+"""What we do when strongSwan deletes a CHILD_SA or is dead, and what it sees when we find one idle."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
-from lab.pairing import facing
+from lab.gateway import Gateway
+from lab.pairing import Pair, facing
 from lab.process import wait_until
 from lab.tunnel import CHILD, Side, Tunnel
 
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(120)]
 
 OUR_SIDES = [pytest.param(Side.A, id="initiator"), pytest.param(Side.B, id="responder")]
+
+
+QUICK = partial(Gateway, settings={"retransmit_timeout": "0.5", "retransmit_tries": "1"})
 
 
 def _options(ours: Side, **options: str) -> dict[str, dict[str, str]]:
@@ -25,6 +31,48 @@ def test_what_it_deletes_we_make_again(ours: Side) -> None:
         theirs.request("terminate", child=CHILD)
         wait_until(lambda: any(child.spi_in != first and child.state == "INSTALLED" for child in theirs.children()), "made again", 15.0, 0.05)
         link.carries_again()
+        assert link.leaks(of=ours) == []
+
+
+def _theirs(ours: Side) -> Side:
+    return Side.B if ours is Side.A else Side.A
+
+
+def _trapped(link: Pair, ours: Side) -> bool:
+    mine = link.daemon(ours)
+    return not mine.children() and [policy["child"] for policy in mine.policies()] == [CHILD]
+
+
+@pytest.mark.parametrize("ours", OUR_SIDES)
+def test_what_it_deletes_waits_for_the_next_packet(ours: Side) -> None:
+    with facing(ours, Tunnel(**_options(ours, close_action="trap"))) as link:  # type: ignore[arg-type]
+        link.a.initiate()
+        link.daemon(_theirs(ours)).terminate(child=CHILD)
+        wait_until(lambda: _trapped(link, ours), "trapped")
+        assert link.ping(ours).lost == 0
+        assert link.leaks(of=ours) == []
+
+
+@pytest.mark.parametrize(("ours", "action"), [(Side.A, "restart"), (Side.B, "trap"), (Side.B, "clear")])
+def test_when_it_is_dead(ours: Side, action: str) -> None:
+    """It comes back with nothing in its memory: `dpd_action` says what becomes of our CHILD_SA once we noticed."""
+    tunnel = Tunnel(**{"dpd_a" if ours is Side.A else "dpd_b": "1s"}, **_options(ours, dpd_action=action))  # type: ignore[arg-type]
+    with facing(ours, tunnel, mine=QUICK) as link:
+        link.a.initiate()
+        mine, theirs = link.daemon(ours), link.daemon(_theirs(ours))
+        first = mine.child().spi_in
+        theirs.kill()
+        theirs.start()
+        wait_until(lambda: all(child.spi_in != first for child in mine.children()), "noticed", 20.0, 0.05)
+        if action == "clear":
+            mine.wait_gone()
+            assert mine.policies() == []
+            return
+        if action == "restart":
+            mine.wait_child()
+        else:
+            wait_until(lambda: _trapped(link, ours), "trapped")
+        assert link.ping(ours, timeout=10.0).lost == 0
         assert link.leaks(of=ours) == []
 
 

@@ -51,6 +51,8 @@ SUITES = (
     "aes256-sha384-ecp521",
     "aes192-sha512-modp3072",
     "aes128-sha1-modp4096",
+    "aes128ctr-sha256-ecp256",
+    "aes256ccm16-prfsha384-modp6144",
 )
 EVERYTHING = (TrafficSelector(AddressRange.host(IPv4Address(LOCALHOST))),)
 

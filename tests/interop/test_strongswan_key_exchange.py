@@ -21,7 +21,10 @@ def test_default_proposals(ours: Side) -> None:
         carries_a_little(link)
 
 
-@pytest.mark.parametrize("ike", ["aes128gcm16-prfsha256-x448", "aes256-sha512-ecp521", "aes192gcm8-prfsha512-modp6144", "aes256ccm12-prfsha384-modp8192"])
+@pytest.mark.parametrize(
+    "ike",
+    ["aes128gcm16-prfsha256-x448", "aes256-sha512-ecp521", "aes192gcm8-prfsha512-modp6144", "aes256ccm12-prfsha384-modp8192", "aes192ctr-sha384-modp3072"],
+)
 @pytest.mark.parametrize("ours", OUR_SIDES)
 def test_further_algorithms(ours: Side, ike: str) -> None:
     with facing(ours, Tunnel(proposals=ike)) as link:

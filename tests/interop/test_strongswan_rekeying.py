@@ -3,23 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from lab.pairing import Pair, facing
-from lab.tunnel import CHILD, CONNECTION, Side, Tunnel
+from lab.pairing import facing, rekey_at_once, rekey_in_turn
+from lab.tunnel import CHILD, Side, Tunnel
 
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(180)]
 
 OUR_SIDES = [pytest.param(Side.A, id="initiator"), pytest.param(Side.B, id="responder")]
-
-
-def rekey_in_turn(link: Pair) -> None:
-    for _ in range(2):
-        for side in Side:
-            done = link.rekeyed()
-            link.daemon(side).rekey(child=CHILD)
-            done()
-            done = link.rekeyed(children=False)
-            link.daemon(side).rekey(ike=CONNECTION)
-            done()
 
 
 @pytest.mark.parametrize("esp", ["aes128gcm16", "aes128gcm16-x25519"], ids=["without-pfs", "with-pfs"])
@@ -28,7 +17,7 @@ def test_rekeying_under_traffic(ours: Side, esp: str) -> None:
     with facing(ours, Tunnel(esp_proposals=esp)) as link:
         link.a.initiate()
         with link.datagrams_all_the_while():
-            rekey_in_turn(link)
+            rekey_in_turn(link, rounds=2)
         assert link.leaks() == []
 
 
@@ -37,15 +26,7 @@ def test_both_sides_rekey_at_once(ours: Side) -> None:
     with facing(ours, Tunnel(esp_proposals="aes128gcm16-x25519")) as link:
         link.a.initiate()
         with link.datagrams_all_the_while():
-            for _ in range(3):
-                done = link.rekeyed()
-                for side in Side:
-                    link.daemon(side).rekey(child=CHILD)
-                done()
-                done = link.rekeyed(children=False)
-                for side in Side:
-                    link.daemon(side).rekey(ike=CONNECTION)
-                done()
+            rekey_at_once(link, rounds=3)
         assert link.leaks() == []
 
 

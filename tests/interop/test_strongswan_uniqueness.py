@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.interop, pytest.mark.timeout(180)]
 OUR_SIDES = [pytest.param(Side.A, id="initiator"), pytest.param(Side.B, id="responder")]
 
 
-@pytest.mark.parametrize(("unique", "left"), [("never", 2), ("no", 1), ("replace", 1)])
+@pytest.mark.parametrize(("unique", "left"), [("never", 2), ("no", 1), ("replace", 1), ("keep", 1)])
 @pytest.mark.parametrize("ours", OUR_SIDES)
 def test_a_peer_that_forgot_everything_comes_back(ours: Side, unique: str, left: int) -> None:
     """It says INITIAL_CONTACT, unless `unique = never`."""

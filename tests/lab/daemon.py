@@ -42,6 +42,7 @@ class ChildSa:
     local_ts: tuple[str, ...]
     remote_ts: tuple[str, ...]
     algorithm: str
+    key_exchanges: tuple[str, ...] = ()  # the first and the additional ones (RFC 9370); none: without PFS
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,11 @@ class IkeSa:
     responder_spi: str
     remote_host: str
     children: tuple[ChildSa, ...]
+    key_exchanges: tuple[str, ...] = ()
+
+
+def _key_exchanges(raw: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(raw[key] for key in ("dh-group", *(f"ake{number}" for number in range(1, 8))) if key in raw)
 
 
 def _text(value: Any) -> str:
@@ -85,6 +91,7 @@ def _child(raw: Mapping[str, Any]) -> ChildSa:
         local_ts=tuple(raw.get("local-ts", ())),
         remote_ts=tuple(raw.get("remote-ts", ())),
         algorithm=raw.get("encr-alg", ""),
+        key_exchanges=_key_exchanges(raw),
     )
 
 
@@ -98,6 +105,7 @@ def _ike(name: str, raw: Mapping[str, Any]) -> IkeSa:
         responder_spi=raw.get("responder-spi", ""),
         remote_host=raw.get("remote-host", ""),
         children=tuple(_child(child) for child in raw.get("child-sas", {}).values()),
+        key_exchanges=_key_exchanges(raw),
     )
 
 

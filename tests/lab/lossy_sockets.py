@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
-from kernel_shim.channel.af_key import AfKeyTransport
+from kernel_shim.channel.af_key_socket import AfKeyTransport
 from kernel_shim.channel.netlink import NetlinkSocket
 from kernel_shim.pfkey.codec import header_of
 from kernel_shim.pfkey.constants import MessageType

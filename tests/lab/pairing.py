@@ -15,16 +15,17 @@ from lab.gateway import Gateway
 from lab.namespaces import Namespace
 from lab.process import LabError, wait_until
 from lab.relay import RelaySettings
-from lab.strongswan import StrongSwan
+from lab.strongswan import NewerStrongSwan, StrongSwan
 from lab.topology import WAN, Sites, sites
 from lab.traffic import BulkResult, PingResult, Received, UdpStream, ping, tcp_bulk, tcp_server, udp_sink
-from lab.tunnel import CHILD, Side, Tunnel
+from lab.tunnel import CHILD, CONNECTION, Side, Tunnel
 
 DaemonFactory = Callable[[Namespace, Path], Daemon]
 IPAddress = IPv4Address | IPv6Address
 
 OURS: DaemonFactory = Gateway
 STRONGSWAN: DaemonFactory = StrongSwan
+NEWER_STRONGSWAN: DaemonFactory = NewerStrongSwan
 
 WINDOW: Final = 128  # datagrams under way; strongSwan's libipsec and every socket buffer hold as many
 
@@ -245,6 +246,31 @@ def carries_everything(link: Pair, *, datagrams: int = 10_000, bulk: int = 16 <<
     # A large send is one frame on a wire that lets it pass, so bytes are counted.
     assert sum(packet.length for packet in link.capture.esp()) > 2 * bulk
     assert link.leaks() == []
+
+
+def rekey_in_turn(link: Pair, rounds: int = 1) -> None:
+    """The CHILD_SA and the IKE SA, from either side."""
+    for _ in range(rounds):
+        for side in Side:
+            done = link.rekeyed()
+            link.daemon(side).rekey(child=CHILD)
+            done()
+            done = link.rekeyed(children=False)
+            link.daemon(side).rekey(ike=CONNECTION)
+            done()
+
+
+def rekey_at_once(link: Pair, rounds: int = 1) -> None:
+    """The same, begun by both sides."""
+    for _ in range(rounds):
+        done = link.rekeyed()
+        for side in Side:
+            link.daemon(side).rekey(child=CHILD)
+        done()
+        done = link.rekeyed(children=False)
+        for side in Side:
+            link.daemon(side).rekey(ike=CONNECTION)
+        done()
 
 
 def counted_alike(a: ChildSa, b: ChildSa) -> None:

@@ -1,6 +1,6 @@
-"""Debian's strongSwan in a namespace, with its userspace ESP (kernel-libipsec).
+"""Debian's strongSwan in a namespace, with its userspace ESP (kernel-libipsec): this machine's, or the one of a newer Debian.
 
-charon keeps a pid file below /run, so it gets a tmpfs there (`ip netns exec` has made the mount namespace already).
+charon keeps a pid file below /run, so it gets one of its own (`ip netns exec` has made the mount namespace already).
 Copies of the programs run, for Debian's AppArmor profiles bind the installed paths to files below /etc.
 """
 
@@ -10,11 +10,12 @@ import contextlib
 import os
 import shutil
 from pathlib import Path
-from typing import Final
+from typing import ClassVar, Final
 
 from lab.daemon import READY_SECONDS, Daemon
 from lab.namespaces import Namespace
 from lab.process import LabError, Process, wait_until
+from lab.root import HOST, NEWER, Root
 
 CHARON: Final = Path("/usr/lib/ipsec/charon")
 SWANCTL: Final = Path("/usr/sbin/swanctl")
@@ -25,15 +26,16 @@ PLUGINS: Final = (
 )
 
 
-def missing() -> str:
-    """What this peer needs and the machine has not; empty when it is complete."""
-    return ", ".join(str(path) for path in (CHARON, SWANCTL, LIBIPSEC) if not path.exists())
+def missing(root: Root = HOST) -> str:
+    """What this peer needs and is not there; empty when it is complete."""
+    return ", ".join(str(path) for path in map(root.file, (CHARON, SWANCTL, LIBIPSEC)) if not path.exists())
 
 
 class StrongSwan(Daemon):
     """charon with the configuration at `config`. `settings`: further lines of the charon section of strongswan.conf."""
 
     kind = "strongSwan"
+    root: ClassVar[Root] = HOST
 
     def __init__(self, namespace: Namespace, config: Path, settings: str = "") -> None:
         super().__init__(namespace, config)
@@ -79,18 +81,18 @@ swanctl {{
 
     def prepare(self) -> None:
         """What `swanctl` and charon need in the directory; for one who only wants `swanctl`."""
-        if missing():
-            raise LabError(f"strongSwan is incomplete: {missing()} (make peers installs it)")
+        if missing(self.root):
+            raise LabError(f"{self.kind} is incomplete: {missing(self.root)} (make peers installs it)")
         self.directory.mkdir(parents=True, exist_ok=True)
         self._write_settings()
         for program in (CHARON, SWANCTL):
-            shutil.copy(program, self.directory)
+            shutil.copy(self.root.file(program), self.directory)
 
     def start(self) -> None:
         self.prepare()
         charon = str(self.directory / CHARON.name)
         self.vici_path.unlink(missing_ok=True)
-        process = self.namespace.start(["sh", "-c", 'mount -t tmpfs tmpfs /run && exec "$0"', charon], f"charon-{self.directory.name}", env=self._environment())
+        process = self.namespace.start(self.root.argv(self.namespace.directory, [charon]), f"charon-{self.directory.name}", env=self._environment())
         self._process = process
 
         def ready() -> bool:
@@ -103,9 +105,8 @@ swanctl {{
 
     def swanctl(self, *arguments: str, uri: Path | None = None) -> str:
         """Run swanctl with `arguments`, against this daemon or another's socket; its output. LabError when it fails."""
-        environment = [f"{name}={self._environment()[name]}" for name in ("STRONGSWAN_CONF", "SWANCTL_DIR")]
-        program = str(self.directory / SWANCTL.name)
-        done = self.namespace.run(["env", *environment, program, *arguments, "--uri", f"unix://{uri or self.vici_path}"], check=False)
+        argv = [str(self.directory / SWANCTL.name), *arguments, "--uri", f"unix://{uri or self.vici_path}"]
+        done = self.namespace.run(self.root.argv(self.namespace.directory, argv), check=False, env=self._environment())
         if done.returncode:
             raise LabError(f"swanctl {' '.join(arguments)}: status {done.returncode}\n{done.stdout}{done.stderr}\n{self.log()[-4000:]}")
         return done.stdout + done.stderr
@@ -126,3 +127,10 @@ swanctl {{
         with contextlib.suppress(OSError):
             return self._log_path.read_text(errors="replace")
         return ""
+
+
+class NewerStrongSwan(StrongSwan):
+    """The one of a newer Debian, which knows additional key exchanges (RFC 9370) and ML-KEM."""
+
+    kind = "newer strongSwan"
+    root = NEWER

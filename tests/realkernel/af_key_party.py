@@ -10,7 +10,7 @@ from typing import Final
 from lab.namespaces import Namespace
 from pfkey_conversation import FAR, NEAR
 
-from kernel_shim.channel.af_key import open_af_key
+from kernel_shim.channel.af_key_socket import open_af_key
 from kernel_shim.pfkey.codec import header_of
 
 EXPIRE_SECONDS: Final = 60.0

@@ -19,8 +19,6 @@ from vpnd.ike.wire.payloads import NoncePayload, NotifyPayload
 
 COOKIE_MAXIMUM: Final = 64  # octets, RFC 7296 section 2.6
 MAJOR_VERSION: Final = 2
-NONCE_MINIMUM: Final = 16  # octets, RFC 7296 section 3.9
-NONCE_MAXIMUM: Final = 256
 
 # Of this implementation
 
@@ -87,7 +85,7 @@ def parse_init_request(datagram: bytes) -> InitRequest | None:
     except MalformedMessage:
         return None
     nonce = message.first(NoncePayload)
-    if not _opens(message.header) or nonce is None or not NONCE_MINIMUM <= len(nonce.data) <= NONCE_MAXIMUM:
+    if not _opens(message.header) or nonce is None:
         return None
     cookie = message.notify(NotifyType.COOKIE)
     return InitRequest(message.header, nonce.data, cookie.data if cookie else None)

@@ -92,8 +92,8 @@ def test_swap_and_push(node: Node) -> None:
 
 def test_penultimate_hop_popping_leaves_the_label_beneath(node: Node) -> None:
     node.bind(100, path("p2", 3))
-    _, packet = node.one(stack((100, 5, 64), (300, 1, 33)) + ip4())
-    assert packet == stack((300, 5, 63)) + ip4()
+    _, packet = node.one(stack((100, 5, 31), (300, 1, 33)) + ip4())
+    assert packet == stack((300, 5, 30)) + ip4()
 
 
 def test_penultimate_hop_popping_down_to_ip(node: Node) -> None:
@@ -195,15 +195,15 @@ def test_router_alert_and_entropy_indicator_are_no_bottom(node: Node, label: int
 
 def test_entropy_labels_go_on_and_come_off(node: Node) -> None:
     node.route("10.0.1.0/24", path("p2", 50, entropy=True))
-    (sent,) = node.switch.from_vrf("red", ip4(), 0.0).sent
+    (sent,) = node.switch.from_vrf("red", ip4(dscp=46), 0.0).sent
     entries, _ = labelled(sent.packet)
-    assert [entry[0] for entry in entries[:2]] == [50, 7]
+    assert entries[:2] == [(50, 5, 64), (7, 5, 64)]
     assert entries[2][0] >= 16
     assert entries[2][2] == 0
     node.bind(50, Nhlfe(ToInterface("red"), ttl=PIPE))
-    assert node.one(sent.packet) == (ToInterface("red"), ip4())
+    assert node.one(sent.packet) == (ToInterface("red"), ip4(dscp=46))
     # One flow, one entropy; another flow, most likely another.
-    again = node.switch.from_vrf("red", ip4(size=900), 0.0).sent[0]
+    again = node.switch.from_vrf("red", ip4(dscp=46, size=900), 0.0).sent[0]
     assert labelled(again.packet)[0] == entries
     others = {labelled(node.switch.from_vrf("red", ip4(src=f"10.0.0.{host}"), 0.0).sent[0].packet)[0][2][0] for host in range(1, 30)}
     assert len(others) > 20
@@ -231,6 +231,25 @@ def test_a_ttl_is_never_raised(node: Node) -> None:
     node.bind(100, Nhlfe(ToInterface("red")))
     _, out = node.one(stack((100, 0, 200)) + ip4(ttl=3))
     assert IP(out).ttl == 3
+
+
+def test_nor_that_of_a_label_beneath(node: Node) -> None:
+    """The label above was pushed by another model than the one by which it comes off: a loop would never end."""
+    node.bind(100, path("p2", 3))
+    node.bind(101, Nhlfe(ToStack()))
+    node.bind(200, path("p2", 300))
+    assert node.one(stack((100, 0, 254), (200, 0, 9)) + ip4())[1] == stack((200, 0, 9)) + ip4()
+    assert node.one(stack((101, 0, 254), (200, 0, 9)) + ip4())[1] == stack((300, 0, 8)) + ip4()
+    assert node.one(stack((0, 0, 254), (200, 0, 9)) + ip4())[1] == stack((300, 0, 8)) + ip4()
+
+
+def test_an_entropy_label_has_no_part_in_ttl_and_class(node: Node) -> None:
+    """RFC 6790 section 4.2: below the label of a tunnel that ends here; above it only when the node before has taken that one off."""
+    node.bind(100, Nhlfe(ToStack(), ttl=PIPE))
+    node.bind(200, path("p2", 300))
+    expected = stack((300, 3, 8)) + ip4()
+    assert node.one(stack((100, 0, 254), (7, 0, 1), (7000, 0, 0), (200, 3, 9)) + ip4())[1] == expected
+    assert node.one(stack((7, 3, 9), (7000, 0, 0), (200, 1, 60)) + ip4())[1] == expected
 
 
 def test_pipe_keeps_the_class_beneath(node: Node) -> None:

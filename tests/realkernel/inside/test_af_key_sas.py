@@ -17,7 +17,8 @@ from lab.namespaces import Namespace
 from realkernel.kernel_ends import FAR, HELD, HERE, NEAR, PEER, REQID, SPI, TRAP, Ends, Sink, send, two_ends, until
 
 from kernel_shim.algorithms import EncryptionId, EspAlgorithm, IntegrityId
-from kernel_shim.channel.af_key import AfKeyChannel, AfKeyTransport
+from kernel_shim.channel.af_key import AfKeyChannel
+from kernel_shim.channel.af_key_socket import AfKeyTransport
 from kernel_shim.model import (
     Acquire,
     Action,

@@ -15,7 +15,19 @@ from vpnd.ike.crypto.prf import prf
 from vpnd.ike.crypto.sk import open_message, seal_message
 from vpnd.ike.iana import AuthenticationMethod, Exchange, PrfId, ProtocolId
 from vpnd.ike.identity import Identity
-from vpnd.ike.keymat import ChildKeys, IkeKeys, IkeSuite, child_keys, ike_keys, rekey_skeyseed, shared_key_auth, signed_octets, skeyseed
+from vpnd.ike.keymat import (
+    ChildKeys,
+    IkeKeys,
+    IkeSuite,
+    child_keys,
+    ike_keys,
+    rekey_skeyseed,
+    resumed_skeyseed,
+    shared_key_auth,
+    signed_octets,
+    skeyseed,
+    with_ppk,
+)
 from vpnd.ike.proposal import default_proposals, parse_proposals, select
 from vpnd.ike.wire.header import Header, IkeSpi, MessageId
 from vpnd.ike.wire.message import Message, decode_message, encode_message
@@ -78,6 +90,42 @@ def test_the_keys_of_a_child_sa_are_those_of_nist(shared, expected):
 
 def test_the_seed_of_a_rekeyed_ike_sa_is_that_of_nist():
     assert rekey_skeyseed(SHA1, Secret(bytes.fromhex(DKM)[:20]), (GIR_NEW,), NI, NR).reveal().hex() == SKEYSEED_REKEY
+
+
+# What NIST has no vectors for, by hand
+
+
+def by_hand(key: bytes, *parts: bytes) -> bytes:
+    return hmac.new(key, b"".join(parts), hashlib.sha1).digest()
+
+
+D = bytes.fromhex(DKM)[:20]
+FIRST, SECOND, THIRD = b"g^ir", b"of ML-KEM", b"of another one"
+
+
+def test_further_secrets_come_after_the_nonces() -> None:
+    """RFC 9370 section 2.2.4: SK(0) | Ni | Nr | SK(1) ... SK(n), of an IKE SA and of a CHILD_SA."""
+    shared = tuple(map(Secret, (FIRST, SECOND, THIRD)))
+    seed = FIRST + NI + NR + SECOND + THIRD
+    assert rekey_skeyseed(SHA1, Secret(D), shared, NI, NR).reveal() == by_hand(D, seed)
+    keys = child_keys(SHA1, Secret(D), EspAlgorithm(EncryptionId.AES_GCM_16, 128, IntegrityId.NONE), NI, NR, shared)
+    block = by_hand(D, seed, b"\x01")
+    assert keys.initiator_encryption.reveal() == block
+    assert keys.responder_encryption.reveal() == by_hand(D, block, seed, b"\x02")
+
+
+def test_a_resumed_ike_sa_begins_with_the_old_sk_d() -> None:
+    """RFC 5723 section 5.1."""
+    assert resumed_skeyseed(SHA1, Secret(D), NI, NR).reveal() == by_hand(D, b"Resumption", NI, NR)
+
+
+def test_a_ppk_changes_what_children_and_proofs_rest_upon_and_nothing_else() -> None:
+    """RFC 8784 section 3: SK_d, SK_pi and SK_pr = prf+(PPK, SK_x)."""
+    before = ike_keys(suite_of("aes128-sha1-x25519"), skeyseed(SHA1, NI, NR, GIR), NI, NR, SPI_I, SPI_R)
+    after = with_ppk(SHA1, before, Secret(b"the PPK"))
+    assert (after.ai, after.ar, after.ei, after.er) == (before.ai, before.ar, before.ei, before.er)
+    for old, new in ((before.d, after.d), (before.pi, after.pi), (before.pr, after.pr)):
+        assert new.reveal() == by_hand(b"the PPK", old.reveal(), b"\x01")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from kernel_shim.model import SaId
 from kernel_shim.secret import Secret
 from vpnd.ike.child import SPI_LENGTH, Agreed, Asked, ChildRefused, Keying, Offer, allocation, answer_payloads, build, choose, make_offer, read_answer
 from vpnd.ike.context import ChildRequest
-from vpnd.ike.cookie import NONCE_MAXIMUM, NONCE_MINIMUM
 from vpnd.ike.crypto.groups import group, implemented_groups
 from vpnd.ike.effects import ChildDenied, Reason, RekeyFailed
 from vpnd.ike.exchanges import rekey_ike
@@ -147,7 +146,7 @@ def _negotiate(session: Session, offer: Offer, *first: Payload) -> Steps[tuple[A
     try:
         agreed = read_answer(session, offer, response)
         nonce_r, ke = response.first(NoncePayload), response.first(KePayload)
-        if nonce_r is None or not NONCE_MINIMUM <= len(nonce_r.data) <= NONCE_MAXIMUM:
+        if nonce_r is None:
             raise ChildRefused(Reason.INVALID_SYNTAX, NotifyType.INVALID_SYNTAX, detail="no nonce")
         shared: tuple[Secret, ...] = ()
         if agreed.proposal.groups:
@@ -202,7 +201,7 @@ def respond(session: Session, request: Message) -> Steps[Response]:
 def _respond(session: Session, request: Message) -> Steps[Response]:
     replaced = _rekeyed(session, request)
     nonce_i, ke = request.first(NoncePayload), request.first(KePayload)
-    if nonce_i is None or not NONCE_MINIMUM <= len(nonce_i.data) <= NONCE_MAXIMUM:
+    if nonce_i is None:
         raise ChildRefused(Reason.INVALID_SYNTAX, NotifyType.INVALID_SYNTAX, detail="no nonce")
     asked = choose(session, request, key_exchange=True, ke_group=ke.group if ke else None, like=replaced)
     groups, additional = asked.agreed.proposal.groups, asked.agreed.proposal.additional

@@ -11,7 +11,7 @@ from kernel_shim.secret import Secret
 from vpnd.auth.signature import SUPPORTED_HASHES
 from vpnd.config.model import AuthMethod, Childless, ConnectionConfig, Fragmentation
 from vpnd.ike.context import IkeContext
-from vpnd.ike.cookie import COOKIE_MAXIMUM, NONCE_MAXIMUM, NONCE_MINIMUM, stateless_reply
+from vpnd.ike.cookie import COOKIE_MAXIMUM, stateless_reply
 from vpnd.ike.crypto.exchange import KeyExchange
 from vpnd.ike.crypto.groups import group, implemented_groups
 from vpnd.ike.effects import AuthenticationRejected, Effect, Reason, Redirected, Send
@@ -124,7 +124,7 @@ def _complete(session: Session, proposals: Sequence[Proposal], exchange: KeyExch
     if error is not None:
         return KeepWaiting(reason_of(error), f"{who} refused IKE_SA_INIT with {error_name(error)}")
     sa, ke, nonce = response.first(SaPayload), response.first(KePayload), response.first(NoncePayload)
-    if sa is None or ke is None or nonce is None or not NONCE_MINIMUM <= len(nonce.data) <= NONCE_MAXIMUM or response.header.responder_spi == NO_SPI:
+    if sa is None or ke is None or nonce is None or response.header.responder_spi == NO_SPI:
         return KeepWaiting(Reason.INVALID_SYNTAX, f"{who} sent an incomplete IKE_SA_INIT response")
     chosen = accept(proposals, sa.proposals)
     if chosen is None or ke.group != exchange.group or ke.group not in chosen.groups:
@@ -198,7 +198,7 @@ def respond(
         return None, [*reject, Send(local, remote, stateless_reply(header, notify, data))]
 
     sa, ke, nonce = request.first(SaPayload), request.first(KePayload), request.first(NoncePayload)
-    if sa is None or ke is None or nonce is None or not NONCE_MINIMUM <= len(nonce.data) <= NONCE_MAXIMUM:
+    if sa is None or ke is None or nonce is None:
         return refuse(NotifyType.INVALID_SYNTAX)
     candidates = context.candidates(local, remote)
     elsewhere = redirect.in_init(candidates[0], request, nonce.data) if candidates else None

@@ -11,7 +11,7 @@ from kernel_shim.model import Endpoint
 from kernel_shim.secret import Secret
 from vpnd.config.model import AuthMethod, ConnectionConfig
 from vpnd.ike.context import IkeContext
-from vpnd.ike.cookie import COOKIE_MAXIMUM, NONCE_MAXIMUM, NONCE_MINIMUM, stateless_reply
+from vpnd.ike.cookie import COOKIE_MAXIMUM, stateless_reply
 from vpnd.ike.effects import Effect, Reason, Send
 from vpnd.ike.exchanges.ike_sa_init import capabilities, features
 from vpnd.ike.iana import Exchange, NotifyType
@@ -59,7 +59,7 @@ def initiate(session: Session, ticket: Ticket) -> Steps[bool]:
         if wanted is not None and nonce is None and cookie is None and 1 <= len(wanted.data) <= COOKIE_MAXIMUM:
             cookie = wanted.data
             waiting = _request(session, ticket, fake, cookie)
-        elif nonce is None or not NONCE_MINIMUM <= len(nonce.data) <= NONCE_MAXIMUM or response.header.responder_spi == NO_SPI:
+        elif nonce is None or response.header.responder_spi == NO_SPI:
             waiting = KeepWaiting(Reason.INVALID_SYNTAX, f"{session.connection.name}: peer {session.remote} answered IKE_SESSION_RESUME incompletely")
         else:
             break
@@ -112,7 +112,7 @@ def respond(
         return None, []
     header, nonce = request.header, request.first(NoncePayload)
     opens = header.exchange == Exchange.IKE_SESSION_RESUME and header.initiator and not header.response and header.message_id == 0
-    if not opens or header.responder_spi != NO_SPI or nonce is None or not NONCE_MINIMUM <= len(nonce.data) <= NONCE_MAXIMUM:
+    if not opens or header.responder_spi != NO_SPI or nonce is None:
         return None, []
     ticket = request.notify(NotifyType.TICKET_OPAQUE)
     state = context.resumption.office.open(ticket.data, now) if ticket is not None else None

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Final
 
 from kernel_shim.secret import Secret
-from vpnd.ike.cookie import NONCE_MAXIMUM, NONCE_MINIMUM
 from vpnd.ike.crypto.groups import group, implemented_groups
 from vpnd.ike.effects import IkeOpened, Reason, RekeyFailed
 from vpnd.ike.exchanges import crash_detection
@@ -115,7 +114,7 @@ def _negotiate(session: Session, new: Session, nonce: bytes) -> Steps[bytes]:
     if error is not None:
         raise _Refused(reason_of(error), f"peer answered with {error_name(error)}", answer=error.type)
     sa, ke, nonce_r = response.first(SaPayload), response.first(KePayload), response.first(NoncePayload)
-    if sa is None or ke is None or nonce_r is None or not NONCE_MINIMUM <= len(nonce_r.data) <= NONCE_MAXIMUM:
+    if sa is None or ke is None or nonce_r is None:
         raise _Refused(Reason.INVALID_SYNTAX, "the peer's answer has no SA, nonce or KE")
     chosen = accept(proposals, sa.proposals)
     if chosen is None or len(chosen.spi) != SPI_LENGTH or not any(chosen.spi) or ke.group != exchange.group or ke.group not in chosen.groups:
@@ -161,7 +160,7 @@ def respond(session: Session, request: Message) -> Response:
     if early or not _possible(session):
         return Response((NotifyPayload(NotifyType.TEMPORARY_FAILURE),))
     sa, ke, nonce_i = request.first(SaPayload), request.first(KePayload), request.first(NoncePayload)
-    if sa is None or ke is None or nonce_i is None or not NONCE_MINIMUM <= len(nonce_i.data) <= NONCE_MAXIMUM:
+    if sa is None or ke is None or nonce_i is None:
         return Response((NotifyPayload(NotifyType.INVALID_SYNTAX),))
     offered = tuple(one for one in sa.proposals if one.protocol == ProtocolId.IKE and len(one.spi) == SPI_LENGTH and any(one.spi))
     chosen = select(session.connection.proposals, offered, prefer_configured=True, group=ke.group)

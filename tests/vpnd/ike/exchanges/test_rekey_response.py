@@ -9,7 +9,7 @@ from vpnd.ike.iana import Exchange, NotifyType, ProtocolId
 from vpnd.ike.proposal import number_proposals
 from vpnd.ike.session import Ask, Session, Steps, Task, ask
 from vpnd.ike.wire.message import Message
-from vpnd.ike.wire.payloads import KePayload, NoncePayload, NotifyPayload, Payload, SaPayload
+from vpnd.ike.wire.payloads import KePayload, NoncePayload, NotifyPayload, Payload, SaPayload, TsiPayload, TsrPayload
 
 NONCE = bytes(range(32))
 X25519 = 31
@@ -69,3 +69,18 @@ def test_faulty_rekeyings_of_the_ike_sa_change_nothing(spi: bytes, nonce: bytes,
     assert answer.notify(expected) is not None
     agree(pair, 1)
     assert len(pair.a.standing) == len(pair.b.standing) == 1
+
+
+@pytest.mark.parametrize("nonce", [b"", bytes(15), bytes(257)])
+def test_a_nonce_of_a_wrong_length_brings_nothing_up(nonce: bytes) -> None:
+    """RFC 7296 section 3.9."""
+    pair = connected()
+    (entry,) = pair.a.sa.children.values()
+    offer = number_proposals(entry.config.esp_proposals, b"\x01\x02\x03\x04")
+    selectors = TsiPayload(entry.sa.local_ts), TsrPayload(entry.sa.remote_ts)
+    answer = send(pair, pair.a, SaPayload(offer), NoncePayload(nonce), *selectors)
+    assert answer.notify(NotifyType.INVALID_SYNTAX) is not None
+    agree(pair, 1)
+    # with a right one it would have come up
+    assert send(pair, pair.a, SaPayload(offer), NoncePayload(NONCE), *selectors).first(SaPayload) is not None
+    assert len(pair.b.sad) == 4
