@@ -52,7 +52,7 @@ from vpnd.io.state import kept_secret
 from vpnd.io.systemd import notify
 from vpnd.io.udp import IkeSockets
 from vpnd.telemetry.counters import Counters
-from vpnd.telemetry.logging import configure_logging
+from vpnd.telemetry.logging import configure_logging, explained
 
 MINIMUM_ACQUIRE: Final = 30  # s, what the kernel does by itself
 MAXIMUM_ACQUIRE: Final = 3600  # s
@@ -254,7 +254,7 @@ class Daemon:
                 except ChannelClosed:
                     continue  # the reconnection binds them
                 except (OSError, KernelError) as error:
-                    log.warning("addresses not followed", error=str(error))
+                    log.warning("addresses not followed", error=explained(error))
                     await asyncio.sleep(ADDRESS_RETRY)
                     self._addresses_changed.set()
         finally:
@@ -267,7 +267,7 @@ class Daemon:
             try:
                 await watch_addresses(self._addresses_changed.set)
             except OSError as error:
-                log.warning("watching of addresses begins anew", error=str(error))
+                log.warning("watching of addresses begins anew", error=explained(error))
             await asyncio.sleep(ADDRESS_RETRY)
             self._addresses_changed.set()
 
@@ -329,7 +329,7 @@ def _tokens(config: DaemonConfig) -> TokenMaker | None:
     try:
         return TokenMaker(kept_secret(config.state_dir, "crash-tokens", SECRET_LENGTH, os.urandom))
     except OSError as error:
-        log.warning("no quick crash detection", state_dir=str(config.state_dir), error=str(error))
+        log.warning("no quick crash detection", state_dir=str(config.state_dir), error=explained(error))
         return None
 
 
@@ -382,7 +382,7 @@ async def _serve(loaded: LoadedConfiguration, path: Path) -> int:
     try:
         starting.result()
     except (StartError, ShimStartError, ControlError, KernelError, OSError) as error:
-        log.error("cannot start", error=str(error))
+        log.error("cannot start", error=explained(error))
         ending.cancel()
         await daemon.abandon()
         return 1

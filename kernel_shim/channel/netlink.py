@@ -86,8 +86,17 @@ class NetlinkSocket:
         return self._socket is not None
 
     def open(self) -> None:
-        """In the network namespace of the calling thread. OSError when the kernel has no such family."""
+        """In the network namespace of the calling thread. KernelError when the kernel has no such family, or does not let us."""
         self._loop = asyncio.get_running_loop()
+        try:
+            self._socket = self._opened()
+        except OSError as error:
+            needed = ", CAP_NET_ADMIN is needed" if error.errno == errno.EPERM else ""
+            raise KernelError(error.errno or errno.EIO, f"NETLINK_XFRM does not open: {error.strerror}{needed}") from error
+        self._buffer = bytearray(READ_SIZE)
+        self._loop.add_reader(self._socket, self._readable)
+
+    def _opened(self) -> socket.socket:
         opened = self.socket_type(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, NETLINK_XFRM)
         try:
             for option in (NETLINK_CAP_ACK, NETLINK_EXT_ACK):
@@ -99,9 +108,7 @@ class NetlinkSocket:
         except BaseException:
             opened.close()
             raise
-        self._buffer = bytearray(READ_SIZE)
-        self._socket = opened
-        self._loop.add_reader(opened, self._readable)
+        return opened
 
     def close(self) -> None:
         """Requests under way end with ChannelClosed."""

@@ -20,6 +20,7 @@ from vpnd.control.vici.formats import metadata_version
 
 DEFAULT_SOCKET: Final = DaemonConfig().control_socket
 ANSWER_TIMEOUT: Final = 30.0  # s for an answer that needs no exchange with a peer
+LONGEST_TIMEOUT: Final = 365 * 86400.0  # s
 GRACE: Final = 5.0  # s beyond a time-out that the daemon itself keeps
 
 EXIT_OK: Final = 0
@@ -103,9 +104,12 @@ def _common(added: argparse.ArgumentParser, *, defaults: bool) -> None:
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 86400 * 365:
-        raise argparse.ArgumentTypeError("above 0 and at most a year")
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= LONGEST_TIMEOUT:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0 and at most a year")
     return value
 
 

@@ -16,6 +16,7 @@ from vpnd.io.fpm import FpmServer, Link, links
 from vpnd.mpls.fpm_feed import FpmFeed
 from vpnd.mpls.model import FpmConfig, MplsConfig
 from vpnd.telemetry.counters import Counters
+from vpnd.telemetry.logging import explained
 
 LISTEN_RETRY: Final = 5.0  # s
 LINKS_PAUSE: Final = 1.0  # s between two readings of the host's interfaces
@@ -88,7 +89,7 @@ class RoutingFeed:
             try:
                 await server.open(config.address, config.port)
             except OSError as error:
-                log.warning("no place for a routing daemon to connect", address=str(config.address), port=config.port, error=str(error))
+                log.warning("no place for a routing daemon to connect", address=str(config.address), port=config.port, error=explained(error))
                 await asyncio.sleep(LISTEN_RETRY)
                 continue
             self._server = server

@@ -46,6 +46,7 @@ from vpnd.daemon.repair import Repair
 from vpnd.daemon.reqid_pool import ReqIdPool
 from vpnd.policies import PolicyTable
 from vpnd.telemetry.counters import Counters
+from vpnd.telemetry.logging import explained
 from vpnd.telemetry.throttle import Throttle
 
 ORPHAN_GRACE: Final = 30.0  # s, the time a successor has before an earlier run's SAs and policies are removed
@@ -179,7 +180,7 @@ class KernelSide:
                 await self._attach()
             except (OSError, RuntimeError, TimeoutError, KernelError) as error:
                 if (untold := complaints.admit(asyncio.get_running_loop().time())) is not None:
-                    log.warning("no kernel yet", error=str(error), next_try=f"{delay:.2f} s", untold=untold)
+                    log.warning("no kernel yet", error=explained(error), next_try=f"{delay:.2f} s", untold=untold)
                 await asyncio.sleep(delay)
                 delay = min(delay * 2, RECONNECT_LAST)
             else:

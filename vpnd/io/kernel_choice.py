@@ -16,6 +16,7 @@ from kernel_shim.model import Capabilities, KernelError
 from vpnd.config.capabilities import beyond
 from vpnd.config.model import Configuration, DaemonConfig, KernelChoice
 from vpnd.io.shim import shim_listens
+from vpnd.telemetry.logging import explained
 
 TUN: Final = Path("/dev/net/tun")
 
@@ -50,7 +51,7 @@ async def _verdict(kernel: KernelChoice, config: DaemonConfig, configuration: Co
     try:
         capabilities = _userspace(config) if kernel is KernelChoice.USERSPACE else await _look(_LINUX[kernel]())
     except (KernelError, OSError, TimeoutError) as error:
-        return Verdict(kernel, False, error.detail if isinstance(error, KernelError) else str(error))
+        return Verdict(kernel, False, explained(error))
     missing = beyond(configuration, capabilities)
     if missing:
         more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""

@@ -28,7 +28,10 @@ def shim_listens(path: Path) -> bool:
 
 async def start_shim(path: Path, arguments: list[str]) -> subprocess.Popen[bytes]:
     """Start `kernel-shim serve` in a session of its own and wait until it listens on `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ShimStartError(f"no place for the userspace kernel's socket: {path.parent}: {error.strerror}") from error
     read, write = os.pipe()
     try:
         process = subprocess.Popen(  # noqa: ASYNC220  # fork and exec only; nothing is waited for
@@ -38,6 +41,9 @@ async def start_shim(path: Path, arguments: list[str]) -> subprocess.Popen[bytes
             start_new_session=True,
             pass_fds=(write,),
         )
+    except OSError as error:
+        os.close(read)
+        raise ShimStartError(f"the userspace kernel cannot be started: {sys.executable}: {error.strerror}") from error
     finally:
         os.close(write)
     loop = asyncio.get_running_loop()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
+import socket
 from collections.abc import Awaitable, Callable
 from ipaddress import IPv4Address, IPv4Network
 
@@ -134,3 +136,15 @@ def test_what_is_multicast_reaches_the_listener_in_order() -> None:
             each.close()
 
     alone(body)
+
+
+async def test_a_kernel_that_does_not_let_us_says_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refused(socket.socket):
+        def bind(self, _address: object) -> None:
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(NetlinkSocket, "socket_type", Refused)
+    requests = NetlinkSocket()
+    with pytest.raises(KernelError, match="CAP_NET_ADMIN is needed"):
+        requests.open()
+    assert not requests.is_open
