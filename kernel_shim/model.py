@@ -550,6 +550,7 @@ class Capabilities:
     tfc_padding: bool = False  # it pads, and takes padding away
     header_copies: bool = True  # each SA has `HeaderCopies` of its own
     labels: bool = False  # it forwards MPLS
+    labels_in_full: bool = True  # and all of what is configured of it; else as much as Linux does
     if_ids: bool = False  # policies and SAs of one xfrm interface
     marks: bool = False
     offload: bool = False

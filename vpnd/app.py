@@ -26,7 +26,7 @@ from kernel_shim.core_dumps import forbid_core_dumps
 from kernel_shim.model import SOCKET_MARK, Endpoint, IPAddress, KernelError
 from vpnd.auth.credentials import CredentialError, CredentialStore
 from vpnd.config import load
-from vpnd.config.capabilities import without_labels
+from vpnd.config.capabilities import beyond_labels
 from vpnd.config.errors import ConfigErrors
 from vpnd.config.label_tunnels import unprotected
 from vpnd.config.model import DaemonConfig, KernelChoice, LoadedConfiguration
@@ -133,7 +133,7 @@ class Daemon:
         """`verdicts`: why this kernel, where `kernel = auto` was to find one. `source`: the file to read again when asked."""
         config = loaded.daemon
         self._config = config
-        self._configuration = loaded.configuration
+        self._configuration, self._tree = loaded.configuration, loaded.tree
         self._counters = Counters()
         self._kernel = KernelSide(self._connect, self._counters)
         self._sockets = SocketTable(self._datagram, self._counters)
@@ -152,7 +152,7 @@ class Daemon:
         self._demands = Demands(self._manager, SOCKET_MARK)
         self._interfaces = Interfaces()
         self._routing = RoutingFeed(self._kernel.labels, self._counters)
-        self._mpls = Mpls(self._kernel, config.state_dir / LABEL_FILE, self._routing)
+        self._mpls = Mpls(self._kernel, config.state_dir / LABEL_FILE, self._routing, guards=config.kernel is KernelChoice.XFRM)
         self._operations = Operations(self._manager, self._demands, config, self._interfaces, [str(verdict) for verdict in verdicts], self._mpls)
         if source is not None:
             self._operations.reload_from(lambda: asyncio.to_thread(load, source.path), source.loaded)
@@ -173,9 +173,9 @@ class Daemon:
         self._control.bind()  # first: a second daemon must not touch the kernel of the one that runs
         if self._config.kernel is KernelChoice.USERSPACE:
             Sysctls(_settings_file(self._config)).restore()  # an earlier run may have had the host's own kernel, and was killed
-        self._mpls.load(self._configuration.mpls)  # before the kernel is read: what is right in it stays
+        await self._mpls.load(self._configuration.mpls)  # before the kernel is read: what is right in it stays
         await self._kernel.open()
-        if errors := without_labels(self._configuration, self._kernel.capabilities()):
+        if errors := beyond_labels(self._configuration, self._kernel.capabilities(), self._tree):
             raise StartError("; ".join(map(str, errors)))
         self._addresses_task = asyncio.create_task(self._follow_addresses(), name="addresses")
         await self._operations.load(self._configuration)

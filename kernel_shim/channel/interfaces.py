@@ -10,15 +10,14 @@ import errno
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from pyroute2 import AsyncIPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
-from kernel_shim.model import IPNetwork, KernelError
+from kernel_shim.channel.route_socket import ALIAS, RouteSocket, alias, data, kind, link_named, make_link
+from kernel_shim.model import ROUTE_PROTOCOL, IPNetwork, KernelError
 
-ALIAS: Final = "vpnd"  # of every link of ours; `ip link` shows it
-ROUTE_PROTOCOL: Final = 178  # RTPROT_ of our routes; unassigned in rtnetlink.h and /etc/iproute2/rt_protos
 MAX_INTERFACES: Final = 16_384
 
 
@@ -52,7 +51,7 @@ class XfrmInterfaces:
         """Make it, or take over what is there under this name, up and with these routes. EEXIST for a link of another kind or if_id."""
         if interface.name not in self._standing and len(self._standing) >= MAX_INTERFACES:
             raise KernelError(errno.ENOSPC, f"more than {MAX_INTERFACES} interfaces")
-        async with _Netlink(interface.name) as route:
+        async with RouteSocket(f"interface {interface.name}") as route:
             standing = await self._link(route, interface)
             wanted = frozenset(interface.routes)
             known = self._standing.get(interface.name)
@@ -64,19 +63,19 @@ class XfrmInterfaces:
             self._standing[interface.name] = _Standing(standing.index, standing.ours, wanted)
 
     async def _link(self, route: AsyncIPRoute, interface: XfrmInterface) -> _Standing:
-        found = await _links(route, interface.name)
-        if found:
-            index, if_id, ours = found[0]
-            if if_id is None or (if_id != interface.if_id and not ours):
+        link = await link_named(route, interface.name)
+        if link is not None:
+            ours = alias(link) == ALIAS
+            same = kind(link) == "xfrm" and (data(link, "IFLA_XFRM_IF_ID") or 0) == interface.if_id
+            if same:
+                await route.link("set", index=link["index"], state="up")
+                return _Standing(link["index"], ours, frozenset())
+            if kind(link) != "xfrm" or not ours:
                 raise KernelError(
                     errno.EEXIST, f"interface {interface.name}: there is a link of this name that is not an XFRM interface of if_id {interface.if_id}"
                 )
-            if if_id == interface.if_id:
-                await route.link("set", index=index, state="up")
-                return _Standing(index, ours, frozenset())
-            await route.link("del", index=index)  # its number changed
-        await route.link("add", ifname=interface.name, kind="xfrm", xfrm_if_id=interface.if_id)
-        index, _, _ = (await _links(route, interface.name))[0]
+            await route.link("del", index=link["index"])  # its number changed
+        index = (await make_link(route, ifname=interface.name, kind="xfrm", xfrm_if_id=interface.if_id))["index"]
         await route.link("set", index=index, ifalias=ALIAS, state="up")
         return _Standing(index, True, frozenset())
 
@@ -85,7 +84,7 @@ class XfrmInterfaces:
         standing = self._standing.pop(name, None)
         if standing is None:
             return
-        async with _Netlink(name) as route:
+        async with RouteSocket(f"interface {name}") as route:
             for network in standing.routes:
                 await _delete_route(route, standing.index, network)
             if standing.ours:
@@ -95,10 +94,10 @@ class XfrmInterfaces:
     async def remove_left_over(self) -> Sequence[str]:
         """Take away what an earlier run made and this one has not put. The names."""
         removed = []
-        async with _Netlink("of an earlier run") as route:
+        async with RouteSocket("interfaces of an earlier run") as route:
             for message in [message async for message in await route.get_links(kind="xfrm")]:
                 name = message.get("IFLA_IFNAME")
-                if message.get("IFLA_IFALIAS") == ALIAS and name not in self._standing:
+                if alias(message) == ALIAS and name not in self._standing:
                     with suppress(NetlinkError):
                         await route.link("del", index=message["index"])
                         removed.append(name)
@@ -109,38 +108,6 @@ class XfrmInterfaces:
         for name in self.names:
             with suppress(KernelError):
                 await self.remove(name)
-
-
-class _Netlink:
-    """A route socket whose errors are ours."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._route = AsyncIPRoute()
-
-    async def __aenter__(self) -> AsyncIPRoute:
-        return await self._route.__aenter__()
-
-    async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        await self._route.__aexit__(None, None, None)
-        if isinstance(error, NetlinkError):
-            raise KernelError(error.code, f"interface {self._name}: {error}") from error
-
-
-async def _links(route: AsyncIPRoute, name: str) -> list[tuple[int, int | None, bool]]:
-    """Index, if_id (None for a link of another kind) and whether it is ours."""
-    found = []
-    try:
-        for message in await route.link("get", ifname=name):
-            information: Any = message.get("IFLA_LINKINFO")
-            kind = information.get("IFLA_INFO_KIND") if information else None
-            data = information.get("IFLA_INFO_DATA") if kind == "xfrm" else None
-            if_id = data.get("IFLA_XFRM_IF_ID") or 0 if data is not None else None
-            found.append((message["index"], if_id, message.get("IFLA_IFALIAS") == ALIAS))
-    except NetlinkError as error:
-        if error.code != errno.ENODEV:
-            raise
-    return found
 
 
 async def _delete_route(route: AsyncIPRoute, index: int, network: IPNetwork) -> None:

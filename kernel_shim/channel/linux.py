@@ -42,6 +42,7 @@ XFRM: Final = Capabilities(
     marks=True,
     offload=True,
     labels=True,  # where the module mpls_router is loaded
+    labels_in_full=False,
     sa_selectors=False,  # an SA can have one pair; of more the policies decide alone
     unresolved_modes=frozenset({Unresolved.QUEUE}),  # its hold queue, where it can be switched on; else DROP
 )

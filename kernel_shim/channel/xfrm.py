@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Final
 
 from kernel_shim.algorithms import EncryptionId, EspAlgorithm
-from kernel_shim.channel import linux_labels
 from kernel_shim.channel.linux import ACQUIRE_SECONDS, XFRM, HoldQueue, is_local, xfrm_statistics
-from kernel_shim.channel.linux_labels import LinuxLabels
+from kernel_shim.channel.linux_mpls import node as linux_mpls
 from kernel_shim.channel.listeners import EventListeners
 from kernel_shim.channel.netlink import LONG_TIMEOUT, SLICE, NetlinkSocket
 from kernel_shim.channel.xfrm_acquires import XfrmAcquires
@@ -49,6 +48,7 @@ from kernel_shim.model import (
     SpiRequest,
 )
 from kernel_shim.mpls.node import NodeEntry
+from kernel_shim.reasons import DropReason
 from kernel_shim.secret import Secret
 from kernel_shim.xfrm.constants import OURS, Group, MessageType
 from kernel_shim.xfrm.events import Report, notice_from
@@ -111,7 +111,7 @@ class XfrmChannel:
         self._events = NetlinkSocket(GROUPS if listens else (), receive_buffer=event_buffer, on_message=self._event, on_overrun=self._overrun)
         self._listeners = EventListeners()
         self._hold = HoldQueue(settings_file)
-        self._labels = LinuxLabels(self._hold.sysctls)
+        self._labels = linux_mpls.LinuxLabels(self._hold.sysctls)
         self._directed = False  # the kernel knows XFRMA_SA_DIR
         self._known: dict[SaId, _Known] = {}
         self._migrating = asyncio.Lock()
@@ -121,7 +121,7 @@ class XfrmChannel:
         self._acquires = XfrmAcquires(self._requests, self._policies.standing, self._dump_sas, self._listeners.tell, self._counters)
 
     def capabilities(self) -> Capabilities:
-        return replace(XFRM, unresolved_modes=frozenset({self._hold.mode}), labels=linux_labels.available())
+        return replace(XFRM, unresolved_modes=frozenset({self._hold.mode}), labels=linux_mpls.available())
 
     def on_event(self, listener: Callable[[KernelEvent], None]) -> None:
         """Larval SAs whose ACQUIREs an earlier listener, or none, has heard are reported too: they stand in the way of the next ACQUIRE."""
@@ -422,10 +422,12 @@ class XfrmChannel:
         """Nothing was bound."""
 
     async def statistics(self) -> Mapping[str, int]:
-        """The channel's own counters, and those of /proc/net/xfrm_stat where the kernel has it."""
+        """The channel's own counters, those of /proc/net/xfrm_stat where the kernel has it, and of the filters of label tunnels."""
         own = dict(self._counters)
         for name in ("overruns", "malformed", "timeouts"):
             own[name] = own.get(name, 0) + getattr(self._requests, name) + getattr(self._events, name)
+        if linux_mpls.available():
+            own[f"drop_{DropReason.MPLS_LABEL_FORBIDDEN.value}"] = await self._labels.forbidden()
         return {**own, **xfrm_statistics()}
 
 

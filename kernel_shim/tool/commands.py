@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from kernel_shim.model import KernelError
 from kernel_shim.tool import reports
-from kernel_shim.tool.sources import KERNELS, opened, opened_inspectable
+from kernel_shim.tool.sources import KERNELS, opened, opened_inspectable, opened_labels
 
 Report = reports.Report
 
@@ -46,7 +46,7 @@ async def _bundles(options: argparse.Namespace) -> list[Report]:
 
 
 async def _labels(options: argparse.Namespace) -> list[Report]:
-    async with opened_inspectable(options.kernel, options.socket) as source:
+    async with opened_labels(options.kernel, options.socket) as source:
         return [reports.label_entry(entry) for entry in await source.labels()]
 
 

@@ -25,12 +25,17 @@ class Source(Protocol):
     async def statistics(self) -> Mapping[str, int]: ...
 
 
-class InspectableSource(Source, Protocol):
+class LabelSource(Source, Protocol):
+    """What kernels show that forward labels."""
+
+    async def labels(self) -> Sequence[NodeEntry]: ...
+
+
+class InspectableSource(LabelSource, Protocol):
     """What only our own kernel shows."""
 
     async def pending_queues(self) -> Sequence[PendingQueue]: ...
     async def cached_bundles(self) -> Sequence[CachedBundle]: ...
-    async def labels(self) -> Sequence[NodeEntry]: ...
 
 
 def _userspace(socket: Path) -> InspectableSource:
@@ -65,19 +70,20 @@ def _af_key_messages(_path: Path) -> socket.socket:
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """`make` gives a source for the socket that was named, an `InspectableSource` where it is `inspectable`.
+    """`make` gives a source for the socket that was named: an `InspectableSource` where it is `inspectable`, at least a `LabelSource` where it has `labels`.
 
     `messages` connects to a kernel whose messages can be monitored.
     """
 
     make: Callable[[Path], Source]
     inspectable: bool = False
+    labels: bool = False
     messages: Callable[[Path], socket.socket] | None = None
 
 
 KERNELS: Final[Mapping[str, Kernel]] = {
-    "userspace": Kernel(_userspace, inspectable=True, messages=_shim_messages),
-    "xfrm": Kernel(_xfrm),
+    "userspace": Kernel(_userspace, inspectable=True, labels=True, messages=_shim_messages),
+    "xfrm": Kernel(_xfrm, labels=True),
     "pfkey": Kernel(_af_key, messages=_af_key_messages),
 }
 
@@ -96,7 +102,19 @@ async def opened(kernel: str, socket: Path) -> AsyncIterator[Source]:
 @asynccontextmanager
 async def opened_inspectable(kernel: str, socket: Path) -> AsyncIterator[InspectableSource]:
     """As `opened`; KernelError(EOPNOTSUPP) for a kernel that shows no more than its tables."""
-    if not KERNELS[kernel].inspectable:
-        raise KernelError(errno.EOPNOTSUPP, f"the kernel {kernel} does not show this")
+    _require(kernel, KERNELS[kernel].inspectable)
     async with opened(kernel, socket) as source:
         yield source  # type: ignore[misc]
+
+
+@asynccontextmanager
+async def opened_labels(kernel: str, socket: Path) -> AsyncIterator[LabelSource]:
+    """As `opened`; KernelError(EOPNOTSUPP) for a kernel that forwards none."""
+    _require(kernel, KERNELS[kernel].labels)
+    async with opened(kernel, socket) as source:
+        yield source  # type: ignore[misc]
+
+
+def _require(kernel: str, condition: bool) -> None:
+    if not condition:
+        raise KernelError(errno.EOPNOTSUPP, f"the kernel {kernel} does not show this")

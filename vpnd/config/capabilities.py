@@ -9,6 +9,7 @@ from kernel_shim.channel.linux import AF_KEY, XFRM
 from kernel_shim.channel.userspace import USERSPACE
 from kernel_shim.model import DEFAULT_COPIES, NO_MARK, Action, Capabilities
 from vpnd.config.errors import ConfigError, Position
+from vpnd.config.linux_labels import beyond_linux
 from vpnd.config.model import ChildConfig, Configuration, ConnectionConfig, KernelChoice, TsTemplate
 from vpnd.config.tree import Section
 from vpnd.ike.iana import TransformType
@@ -26,7 +27,7 @@ def beyond(configuration: Configuration, capabilities: Capabilities, tree: Secti
     """One complaint for each thing that the kernel cannot do; `tree` is where places are looked up."""
     root = tree or Section()
     return [
-        *without_labels(configuration, capabilities, root),
+        *beyond_labels(configuration, capabilities, root),
         *(
             ConfigError(f"the kernel '{capabilities.name}' {what}", path=path, position=_position(root, path))
             for connection in configuration.connections.values()
@@ -35,11 +36,15 @@ def beyond(configuration: Configuration, capabilities: Capabilities, tree: Secti
     ]
 
 
-def without_labels(configuration: Configuration, capabilities: Capabilities, tree: Section | None = None) -> Sequence[ConfigError]:
-    """A complaint when labels are configured and the kernel forwards none."""
-    if not configuration.mpls or capabilities.labels:
-        return []
-    return [ConfigError(f"the kernel '{capabilities.name}' forwards no labels", path="mpls", position=_position(tree or Section(), "mpls"))]
+def beyond_labels(configuration: Configuration, capabilities: Capabilities, tree: Section | None = None) -> Sequence[ConfigError]:
+    """Complaints of what is configured of labels and the kernel cannot do: without it, it forwards none of them."""
+    found = []
+    if configuration.mpls and not capabilities.labels:
+        found = [("mpls", "forwards no labels")]
+    elif not capabilities.labels_in_full:
+        found = [(f"mpls.{option}", what) for option, what in beyond_linux(configuration.mpls)]
+    root = tree or Section()
+    return [ConfigError(f"the kernel '{capabilities.name}' {what}", path=path, position=_position(root, path)) for path, what in found]
 
 
 def _connection(connection: ConnectionConfig, path: str, capabilities: Capabilities) -> Iterator[tuple[str, str]]:
@@ -52,7 +57,7 @@ def _connection(connection: ConnectionConfig, path: str, capabilities: Capabilit
 def refused(configuration: Configuration, capabilities: Capabilities, tree: Section) -> Sequence[ConfigError]:
     """One complaint for each thing without which a daemon on that kernel does not load a child, or the labels."""
     return [
-        *without_labels(configuration, capabilities, tree),
+        *beyond_labels(configuration, capabilities, tree),
         *(
             ConfigError(f"the kernel '{capabilities.name}' {what}", path=path, position=_position(tree, path))
             for connection in configuration.connections.values()

@@ -112,9 +112,9 @@ class KernelSide:
             return
         if not leave:
             try:
+                await self.labels.remove_all()  # first: without policies they would leave in clear
                 await channel.flush_policies()
                 await channel.flush_sas()
-                await self.labels.remove_all()
             except (KernelError, TimeoutError, ChannelClosed) as error:
                 log.warning("kernel not emptied at shutdown", error=str(error))
         await channel.close()

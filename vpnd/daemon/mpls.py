@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
 import structlog
 
-from kernel_shim.model import Action, AddressRange, Direction, IPAddress, PortRange, Selector
+from kernel_shim.model import Action, AddressRange, Direction, IPAddress, KernelError, PortRange, Selector
 from kernel_shim.mpls.allocator import LabelsExhausted
 from kernel_shim.mpls.encapsulation import UDP_PORT, Encapsulation
 from kernel_shim.mpls.labels import FIRST_LABEL, LAST_LABEL, Label
@@ -21,6 +21,7 @@ from vpnd.daemon.fpm import RoutingFeed
 from vpnd.daemon.kernel_side import KernelSide
 from vpnd.daemon.label_synchroniser import STATIC
 from vpnd.mpls import listing
+from vpnd.mpls.guard import without_sa
 from vpnd.mpls.model import MplsConfig
 from vpnd.mpls.plan import Assignment, assign, entries
 from vpnd.mpls.trace import Step, Trace
@@ -28,17 +29,24 @@ from vpnd.mpls.trace import Step, Trace
 LABEL_FILE: Final = "labels.json"  # in the state directory
 MAX_FILE: Final = 64 << 20  # octets; as many names as there are labels
 
+_GUARD: Final = "labels in clear"  # with a tunnel, the owner of the policies against them
+
 log = structlog.get_logger("mpls")
 
 
 class Mpls:
-    """`label_file` remembers what each label was given for; a label follows from its name in most cases, so a lost file costs little."""
+    """`label_file` remembers what each label was given for; a label follows from its name in most cases, so a lost file costs little.
 
-    def __init__(self, kernel: KernelSide, label_file: Path | None = None, feed: RoutingFeed | None = None) -> None:
+    `guards`: the kernel does not see to it that labels leave and come in SAs alone, so policies do.
+    """
+
+    def __init__(self, kernel: KernelSide, label_file: Path | None = None, feed: RoutingFeed | None = None, *, guards: bool = False) -> None:
         self._kernel = kernel
         self.labels: Final = kernel.labels
         self._feed = feed
         self._file = label_file
+        self._guards = guards
+        self._guarded: frozenset[Tunnel] = frozenset()
         self.config = MplsConfig()
         self.given: Assignment = _read(label_file) if label_file is not None else {}
 
@@ -49,17 +57,38 @@ class Mpls:
         except LabelsExhausted as error:
             raise ControlError(f"mpls.label_range: {error}") from error
 
-    def load(self, config: MplsConfig) -> int:
-        """From now on this counts; how many entries of the label node differ from before. ControlError as `plan`."""
+    async def load(self, config: MplsConfig) -> int:
+        """From now on this counts; how many entries of the label node differ from before. Returns when the kernel was told, if there is one.
+
+        ControlError as `plan`, or when the kernel does not take what keeps labels from leaving in clear: then nothing has changed.
+        """
         given = self.plan(config)
+        wanted = entries(config, given)
+        guarded = frozenset(entry for entry in wanted if isinstance(entry, Tunnel)) if self._guards else frozenset()
+        await self._guard(guarded - self._guarded)
         if given != self.given:
             self.given = given
             self._remember()
         self.config = config
-        changed = self.labels.replace(STATIC, entries(config, given))
+        changed = self.labels.replace(STATIC, wanted)
         if self._feed is not None:
             self._feed.configure(config)
+        await self.labels.settled()
+        for tunnel in self._guarded - guarded:
+            await self._kernel.release((_GUARD, tunnel))
+        self._guarded = guarded
         return changed
+
+    async def _guard(self, tunnels: Iterable[Tunnel]) -> None:
+        claimed: list[Tunnel] = []
+        for tunnel in tunnels:
+            try:
+                await self._kernel.claim((_GUARD, tunnel), list(without_sa(tunnel)))
+            except (KernelError, TimeoutError) as error:
+                for other in claimed:
+                    await self._kernel.release((_GUARD, other))
+                raise ControlError(f"peer {tunnel.peer}: nothing would keep labels from leaving in clear: {error}") from error
+            claimed.append(tunnel)
 
     # What people look at
 

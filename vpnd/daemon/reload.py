@@ -13,6 +13,7 @@ from vpnd.config.capabilities import refused
 from vpnd.config.errors import ConfigErrors
 from vpnd.config.model import ConnectionConfig, DaemonConfig, LoadedConfiguration
 from vpnd.control.backend import ControlError
+from vpnd.daemon.label_synchroniser import describe
 from vpnd.daemon.loading import Loading, clashing_reqids
 from vpnd.daemon.manager import Manager
 from vpnd.daemon.mpls import Mpls
@@ -71,8 +72,8 @@ class Reloading:
         # from here on everything is carried out
         exchanged = self._manager.credentials.exchange(self._credentials, credentials)
         failed = [*await self._remove(old, new), *await self._load(new)]
-        label_entries = self._mpls.load(loaded.configuration.mpls)
-        await self._mpls.labels.settled()
+        label_entries = await self._mpls.load(loaded.configuration.mpls)
+        failed += [f"{describe(key)} ({why})" for key, why in self._mpls.labels.refused.items()]
         changes = Changes(
             added=tuple(name for name in new if name not in old),
             changed=tuple(name for name in new if name in old and new[name] != old[name]),

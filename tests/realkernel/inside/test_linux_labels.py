@@ -3,27 +3,41 @@
 from __future__ import annotations
 
 import asyncio
-import re
+import json
+from collections.abc import Iterable
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 
 import pytest
-from lab.gateway import Gateway
+from lab.capture import Capture
+from lab.gateway import KERNEL_SHIM, Gateway
 from lab.namespaces import Lab
 from lab.provider_edges import MakeGateway, configuration, provider_edges
-from lab.providers import CUSTOMERS
+from lab.providers import CUSTOMERS, Provider
+from lab.topology import WAN
 from lab.traffic import ping
-from realkernel.kernel_gateways import XfrmGateway, xfrm
+from realkernel.kernel_gateways import xfrm
 
-from kernel_shim.channel.linux_labels import LinuxLabels, tunnel_device
+from kernel_shim.channel.linux_mpls.devices import tunnel_device
+from kernel_shim.channel.linux_mpls.node import LinuxLabels
 from kernel_shim.channel.sysctl import Sysctls
 from kernel_shim.model import KernelError
 from kernel_shim.mpls.encapsulation import Encapsulation
 from kernel_shim.mpls.labels import Label, LabelRange, LabelSet
-from kernel_shim.mpls.lfib import Nhlfe, Peer, ToInterface, ToPeer, ToVrf, TtlModel
+from kernel_shim.mpls.lfib import Key, Nhlfe, Peer, ToInterface, ToPeer, ToVrf, TtlModel
 from kernel_shim.mpls.node import LabelBinding, NodeEntry, Tunnel, Vrf, VrfRoute
 
 pytestmark = pytest.mark.realkernel
+
+
+def links(gateway: Gateway) -> dict[str, int]:
+    return {str(link["ifname"]): int(link["ifindex"]) for link in json.loads(gateway.namespace.run(["ip", "-json", "link"]).stdout)}
+
+
+def counters(gateway: Gateway) -> dict[str, int]:
+    """As `kernel-shim stats --kernel xfrm` shows them."""
+    found: dict[str, int] = json.loads(gateway.namespace.run([*KERNEL_SHIM, "stats", "--kernel", "xfrm", "--json"]).stdout)
+    return found
 
 
 def state(gateway: Gateway) -> str:
@@ -33,51 +47,97 @@ def state(gateway: Gateway) -> str:
     return "".join(told) + run(["sysctl", "net.mpls.platform_labels"]).stdout
 
 
+PIPE = Nhlfe(ToPeer("pe"), (Label(300), Label(400)), TtlModel.PIPE)
+BOTH = (Nhlfe(ToPeer("pe"), (Label(200),)), Nhlfe(ToPeer("other"), (Label(201),)))
+ENTRIES: list[NodeEntry] = [
+    Vrf("red", "vpn-red", 101, ("ce-red", "not-there-yet")),
+    Vrf("blue", "vpn-blue", 102),
+    Tunnel("pe", ip_address("192.0.2.1"), ip_address("192.0.2.2")),
+    Tunnel("six", ip_address("2001:db8::1"), ip_address("2001:db8::2"), managed=True),
+    Tunnel("other", ip_address("192.0.2.1"), ip_address("192.0.2.3"), Encapsulation.IP),
+    Peer("pe", LabelSet([LabelRange(Label(16), Label(99)), LabelRange(Label(101), Label(101))])),
+    Peer("other", LabelSet()),
+    LabelBinding(Label(100), (Nhlfe(ToInterface("red"), ttl=TtlModel.SHORT_PIPE),)),
+    LabelBinding(Label(101), (PIPE,)),
+    LabelBinding(Label(102), BOTH),
+    LabelBinding(Label(103), (Nhlfe(ToPeer("pe")),)),
+    VrfRoute("red", ip_network("10.9.0.0/24"), (PIPE,)),
+    VrfRoute("red", ip_network("fd00:9::/64"), (PIPE,)),
+    VrfRoute("red", ip_network("10.8.0.0/24"), BOTH),
+    VrfRoute("red", ip_network("10.7.0.0/24"), (Nhlfe(ToVrf("blue")),)),
+    VrfRoute("red", ip_network("10.1.0.0/24"), (Nhlfe(ToInterface("red")),)),
+]
+REFUSED: list[NodeEntry] = [
+    Vrf("green", "vpn-green"),
+    Vrf("green", "ce-red", 103),
+    Tunnel("udp", ip_address("192.0.2.1"), ip_address("192.0.2.4"), Encapsulation.UDP),
+    Peer("pe", LabelSet([LabelRange(Label(100), Label(100))]), space="pe"),
+    LabelBinding(Label(104), (Nhlfe(ToPeer("pe"), (Label(200),), entropy=True),)),
+    LabelBinding(Label(105), (Nhlfe(ToPeer("pe")), Nhlfe(ToPeer("other"), ttl=TtlModel.PIPE))),
+    VrfRoute("nobody", ip_network("10.9.0.0/24"), (PIPE,)),
+    # Another program's
+    LabelBinding(Label(999), (Nhlfe(ToPeer("pe")),)),
+    VrfRoute("red", ip_network("10.6.0.0/24"), (PIPE,)),
+]
+
+
+def keyed(entries: Iterable[NodeEntry]) -> dict[Key, NodeEntry]:
+    return {entry.key: entry for entry in entries}
+
+
 def test_entries_come_are_read_and_go() -> None:
-    paths = (Nhlfe(ToPeer("pe"), (Label(300), Label(400)), TtlModel.PIPE),)
-    both = (Nhlfe(ToPeer("pe"), (Label(200),)), Nhlfe(ToPeer("other"), (Label(201),)))
-    entries: list[NodeEntry] = [
-        Vrf("red", "vpn-red", 101, ("ce-red",)),
-        Vrf("blue", "vpn-blue", 102),
-        Tunnel("pe", ip_address("192.0.2.1"), ip_address("192.0.2.2")),
-        Tunnel("six", ip_address("2001:db8::1"), ip_address("2001:db8::2")),
-        Tunnel("other", ip_address("192.0.2.1"), ip_address("192.0.2.3"), Encapsulation.IP),
-        Peer("pe", LabelSet([LabelRange(Label(16), Label(99)), LabelRange(Label(101), Label(101))])),
-        LabelBinding(Label(100), (Nhlfe(ToVrf("red"), ttl=TtlModel.PIPE),)),
-        LabelBinding(Label(101), paths),
-        LabelBinding(Label(102), both),
-        LabelBinding(Label(103), (Nhlfe(ToPeer("pe")),)),
-        VrfRoute("red", ip_network("10.9.0.0/24"), paths),
-        VrfRoute("red", ip_network("fd00:9::/64"), paths),
-        VrfRoute("red", ip_network("10.8.0.0/24"), both),
-        VrfRoute("red", ip_network("10.7.0.0/24"), (Nhlfe(ToVrf("blue")),)),
-        VrfRoute("red", ip_network("10.1.0.0/24"), (Nhlfe(ToInterface("red")),)),
-    ]
-    refused: list[NodeEntry] = [
-        Vrf("green", "vpn-green"),
-        Tunnel("udp", ip_address("192.0.2.1"), ip_address("192.0.2.4"), Encapsulation.UDP),
-        Peer("pe", LabelSet([LabelRange(Label(100), Label(100))]), space="pe"),
-        LabelBinding(Label(104), (Nhlfe(ToPeer("pe"), (Label(200),), entropy=True),)),
-        VrfRoute("nobody", ip_network("10.9.0.0/24"), paths),
-    ]
+    async def ip(command: str) -> str:
+        return (await asyncio.to_thread(here.run, ["ip", *command.split()])).stdout
 
     async def body() -> None:
         sysctls = Sysctls()
         kernel = LinuxLabels(sysctls)
-        await kernel.put_labels(entries)
-        assert list(await kernel.labels()) == entries
-        await kernel.put_labels(entries)  # again is harmless
-        for entry in refused:
+        await kernel.put_labels(ENTRIES)
+        assert keyed(await kernel.labels()) == keyed(ENTRIES)
+        assert "ttl-propagate disabled" in await ip("-f mpls route show 101")
+        assert "ttl-propagate enabled" in await ip("-f mpls route show 103")
+        await ip("-f mpls route add 999 dev vpn-blue")
+        await ip("route add 10.6.0.0/24 dev vpn-red table 101")
+        await kernel.put_labels(ENTRIES)  # again is harmless
+        for entry in REFUSED:
             with pytest.raises(KernelError):
                 await kernel.put_labels([entry])
-        assert list(await kernel.labels()) == entries
-        # Another run takes over what it wants and removes the rest.
+        assert keyed(await kernel.labels()) == keyed(ENTRIES)
+        # Another run reads what stands, as far as Linux tells it, and takes over the rest as it is.
         successor = LinuxLabels(sysctls)
-        await successor.put_labels(entries[:-1])
-        await asyncio.to_thread(here.run, ["ip", "-f", "mpls", "route", "del", "101"])
-        assert entries[7] not in await successor.labels()
-        await successor.put_labels([entries[7]])
-        await successor.delete_labels(list(reversed(entries)))
+        read = keyed(await successor.labels())
+        told = {key: entry for key, entry in keyed(ENTRIES).items() if key.kind in ("peer", "route") and entry != ENTRIES[-1]}
+        assert {key: read[key] for key in told} == told
+        assert {*read} == {*keyed(ENTRIES)} - {ENTRIES[-1].key}
+        await successor.put_labels(ENTRIES)
+        assert keyed(await successor.labels()) == keyed(ENTRIES)
+        # What somebody took away, or changed, is noticed.
+        for command in ("-f mpls route del 101", "link set ce-red nomaster", "route replace 10.7.0.0/24 dev vpn-red table 101 proto 178"):
+            await ip(command)
+        found = keyed(await successor.labels())
+        wrong = {key for key, entry in keyed(ENTRIES).items() if found.get(key) != entry}
+        assert wrong == {ENTRIES[8].key, ENTRIES[0].key, ENTRIES[14].key}
+        await successor.put_labels([ENTRIES[0], ENTRIES[8], ENTRIES[14]])
+        assert keyed(await successor.labels()) == keyed(ENTRIES)
+        await ip("link del vpn-red")
+        assert {entry.key.name[0] for entry in ENTRIES if entry not in await successor.labels()} >= {"red", ""}
+        await successor.put_labels(ENTRIES)
+        assert keyed(await successor.labels()) == keyed(ENTRIES)
+        # Other ends are changed in place; another encapsulation makes the device anew, with all that rests upon it.
+        for tunnel in (
+            Tunnel("pe", ip_address("192.0.2.1"), ip_address("192.0.2.9")),
+            Tunnel("pe", ip_address("192.0.2.1"), ip_address("192.0.2.9"), Encapsulation.IP),
+            Tunnel("pe", ip_address("2001:db8::1"), ip_address("2001:db8::9")),
+        ):
+            await successor.put_labels([tunnel])
+            assert keyed(await successor.labels()) == keyed(ENTRIES) | {tunnel.key: tunnel}
+        other = Vrf("red", "vpn-red", 111, ("ce-red",))
+        await successor.put_labels([other])
+        assert keyed(await successor.labels()) == keyed(ENTRIES) | {tunnel.key: tunnel, other.key: other}
+        fewer = Peer("pe", LabelSet([LabelRange(Label(50), Label(120))]))
+        await successor.put_labels([fewer])
+        assert fewer in await successor.labels()
+        await successor.delete_labels(list(reversed(ENTRIES)))
         assert list(await successor.labels()) == []
         sysctls.restore()
 
@@ -95,30 +155,37 @@ def test_entries_come_are_read_and_go() -> None:
 
 @pytest.mark.parametrize("far", [xfrm, Gateway], ids=["linux", "userspace"])
 def test_customers_of_the_same_addresses_reach_their_own(tmp_path: Path, far: MakeGateway) -> None:
-    with provider_edges(tmp_path, make_a=xfrm, make_b=far) as edges:
-        try:
-            for name in CUSTOMERS:
-                edges.reaches(name)
-                assert edges.lost(name, timeout=20.0) == 0, name
-        except Exception:
-            print(state(edges.a), edges.a.log()[-5000:], edges.b.account()[-5000:], edges.a.namespace.run(["ip", "xfrm", "policy"]).stdout)
-            print(edges.a.namespace.run(["tc", "-s", "filter", "show", "dev", tunnel_device("pe"), "ingress"]).stdout)
-            raise
-        assert edges.leaks() == []
+    with provider_edges(tmp_path, make_a=xfrm, make_b=far) as edges, Capture(edges.lab.a.gateway, WAN, outgoing=True) as sent:
+        a, b = edges.lab.a, edges.lab.b
+
+        def answers(customer: str, count: int = 1, timeout: float = 20.0, near: Provider = a, far: Provider = b) -> int:
+            return ping(near.customers[customer].host, far.customers[customer].host4, count=count, timeout=timeout).received
+
+        # The very first packet waits for its SA, and is not lost.
+        assert answers("red") == 1
+        for name in CUSTOMERS:
+            edges.reaches(name)
+            assert edges.lost(name, timeout=20.0) == 0, name
         # Another customer's label, which this peer was never told, in its own SA.
-        edges.b.config.write_text(configuration(edges.lab.b, edges.lab.a, remote={"red": 102, "blue": 101}))
-        edges.a.config.write_text(configuration(edges.lab.a, edges.lab.b, remote={"red": 100, "blue": 101}))
+        edges.a.config.write_text(configuration(a, b, remote={"red": 100, "blue": 101}))
+        edges.b.config.write_text(configuration(b, a, remote={"red": 102, "blue": 101}))
+        device = links(edges.a)[tunnel_device("pe")]
         for gateway in (edges.a, edges.b):
             gateway.vpnctl("reload")
-        sender, target = edges.lab.b.customers["red"], edges.lab.a.customers["red"]
-        assert ping(sender.host, target.host4, count=3, timeout=2.0).received == 0
-        edges.reaches("blue")
-        filters = edges.a.namespace.run(["tc", "-s", "filter", "show", "dev", tunnel_device("pe"), "ingress"]).stdout
-        assert max(map(int, re.findall(r"dropped (\d+)", filters))) >= 3, filters
-        assert isinstance(edges.a, XfrmGateway)
+        assert answers("red", count=3, timeout=2.0, near=b, far=a) == 0
+        assert counters(edges.a)["drop_mpls_label_forbidden"] == 3
+        assert answers("blue") == 1
+        # A key manager that is killed leaves all as it is, and the next one finds it.
+        edges.a.kill_vpnd()
+        assert answers("blue") == 1
+        edges.a.start_vpnd()
+        assert answers("blue") == 1
+        assert links(edges.a)[tunnel_device("pe")] == device
+        assert " missing" not in edges.a.vpnctl("mpls", "lfib")
+        # Without the policy that protects them labels stay where they are.
+        edges.a.namespace.run(["ip", "xfrm", "policy", "delete", "dir", "out", "src", str(a.wan4), "dst", str(b.wan4), "proto", "gre"])
+        assert answers("blue", timeout=2.0) == 0
+        assert [str(packet) for packet in sent.packets() if not (packet.is_esp or packet.is_ike)] == []
         edges.a.stop()
-        after = state(edges.a)
-        assert "vpn-" not in after
-        assert tunnel_device("pe") not in after
-        assert "proto 178" not in after
-        assert "platform_labels = 0" in after
+        assert [line for line in state(edges.a).splitlines() if "vpn-" in line or tunnel_device("pe") in line or "proto 178" in line] == []
+        assert "platform_labels = 0" in state(edges.a)

@@ -145,8 +145,36 @@ def test_a_kernel_without_labels_is_told_by_name() -> None:
         (error,) = check(loaded.configuration, EXPECTED[KernelChoice.PFKEY], loaded.tree)
         assert "forwards no labels" in str(error)
         assert error.line == 1
-    for kernel in (KernelChoice.USERSPACE, KernelChoice.XFRM):
-        assert beyond(loaded.configuration, EXPECTED[kernel], loaded.tree) == []
+    assert beyond(loaded.configuration, EXPECTED[KernelChoice.USERSPACE], loaded.tree) == []
+
+
+ON_LINUX = "vrfs { red { table = 101\n label = 100 } }\npeers { pe { local = 192.0.2.1\n remote = 192.0.2.2 } }"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "place", "complaint"),
+    [
+        ("vrfs", "dscp_to_tc = 46:5\nvrfs", "mpls.dscp_to_tc", "traffic class"),
+        ("vrfs", "fpm = yes\nvrfs", "mpls.fpm", "routing daemon itself"),
+        ("table = 101", "", "mpls.vrfs.red.table", "without a table"),
+        ("label = 100", "label = 1048575", "mpls.vrfs.red.label", "1048575"),
+        ("remote = 192.0.2.2", "remote = 192.0.2.2\n encapsulation = udp", "mpls.peers.pe.encapsulation", "not in UDP"),
+        ("local = 192.0.2.1\n remote = 192.0.2.2", "local = ::1\n remote = ::2\n encapsulation = ip", "mpls.peers.pe.encapsulation", "GRE only"),
+        ("remote = 192.0.2.2", "remote = 192.0.2.2\n space = own", "mpls.peers.pe.space", "one label space"),
+        ("remote = 192.0.2.2", "remote = 192.0.2.2\n entropy = yes", "mpls.peers.pe.entropy", "no entropy labels"),
+        ("remote = 192.0.2.2", "remote = 192.0.2.2\n tc = 5", "mpls.peers.pe.tc", "traffic class"),
+        ("peers", "lsps { one { label = 1048575\n to = pe\n push = 200 } }\npeers", "mpls.lsps.one.label", "1048575"),
+        ("peers", "lsps { one { label = 20\n to = pe\n push = 200\n tc = 1 } }\npeers", "mpls.lsps.one.tc", "traffic class"),
+    ],
+)
+def test_what_linux_cannot_do_of_labels_is_said_with_its_place(before: str, after: str, place: str, complaint: str) -> None:
+    for text, wrong in ((ON_LINUX, False), (ON_LINUX.replace(before, after), True)):
+        loaded = load_text(f"mpls {{\n{text}\n}}", PATH)
+        for check in (beyond, refused):
+            errors = check(loaded.configuration, EXPECTED[KernelChoice.XFRM], loaded.tree)
+            assert [error.path for error in errors] == ([place] if wrong else [])
+            assert all(complaint in str(error) and "'xfrm'" in str(error) and error.line for error in errors)
+            assert check(loaded.configuration, EXPECTED[KernelChoice.USERSPACE], loaded.tree) == []
 
 
 CHILD = (
