@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 from kernel_shim.model import AcquireSequence, Endpoint, Mode, SaId, SecurityAssociation, TrafficSelector
 from vpnd.ike.gateway_id import GatewayId
 from vpnd.ike.identity import Identity
+from vpnd.ike.marking import NO_MARKING, Marking
 
 if TYPE_CHECKING:
     from vpnd.ike.sa import IkeSa
@@ -68,6 +69,7 @@ class ChildSa:
     inbound: SecurityAssociation
     outbound: SecurityAssociation
     encapsulated: bool
+    marking: Marking = NO_MARKING
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,6 +36,7 @@ from vpnd.ike.iana import FIRST_STATUS_NOTIFY, CertEncoding, NotifyType, name_of
 from vpnd.ike.identity import Identity
 from vpnd.ike.intermediate import Intermediate
 from vpnd.ike.keymat import IkeKeys, IkeSuite, with_ppk
+from vpnd.ike.marking import SharedIfIds
 from vpnd.ike.nat import detect
 from vpnd.ike.proposal import Proposal
 from vpnd.ike.resumption import NEVER, Resumable
@@ -229,6 +230,7 @@ class Session:
         # CHILD_SAs to rekey, postponed exchanges to begin, requests whose key exchanges do not come
         self.later: Deadlines[int | Task | Followup] = Deadlines()
         self.followups: dict[bytes, Followup] = {}  # by link: requests of the peer's that wait for their key exchanges
+        self.if_ids = SharedIfIds()
         self.tokens = 0
         self.effects: list[Effect] = []
 
@@ -382,6 +384,7 @@ class Session:
         new.peer_hashes, new.fragmentation, new.ppk = self.peer_hashes, self.fragmentation, self.ppk
         new.redirectable = self.redirectable
         new.ticket_id = self.ticket_id
+        new.if_ids = self.if_ids
         new.original_initiator, new.mobike, new.mapping_hash = self.original_initiator, self.mobike, b""
         new.peer_addresses, new.told_addresses = self.peer_addresses, self.told_addresses
         return new
