@@ -58,6 +58,7 @@ RETRY_FIRST: Final = 1.0  # s; doubles
 RETRY_LAST: Final = 15.0  # s
 RETRIES: Final = 24  # about 5 minutes
 RESUMABLE: Final = frozenset({Reason.PEER_SILENT, Reason.REKEYED, Reason.REPLACED, Reason.KERNEL_LOST, Reason.SHUTDOWN})  # ends after which tickets stay good
+SUCCEEDED: Final = frozenset({Reason.REKEYED, Reason.REPLACED})  # ends after which the peer has, or is about to have, another one in its place
 AT_ONCE: Final = frozenset({Reason.EXPIRED, Reason.KERNEL_LOST, Reason.KERNEL_REFUSED, Reason.SHUTDOWN})  # ends after which nothing under way is waited for
 
 REKEY_AGAIN: Final = 30.0  # s, after a rekeying was refused for good
@@ -455,7 +456,7 @@ class Session:
         self._send_by_successor(child)
         self.emit(RemoveSa(child.sa.outbound.id))
         # what the peer sent before it heard of the end is under way still
-        lingers = reason is Reason.REKEYED or (reason not in AT_ONCE and self.has_twin(child))
+        lingers = reason in SUCCEEDED or (reason not in AT_ONCE and self.has_twin(child))
         self.emit(RemoveSa(child.sa.inbound.id, self.context.settings.rekeyed_delay if lingers else 0.0))
         self.emit(ChildClosed(child.sa, reason))
         if not self.closed:
