@@ -33,8 +33,9 @@ from vpnd.ike.narrowing import Selectors, narrow, of_flow, paired, resolve, subs
 from vpnd.ike.narrowing import within as only_narrows
 from vpnd.ike.proposal import Proposal, accept, number_proposals, select
 from vpnd.ike.proposal import within as within_kernel
-from vpnd.ike.session import Session, Steps, allocate
+from vpnd.ike.session import Session
 from vpnd.ike.state import Child
+from vpnd.ike.steps import Steps, allocate
 from vpnd.ike.wire.message import Message
 from vpnd.ike.wire.payloads import NotifyPayload, Payload, SaPayload, TsiPayload, TsrPayload
 
@@ -289,10 +290,10 @@ def build(session: Session, agreed: Agreed, spi_in: SaId, keying: Keying, replac
         encapsulated=encapsulated,
         marking=marking,
     )
-    # the peer has its new SA in only once it has our answer, so until it deletes the old CHILD_SA that one sends
-    sends = keying.initiator or replaces is None
-    lowest = min(keying.nonce_i, keying.nonce_r)
-    return Child(sa, config, agreed.proposal, session.now, keying.initiator, replaces=replaces.sa.id if replaces else 0, lowest=lowest, sends=sends)
+    child = Child(sa, config, agreed.proposal, session.now, keying.initiator, place=sa.id, lowest=min(keying.nonce_i, keying.nonce_r))
+    if replaces is not None:
+        child.place, child.generation, child.replaces = replaces.place, replaces.generation + 1, replaces.sa.id
+    return child
 
 
 def check_encapsulation(session: Session) -> None:

@@ -42,6 +42,8 @@ class Child:
     installed_at: float
     initiator: bool  # of the exchange that made it
     state: ChildSaState = ChildSaState.INSTALLED
+    place: int = 0  # the same for all that came of one CHILD_SA by rekeying: its id
+    generation: int = 0  # how many rekeyings it is away from that one
     replaces: int = 0  # id of the CHILD_SA that it rekeys
     lowest: bytes = b""  # of the two nonces that it was made with, should its rekeying turn out to be one of two
     sends: bool = True  # its SA out is installed; not yet while the one that it replaces still sends, not any more while another one takes its place

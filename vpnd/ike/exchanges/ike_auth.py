@@ -16,7 +16,8 @@ from vpnd.ike.exchanges.ike_sa_init import certificate_requests
 from vpnd.ike.exchanges.informational import delete_spi
 from vpnd.ike.iana import Exchange, NotifyType, ProtocolId, name_of
 from vpnd.ike.identity import Identity
-from vpnd.ike.session import Ask, Response, Session, Steps, Task, Tell, ask, error_name, first_error, reason_of
+from vpnd.ike.session import Session
+from vpnd.ike.steps import Ask, Response, Steps, Task, Tell, ask, error_name, first_error, reason_of
 from vpnd.ike.wire.message import Message
 from vpnd.ike.wire.payloads import AuthPayload, DeletePayload, IdiPayload, IdrPayload, NotifyPayload, Payload, SaPayload, TsiPayload, TsrPayload
 

@@ -20,8 +20,9 @@ from vpnd.ike.iana import CertEncoding, Exchange, NotifyType
 from vpnd.ike.keymat import IkeSuite, ike_keys, skeyseed
 from vpnd.ike.nat import HASH_LENGTH, detection_payloads, floated
 from vpnd.ike.proposal import Proposal, accept, number_proposals, select
-from vpnd.ike.session import NONCE_LENGTH, Ask, IkeCrypto, KeepWaiting, Session, Steps, ask, error_name, first_error, reason_of
+from vpnd.ike.session import Session
 from vpnd.ike.state import IkeSaState
+from vpnd.ike.steps import NONCE_LENGTH, Ask, IkeCrypto, KeepWaiting, Steps, ask, error_name, first_error, reason_of
 from vpnd.ike.wire.errors import MalformedMessage
 from vpnd.ike.wire.header import NO_SPI, Header, MessageId
 from vpnd.ike.wire.message import Message, decode_message, encode_message

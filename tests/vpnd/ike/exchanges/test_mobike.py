@@ -13,7 +13,8 @@ from vpnd.ike.effects import ChildClosed, IkeMoved, Reason
 from vpnd.ike.exchanges import mobike
 from vpnd.ike.exchanges.mobike import MAX_ADDITIONAL
 from vpnd.ike.iana import Exchange, NotifyType
-from vpnd.ike.session import Ask, Session, Steps, Task, ask
+from vpnd.ike.session import Session
+from vpnd.ike.steps import Ask, Steps, Task, ask
 from vpnd.ike.wire.message import Message
 from vpnd.ike.wire.payloads import NotifyPayload, Payload
 
