@@ -46,8 +46,8 @@ from vpnd.daemon.repair import Repair
 from vpnd.daemon.reqid_pool import ReqIdPool
 from vpnd.policies import PolicyTable
 from vpnd.telemetry.counters import Counters
-from vpnd.telemetry.logging import explained
 from vpnd.telemetry.throttle import Throttle
+from vpnd.telemetry.wording import explained
 
 ORPHAN_GRACE: Final = 30.0  # s, the time a successor has before an earlier run's SAs and policies are removed
 RECONNECT_FIRST: Final = 0.05  # s

@@ -9,7 +9,6 @@ from typing import Any
 
 import structlog
 
-from kernel_shim.model import KernelError
 from kernel_shim.secret import Secret
 
 
@@ -19,15 +18,6 @@ def redact(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> Mutab
         if isinstance(value, Secret | bytes | bytearray | memoryview):
             event[key] = f"<{len(value)} bytes>"
     return event
-
-
-def explained(error: Exception) -> str:
-    """What `error` says to a person: without the number of an errno, but with the file that it is about."""
-    if isinstance(error, KernelError):
-        return error.detail
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return str(error) or type(error).__name__
 
 
 def configure_logging(level: str = "info", style: str = "text") -> None:
