@@ -9,11 +9,14 @@ from lab.ike_pair import Datagram, Pair, agree, child, connection, mirrored, psk
 
 from vpnd.ike.crypto.sk import seal_message
 from vpnd.ike.effects import Reason
+from vpnd.ike.exchanges import create_child_sa
 from vpnd.ike.iana import Exchange, Group, NotifyType, TransformType
-from vpnd.ike.session import Ask, Session, Steps, Task, ask
+from vpnd.ike.identity import Identity
+from vpnd.ike.session import Session
+from vpnd.ike.steps import Ask, Steps, Task, ask
 from vpnd.ike.wire.header import Header, IkeSpi, MessageId
 from vpnd.ike.wire.message import Message, decode_message, encode_message
-from vpnd.ike.wire.payloads import DeletePayload, NotifyPayload, Payload, SaPayload, UnknownPayload
+from vpnd.ike.wire.payloads import DeletePayload, IdiPayload, NotifyPayload, Payload, SaPayload, UnknownPayload
 
 UNKNOWN = 200
 
@@ -204,3 +207,39 @@ def test_a_choice_that_is_not_that_of_the_key_exchange_is_no_answer() -> None:
     pair.deliver(answer)
     pair.settle()
     agree(pair, 1)
+
+
+@pytest.mark.parametrize("exchange", [Exchange.IKE_AUTH, Exchange.IKE_INTERMEDIATE, Exchange.CREATE_CHILD_SA, Exchange.INFORMATIONAL])
+def test_a_responder_that_is_not_authenticated_asks_nothing_of_us(exchange: int) -> None:
+    """Who did the key exchange has the keys, whoever it is (RFC 7296 section 2.2)."""
+    pair = psk_pair(child())
+    pair.a.start(pair.b.endpoint, pair.now)
+    pair.step()
+    pair.step()
+    genuine = pair.take()
+    stranger = pair.b.sa
+    for number in (0, 1):
+        header = Header(stranger.wire_spi_i, stranger.wire_spi_r, exchange, MessageId(number), initiator=False, response=False)
+        sealed = seal_message(header, (DeletePayload(1), IdiPayload(Identity.parse("b.example"))), stranger.keys.send, pair.b.entropy)
+        pair.deliver(Datagram("b", stranger.local, stranger.remote, sealed))
+        assert not pair.flight
+        assert pair.a.closed is None
+    pair.deliver(genuine)
+    pair.settle()
+    agree(pair, 1)
+
+
+def test_a_peer_gets_no_more_children_than_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(create_child_sa, "MAX_CHILDREN", 3)
+    pair = psk_pair(child())
+    pair.connect()
+    (entry,) = pair.a.sa.children.values()
+    for _ in range(5):
+        pair.a.run(pair.a.sa, pair.a.sa.create_child(entry.config, pair.now), pair.now)
+        pair.settle()
+    assert pair.a.failed == [Reason.NO_ADDITIONAL_SAS] * 3
+    agree(pair, 3)
+    # one that replaces another is refused as well, and the old one stays
+    pair.a.run(pair.a.sa, pair.a.sa.rekey_child(entry.sa.id, pair.now), pair.now)
+    pair.settle()
+    agree(pair, 3)

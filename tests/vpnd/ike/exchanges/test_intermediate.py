@@ -16,7 +16,8 @@ from vpnd.ike.exchanges import ike_intermediate
 from vpnd.ike.iana import Exchange, Group, NotifyType, ProtocolId
 from vpnd.ike.proposal import default_proposals
 from vpnd.ike.sa import IkeSaState
-from vpnd.ike.session import Session, Steps
+from vpnd.ike.session import Session
+from vpnd.ike.steps import Steps
 from vpnd.ike.transport import UNPROTECTED_ERROR_GRACE
 from vpnd.ike.wire.header import Header, MessageId
 from vpnd.ike.wire.message import Message, decode_message, encode_message
