@@ -20,8 +20,8 @@ def redact(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> Mutab
     return event
 
 
-def configure_logging(level: str = "info", style: str = "text") -> None:
-    """`level` is a name of the logging module in lower case; `style` is `text` (key=value) or `json`."""
+def configure_logging(level: str = "info", style: str = "console") -> None:
+    """`level` is a name of the logging module in lower case; `style` is `console` (key=value) or `json`."""
     renderer: Any = structlog.processors.JSONRenderer() if style == "json" else structlog.processors.LogfmtRenderer(key_order=["timestamp", "level", "event"])
     structlog.configure(
         processors=[
