@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Final
 
 from kernel_shim.model import NO_MARK, TFC_TO_MTU, Action, HeaderCopies, Mark, Mode, Unresolved
@@ -19,6 +20,7 @@ from vpnd.ike.proposal import Proposal, default_proposals, number_proposals, par
 MAX_NAME: Final = 200  # bytes: a name, a hyphen and an id fit a VICI name of 255
 MAX_CHILDREN: Final = 10_000  # of one connection
 MAX_SELECTORS: Final = 255  # of one side: their number is one octet on the wire (RFC 7296 section 3.13)
+MAX_SHARED: Final = 1024  # different lists of proposals that are remembered
 SMALLEST_REPLAY_WINDOW: Final = 32
 MAX_REPLAY_WINDOW: Final = 4096
 MAX_INTERFACE_NAME: Final = 15  # octets; IFNAMSIZ less one
@@ -50,7 +52,13 @@ def read_proposals(reader: Reader, option: str, protocol: ProtocolId) -> tuple[P
         proposals += default_proposals(protocol)
     elif given and not reader.items(option):
         reader.complain("no proposal is given", option)
-    return number_proposals(tuple(dict.fromkeys(proposals)))
+    return _shared(number_proposals(tuple(dict.fromkeys(proposals))))
+
+
+@lru_cache(maxsize=MAX_SHARED)
+def _shared(proposals: tuple[Proposal, ...]) -> tuple[Proposal, ...]:
+    """One object for all that are equal: thousands of connections have the same, and are then compared with an offer once."""
+    return proposals
 
 
 def read_children(reader: Reader, if_ids: tuple[int | Unique, int | Unique]) -> dict[str, ChildConfig]:
