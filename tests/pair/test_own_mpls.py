@@ -91,6 +91,22 @@ def test_a_vrf_comes_and_goes_while_others_carry(edges: Edges) -> None:
     assert (received.received, received.duplicates) == (sent.sent - sent.refused, 0)
 
 
+def test_a_bulk_transfer_finds_its_way_over_a_narrow_path(tmp_path: Path) -> None:
+    """The router that cannot pass an ESP packet on tells the PE, which tells the customer how much room the labels leave."""
+    with provider_edges(tmp_path, capture=False, narrow=1280) as edges:
+        edges.reaches("red")
+        near, far = edges.lab.a.customers["red"], edges.lab.b.customers["red"]
+        for source, target, address in ((near, far, far.host4), (near, far, far.host6), (far, near, near.host4)):
+            with tcp_server(target.host, address, 7000) as port:
+                assert tcp_bulk(source.host, address, port, size=4 << 20, timeout=30.0).intact
+        learnt = near.host.run(["ip", "route", "get", str(far.host4)]).stdout
+        mtu = int(learnt.split(" mtu ")[1].split()[0])
+        assert 1180 < mtu < 1280 - 4 - 4  # GRE and one label, in ESP
+        room = mtu - 28
+        assert ping(near.host, far.host4, size=room, dont_fragment=True).lost == 0
+        assert ping(near.host, far.host4, size=4000).lost == 0
+
+
 def test_a_trace_says_what_becomes_of_a_packet(edges: Edges) -> None:
     def trace(*arguments: str) -> list[tuple[str, str]]:
         steps = json.loads(edges.a.vpnctl("--json", "mpls", "trace", *arguments))
