@@ -19,7 +19,7 @@ from kernel_shim.packet.ip import refresh_header_checksum
 from kernel_shim.reasons import DropReason
 
 LIMIT = 1400
-LABELS = [0, 1, 2, 3, 7, 13, 16, 17, 18, 19, 20, 21, 900]
+LABELS = [0, 1, 2, 3, 7, 13, 21, 900, *range(16, 21), *range(16, 21), *range(16, 21)]
 ACCEPTED = LabelSet([LabelRange(Label(16), Label(20))])
 VRFS = ["red", "blue", PLATFORM]
 SENDER = IPv4Address("192.0.2.1")
@@ -245,13 +245,13 @@ peers = st.builds(
 )
 local = st.builds(Nhlfe, st.sampled_from(VRFS).flatmap(lambda vrf: st.sampled_from([ToInterface(vrf), ToVrf(vrf)])), st.just(()), models)
 again = st.builds(Nhlfe, st.sampled_from(VRFS).map(ToStack), st.just(()), models)
-ilms = st.dictionaries(st.integers(16, 20), st.lists(st.one_of(peers, local, again), min_size=1, max_size=2).map(tuple), max_size=5)
+ilms = st.dictionaries(st.integers(16, 20), st.lists(st.one_of(peers, local, again), min_size=1, max_size=2).map(tuple), min_size=3, max_size=5)
 networks = st.sampled_from([IPv4Network(text) for text in ("10.0.0.0/8", "10.1.0.0/16", "10.1.1.0/24", "10.1.1.1/32", "192.0.2.0/24", "0.0.0.0/0")])
-routing = st.dictionaries(st.tuples(st.sampled_from(VRFS), networks), st.lists(st.one_of(peers, local), min_size=1, max_size=2).map(tuple), max_size=8).map(
-    lambda routes: {key: paths for key, paths in routes.items() if all(allowed(path, key[0]) for path in paths)}
-)
-stack_entries = st.tuples(st.sampled_from(LABELS), st.integers(0, 7), st.sampled_from([0, 1, 2, 3, 64, 255]))
-label_stacks = st.lists(stack_entries, min_size=1, max_size=5).map(tuple)
+routing = st.dictionaries(
+    st.tuples(st.sampled_from(VRFS), networks), st.lists(st.one_of(peers, local), min_size=1, max_size=2).map(tuple), min_size=2, max_size=8
+).map(lambda routes: {key: paths for key, paths in routes.items() if all(allowed(path, key[0]) for path in paths)})
+stack_entries = st.tuples(st.sampled_from(LABELS), st.integers(0, 7), st.sampled_from([0, 1, 2, 3, 9, 33, 33, 64, 64, 64, 255, 255]))
+label_stacks = st.one_of(stack_entries.map(lambda entry: (entry,)), st.lists(stack_entries, min_size=1, max_size=4).map(tuple))
 inners = st.builds(
     Inner,
     st.sampled_from(["10.1.1.1", "10.1.1.2", "10.1.2.3", "10.2.3.4", "172.16.0.1"]).map(IPv4Address),

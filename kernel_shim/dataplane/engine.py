@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -26,6 +26,7 @@ from kernel_shim.model import (
     Capabilities,
     Direction,
     Endpoint,
+    IPAddress,
     KernelError,
     KernelEvent,
     Migration,
@@ -276,6 +277,10 @@ class Engine:
             raise KernelError(errno.ESRCH, f"no {key.kind} {' '.join(map(str, key.name))}")
         if key.kind == "vrf":
             self._labels.drop_vrf(str(key.name[0]))
+
+    def set_vrf_addresses(self, vrf: str, addresses: Iterable[IPAddress]) -> None:
+        """The host's own towards that customer, one of each IP version at most."""
+        self._node.set_addresses(vrf, addresses)
 
     def label_entries(self) -> Sequence[NodeEntry]:
         return list(self._node.entries())

@@ -96,7 +96,7 @@ class Edges:
 def provider_edges(
     directory: Path, *, capture: bool = True, make_a: MakeGateway = Gateway, make_b: MakeGateway = Gateway, narrow: int = 0, ttl: str = "pipe"
 ) -> Iterator[Edges]:
-    """Both run, and nothing is negotiated yet; with a capture on the wire since before they started. `narrow` as in `providers`, `ttl` as in the configuration."""
+    """Both run, and nothing is negotiated yet; with a capture on the wire since before they started. `narrow`: as in `providers`; `ttl`: of the section."""
     with providers(narrow=narrow) as lab, contextlib.ExitStack() as stack:
         wire = stack.enter_context(Capture(lab.a.gateway, WAN)) if capture else None
         for letter in "ab":

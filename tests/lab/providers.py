@@ -96,7 +96,7 @@ def _router_between(lab: Lab, edges: tuple[Provider, ...], mtu: int) -> None:
 
 @contextmanager
 def providers(count: int = 2, narrow: int = 0) -> Iterator[Providers]:
-    """The topology, up; what leads from site to site is the test's. Three PEs meet at a bridge. `narrow`: between two is a router whose link to b has that MTU."""
+    """The topology, up; what leads from site to site is the test's. Three PEs meet at a bridge. `narrow`: the MTU of a router's link to b."""
     with Lab() as lab:
         edges = tuple(_provider(lab, "abc"[number], number + 1, (count - 1).bit_length()) for number in range(count))
         if narrow:

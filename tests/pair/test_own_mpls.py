@@ -10,7 +10,9 @@ import pytest
 from lab.capture import Capture
 from lab.provider_edges import Edges, configuration, provider_edges
 from lab.providers import CUSTOMERS
-from lab.traffic import UdpStream, ping, tcp_bulk, tcp_server, udp_sink
+from lab.traffic import UdpStream, ping, tcp_bulk, tcp_server, trace_route, udp_sink
+
+from kernel_shim.mpls.labels import Entry, Label, write_stack
 
 pytestmark = [pytest.mark.pair, pytest.mark.timeout(180)]
 
@@ -126,3 +128,17 @@ def test_a_trace_says_what_becomes_of_a_packet(edges: Edges) -> None:
     assert {row["state"] for row in rows} == {"ok"}
     assert {row.get("label") or row["prefix"] for row in rows} == {"100", *map(str, (far.net4, far.net6, mine.net4, mine.net6))}
     assert [row["table"] for row in json.loads(edges.a.vpnctl("--json", "mpls", "vrfs"))] == ["101", "102", "103"]
+
+
+@pytest.mark.parametrize("ttl", ["pipe", "uniform"])
+def test_a_customer_traces_its_route(tmp_path: Path, ttl: str) -> None:
+    """Each PE answers from its address at the customer's own link, which all customers' links share here."""
+    with provider_edges(tmp_path, capture=False, ttl=ttl) as edges:
+        for name in ("blue", "red"):
+            edges.reaches(name)
+            near, far = edges.lab.a.customers[name], edges.lab.b.customers[name]
+            (first, _), (second, shown), (third, _) = trace_route(near.host, far.host4)
+            assert (first, second, third) == (near.net4[1], far.net4[1], far.host4)
+            # With the uniform model it is the label's TTL that ends, and its stack is shown (RFC 4950).
+            label = 100 + CUSTOMERS.index(name)
+            assert shown[8:] == (write_stack([Entry(Label(label), 0, 1)]) if ttl == "uniform" else b"")
