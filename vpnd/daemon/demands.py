@@ -157,7 +157,8 @@ class Demands:
             demand.entry = None
             self._background.start(self._pursue(key, demand, delay))
             return
-        if reason is Reason.REDIRECTED and config is not None and not self._stopping:
+        # no ticket is tried twice, so what comes after a failed resumption is a full exchange
+        if reason in (Reason.REDIRECTED, Reason.RESUMPTION_FAILED) and config is not None and not self._stopping:
             demand.entry = None
             self._background.start(self._pursue(key, demand))
             return

@@ -49,6 +49,7 @@ class Reason(Enum):
     INACTIVE = "inactivity"
     NOT_UNIQUE = "another IKE SA of this peer stands"
     REDIRECTED = "redirected to another gateway"
+    RESUMPTION_FAILED = "resumed IKE SA not authenticated"
     PEER_RESTARTED = "peer has lost the IKE SA"
     ADDRESS_CHANGED = "its address changed"
     ADDRESS_REFUSED = "peer refuses our addresses"
