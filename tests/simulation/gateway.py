@@ -41,7 +41,9 @@ MANY: Final = GateSettings(cookie_threshold=1 << 20, cookie_threshold_ip=1 << 20
 class Gateway:
     """`addresses` are its own on the wire. A datagram that leaves and one that arrives cost no time of their own."""
 
-    def __init__(self, wire: Wire, addresses: Sequence[IPAddress], config: str, directory: Path, name: str, seed: int) -> None:
+    def __init__(
+        self, wire: Wire, addresses: Sequence[IPAddress], config: str, directory: Path, name: str, seed: int, settings: IkeSettings | None = None
+    ) -> None:
         self.wire, self.name = wire, name
         self._addresses: Final = tuple(addresses)
         for address in addresses:
@@ -60,6 +62,7 @@ class Gateway:
         self.clear = 0
         self._configuration: Final = load_text(config, Path("/nonexistent")).configuration
         self._seed, self._lives, self._dead = seed, 0, False
+        self._settings: Final = settings or IkeSettings()
         self._begin()
 
     def _begin(self) -> None:
@@ -71,7 +74,7 @@ class Gateway:
             side,
             self,
             CredentialStore.of(self._configuration),
-            IkeSettings(),
+            self._settings,
             MANY,
             self.counters,
             host=self,

@@ -134,7 +134,7 @@ async def _live(life: Life, directory: Path) -> Outcome:
         for gateway in (a, b):
             gateway.forget_probes()
         wire.forget_numbers()
-        outcome.memory.append(_resident())
+        outcome.memory.append(resident())
     wire.weather = CLEAR
     outcome.equal = await settled(a, b, life.tunnels, QUIET)
     outcome.received, outcome.wire_lost = _received((a, b)), wire.counts["esp.lost"]
@@ -161,7 +161,7 @@ def live(life: Life) -> Outcome:
     return outcome
 
 
-def _resident() -> float:
+def resident() -> float:
     """MB of this process in memory now."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * resource.getpagesize() / 1e6

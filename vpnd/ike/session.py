@@ -307,6 +307,9 @@ class Session:
         self.forget_followups()
         heir.state, heir.undecided, heir.ends_at = IkeSaState.ESTABLISHED, None, None
         heir.children, self.children = self.children, {}
+        # nobody rekeys an IKE SA whose CHILD_SA exchanges wait for an answer (RFC 7296 section 2.25.2)
+        for child in heir.children.values():
+            child.taken = True
         heir.later, self.later = self.later, Deadlines()
         heir.tokens = self.tokens
         # either may have moved since the heir was made

@@ -5,7 +5,7 @@ deletes it, who made the other one deletes what both replace. Everything stays i
 
 - What we made sends at once, for the peer has its SA in before it answers. What the peer made sends once nothing else of the place does:
   by deleting what it replaced the peer says that it has its SA in.
-- REKEYED is what the peer is to delete, replaced or redundant. It is not rekeyed, and it sends only while nothing better is there.
+- REKEYED is what the peer is to delete. It is not rekeyed. If it was replaced it may send; if it is redundant never, for the peer may not even have it in.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ def take_place(session: Session, task: Task, old: Child) -> None:
     rival = session.children.get(task.rival.child_id) if task.rival is not None else None
     if rival is not None and rival.state is not ChildSaState.DELETING:
         _leave_to_peer(session, rival)
+        rival.redundant = True
     if session.children.get(task.target) is old:
         session.retire(old, Reason.REKEYED)
     elif rival is not None:
@@ -87,6 +88,7 @@ def replaced_by_peer(session: Session, old: Child, new: Child) -> None:
             session.retire(ours, Reason.REKEYED, answered=True)
         else:
             _leave_to_peer(session, new)
+            new.redundant = True
     else:
         _leave_to_peer(session, old)
 
@@ -108,9 +110,10 @@ def install(session: Session, child: Child, replaces: Child | None = None) -> No
 
 
 def enter(session: Session, child: Child) -> None:
-    """It stands; what the peer made sends if nothing else of its place does."""
+    """It stands."""
     session.held.discard(child.sa.inbound.id)
     session.children[child.sa.id] = child
+    child.taken = child.initiator
     child.sends = child.initiator or not any(other.sends for other in place(session, child))
     soft = child.sa.outbound.soft.seconds
     session.later.set(child.sa.id, child.installed_at + soft if soft and child.state is not ChildSaState.REKEYED else None)
@@ -143,7 +146,7 @@ def revise(session: Session, of_place: Child) -> None:
     if session.closed:
         return
     for child in session.children.values():
-        if child.place == of_place.place and child.state is ChildSaState.REKEYED and not outlived(session, child):
+        if child.place == of_place.place and child.state is ChildSaState.REKEYED and not child.redundant and not outlived(session, child):
             child.state = ChildSaState.INSTALLED
             session.rekey_later(child)
 
@@ -153,8 +156,8 @@ def _elect(session: Session, going: Child) -> None:
     others = list(place(session, going))
     if session.closed or any(other.sends for other in others):
         return
-    able = [other for other in others if not other.ceased and other.state is not ChildSaState.DELETING]
-    best = max(able, key=lambda other: (other.state is not ChildSaState.REKEYED, other.generation, other.lowest), default=None)
+    able = [other for other in others if not (other.ceased or other.redundant or other.state is ChildSaState.DELETING)]
+    best = max(able, key=lambda other: (other.taken, other.generation, other.lowest), default=None)
     if best is not None:
         best.sends = True
         session.emit(InstallSa(best.sa.id, best.sa.outbound))

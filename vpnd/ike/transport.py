@@ -245,7 +245,6 @@ class Transport(Session):
             self.undecided.overtaken = True
             return
         self._heard(local, remote)
-        self._fallback = None
         self._go_on()
         if responder is None:
             self._refuse(serving, NotifyPayload(NotifyType.INVALID_SYNTAX), f"exchange {header.exchange}")
@@ -262,6 +261,10 @@ class Transport(Session):
 
     def _go_on(self) -> None:
         """RFC 7296 section 2.3: with a window of one a new request says that the peer has our last answer."""
+        answered = self.children.get(self._fallback.child_id) if self._fallback is not None else None
+        if answered is not None:
+            answered.taken = True
+        self._fallback = None
         for task in [task for task in self.postponed if task.answered]:
             self.call_off(task)
             self.queue.append(task)
