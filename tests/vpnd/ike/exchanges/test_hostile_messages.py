@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 from lab.ike_pair import Datagram, Pair, agree, child, connection, mirrored, psk, psk_pair
+from sk_messages import seal_message
 
-from vpnd.ike.crypto.sk import seal_message
 from vpnd.ike.effects import Reason
 from vpnd.ike.exchanges import create_child_sa
 from vpnd.ike.iana import Exchange, Group, NotifyType, TransformType

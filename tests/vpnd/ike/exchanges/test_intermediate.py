@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 from lab.ike_pair import Datagram, Pair, agree, child, connection, mirrored, psk
+from sk_messages import open_message, seal_message
 
 from vpnd.ike.context import IkeSettings, Retransmission
 from vpnd.ike.crypto.groups import group
-from vpnd.ike.crypto.sk import open_message, seal_message
 from vpnd.ike.effects import AuthenticationRejected, Reason
 from vpnd.ike.exchanges import ike_intermediate
 from vpnd.ike.iana import Exchange, Group, NotifyType, ProtocolId
