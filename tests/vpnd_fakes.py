@@ -39,6 +39,7 @@ class FakeKernel:
     refuse: set[Selector] = field(default_factory=set)
     requests: list[str] = field(default_factory=list)
     next_spi: int = 0x1000
+    capabilities: Capabilities = field(default_factory=lambda: Capabilities("fake", frozenset({ALGORITHM}), encapsulation_preferred=True))
     faults: dict[str, Exception] = field(default_factory=dict)  # what the next request of that name raises
 
 
@@ -63,7 +64,7 @@ class FakeChannel:
         self.gone()
 
     def capabilities(self) -> Capabilities:
-        return Capabilities("fake", frozenset({ALGORITHM}), encapsulation_preferred=True)
+        return self.kernel.capabilities
 
     def on_event(self, listener: Callable[[KernelEvent], None]) -> None:
         self.event = listener

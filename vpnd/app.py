@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -18,12 +18,12 @@ import structlog
 
 from kernel_shim.channel import af_key_socket, xfrm
 from kernel_shim.channel.af_key import AfKeyChannel
-from kernel_shim.channel.api import ChannelClosed, KernelChannel
+from kernel_shim.channel.api import KernelChannel
 from kernel_shim.channel.pfkey import PfKeyChannel
 from kernel_shim.channel.sysctl import Sysctls
 from kernel_shim.channel.xfrm import XfrmChannel
 from kernel_shim.core_dumps import forbid_core_dumps
-from kernel_shim.model import SOCKET_MARK, Endpoint, IPAddress, KernelError
+from kernel_shim.model import SOCKET_MARK, Endpoint, KernelError
 from vpnd.auth.credentials import CredentialError, CredentialStore
 from vpnd.config import load
 from vpnd.config.capabilities import beyond_labels
@@ -44,78 +44,23 @@ from vpnd.gate import GateSettings
 from vpnd.ike.context import IkeSettings, Retransmission
 from vpnd.ike.effects import Reason
 from vpnd.ike.exchanges.crash_detection import SECRET_LENGTH, TokenMaker
-from vpnd.io.addresses import local_addresses, path_mtu, source_towards, watch_addresses
-from vpnd.io.ike_sockets import Bypass, open_ike_sockets
 from vpnd.io.kernel_choice import Verdict, choose
+from vpnd.io.listening import HostView, Listening, SocketTable
 from vpnd.io.shim import ShimStartError, shim_listens, start_shim
 from vpnd.io.state import kept_secret
 from vpnd.io.systemd import notify
-from vpnd.io.udp import IkeSockets
 from vpnd.telemetry.counters import Counters
-from vpnd.telemetry.logging import configure_logging, explained
+from vpnd.telemetry.logging import configure_logging
+from vpnd.telemetry.wording import explained
 
 MINIMUM_ACQUIRE: Final = 30  # s, what the kernel does by itself
 MAXIMUM_ACQUIRE: Final = 3600  # s
-ADDRESS_SETTLE: Final = 0.1  # s; changes of addresses come in groups
-ADDRESS_RETRY: Final = 1.0  # s, after which what failed is tried again
 
 log = structlog.get_logger("vpnd")
 
 
 class StartError(RuntimeError):
     """The daemon cannot start; the text is for the user."""
-
-
-class SocketTable:
-    """The IKE sockets of every local address; implements `vpnd.daemon.manager.Sockets`."""
-
-    def __init__(self, receive: Callable[[Endpoint, Endpoint, bytes], None], counters: Counters) -> None:
-        self._receive, self._counters = receive, counters
-        self._by_address: dict[IPAddress, IkeSockets] = {}
-
-    @property
-    def addresses(self) -> set[IPAddress]:
-        return set(self._by_address)
-
-    async def add(self, address: IPAddress, descriptors: tuple[int, int]) -> None:
-        sockets = IkeSockets(address, descriptors, self._receive, lambda: self._counters.add("ike_send_refused"))
-        await sockets.open()
-        self._by_address[address] = sockets
-
-    async def remove(self, address: IPAddress) -> None:
-        sockets = self._by_address.pop(address, None)
-        if sockets is not None:
-            await sockets.close()
-
-    async def clear(self) -> None:
-        for address in self.addresses:
-            await self.remove(address)
-
-    def send(self, local: Endpoint, remote: Endpoint, data: bytes) -> None:
-        sockets = self._by_address.get(local.address)
-        if sockets is not None:
-            sockets.send(local.port, remote, data)
-
-    def send_keepalive(self, local: Endpoint, remote: Endpoint) -> None:
-        sockets = self._by_address.get(local.address)
-        if sockets is not None:
-            sockets.send_keepalive(remote)
-
-
-class HostView:
-    """Addresses with sockets of ours, and the host's routes as our own packets take them; implements `vpnd.daemon.manager.Host`."""
-
-    def __init__(self, sockets: SocketTable) -> None:
-        self._sockets = sockets
-
-    def addresses(self) -> Sequence[IPAddress]:
-        return sorted(self._sockets.addresses, key=lambda address: (address.version, address))
-
-    def source_towards(self, remote: IPAddress) -> IPAddress | None:
-        return source_towards(remote, SOCKET_MARK)
-
-    def path_mtu(self, local: IPAddress, remote: IPAddress) -> int:
-        return path_mtu(local, remote, SOCKET_MARK)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +82,8 @@ class Daemon:
         self._counters = Counters()
         self._kernel = KernelSide(self._connect, self._counters)
         self._sockets = SocketTable(self._datagram, self._counters)
+        bypass = af_key_socket.bypass_policies if config.kernel is KernelChoice.PFKEY else xfrm.bypass_policies
+        self._listening = Listening(self._sockets, config.listen, bypass)
         self._shim: subprocess.Popen[bytes] | None = None
         settings = IkeSettings(
             retransmission=_retransmission(config),
@@ -146,7 +93,7 @@ class Daemon:
             fragment_size=config.fragment_size,
         )
         gate = GateSettings(config.cookie_threshold, config.cookie_threshold_ip, config.block_threshold, config.half_open_limit)
-        tokens, host = _tokens(config), HostView(self._sockets)
+        tokens, host = _tokens(config), HostView(self._sockets, SOCKET_MARK)
         credentials = CredentialStore.of(loaded.configuration)
         self._manager = Manager(self._kernel, self._sockets, credentials, settings, gate, self._counters, host, tokens)
         self._demands = Demands(self._manager, SOCKET_MARK)
@@ -158,9 +105,6 @@ class Daemon:
             self._operations.reload_from(lambda: asyncio.to_thread(load, source.path), source.loaded)
         self._background = Background()
         self._control = ControlServer(self._operations, config)
-        self._addresses_task: asyncio.Task[None] | None = None
-        self._addresses_changed = asyncio.Event()
-        self._binding = asyncio.Lock()
 
     def _datagram(self, local: Endpoint, remote: Endpoint, data: bytes) -> None:
         self._manager.datagram(local, remote, data)
@@ -177,7 +121,7 @@ class Daemon:
         await self._kernel.open()
         if errors := beyond_labels(self._configuration, self._kernel.capabilities(), self._tree):
             raise StartError("; ".join(map(str, errors)))
-        self._addresses_task = asyncio.create_task(self._follow_addresses(), name="addresses")
+        self._listening.follow(lambda: self._kernel.channel, self._addresses_changed)
         await self._operations.load(self._configuration)
         await self._control.start()
 
@@ -201,75 +145,18 @@ class Daemon:
             self._shim = await start_shim(config.shim_socket, [])
         return await self._opened(PfKeyChannel(config.shim_socket))
 
-    def _bypass(self) -> Bypass:
-        return af_key_socket.bypass_policies if self._config.kernel is KernelChoice.PFKEY else xfrm.bypass_policies
-
     async def _opened(self, channel: KernelChannel) -> KernelChannel:
         await channel.open()
         try:
-            await self._bind(channel)
+            await self._listening.open(channel)
         except BaseException:
             await channel.close()
             raise
         return channel
 
-    # Addresses
-
-    async def _bind(self, channel: KernelChannel) -> None:
-        """Open the IKE sockets of addresses that came, close those of addresses that went."""
-        async with self._binding:
-            await self._bind_changes(channel)
-
-    async def _bind_changes(self, channel: KernelChannel) -> None:
-        wanted = list(self._config.listen) or await local_addresses()
-        for address in self._sockets.addresses - set(wanted):
-            await self._sockets.remove(address)
-            try:
-                await channel.unbind(address)
-            except KernelError as error:
-                log.warning("IKE sockets of an address not given back", address=str(address), error=error.detail)
-            log.info("address gone", address=str(address))
-        for address in wanted:
-            if address in self._sockets.addresses:
-                continue
-            try:
-                descriptors = await channel.bind(address) if channel.capabilities().binds_ike_sockets else open_ike_sockets(address, self._bypass())
-            except KernelError as error:
-                log.warning("no IKE sockets on an address", address=str(address), error=error.detail)
-                continue
-            await self._sockets.add(address, descriptors)
-            log.info("listening", address=str(address), ports="500 4500")
-
-    async def _follow_addresses(self) -> None:
-        watcher = asyncio.create_task(self._watch_addresses(), name="address-watch")
-        try:
-            while True:
-                await self._addresses_changed.wait()
-                await asyncio.sleep(ADDRESS_SETTLE)
-                self._addresses_changed.clear()
-                try:
-                    await self._bind(self._kernel.channel)
-                    self._manager.addresses_changed()
-                    self._routing.links_changed()
-                except ChannelClosed:
-                    continue  # the reconnection binds them
-                except (OSError, KernelError) as error:
-                    log.warning("addresses not followed", error=explained(error))
-                    await asyncio.sleep(ADDRESS_RETRY)
-                    self._addresses_changed.set()
-        finally:
-            watcher.cancel()
-            await asyncio.gather(watcher, return_exceptions=True)
-
-    async def _watch_addresses(self) -> None:
-        """Watch on after whatever ends the watching: a full socket buffer (ENOBUFS) does, and then changes were missed."""
-        while True:
-            try:
-                await watch_addresses(self._addresses_changed.set)
-            except OSError as error:
-                log.warning("watching of addresses begins anew", error=explained(error))
-            await asyncio.sleep(ADDRESS_RETRY)
-            self._addresses_changed.set()
+    def _addresses_changed(self) -> None:
+        self._manager.addresses_changed()
+        self._routing.links_changed()
 
     # Reload
 
@@ -304,11 +191,8 @@ class Daemon:
 
     async def abandon(self) -> None:
         """Close everything at once."""
-        if self._addresses_task is not None:
-            self._addresses_task.cancel()
-            await asyncio.gather(self._addresses_task, return_exceptions=True)
         await self._control.stop()
-        await self._sockets.clear()
+        await self._listening.close()
         await self._interfaces.close()
         await self._routing.close()
         await self._kernel.close()

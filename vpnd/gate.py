@@ -13,6 +13,7 @@ from vpnd.ike.cookie import CookieJar, cookie_reply, invalid_major_version, pars
 from vpnd.ike.crypto import Entropy
 
 ONE_SUBSCRIBER: Final = 8  # octets of an IPv6 address: a host has the /64 for itself (RFC 8019)
+MAX_OPENING: Final = 8192  # octets of a stranger's request, of which a ticket takes 4096 and ML-KEM-1024 1568: to read it takes time, and an IKE SA keeps it
 
 
 def origin_of(address: IPAddress) -> bytes:
@@ -57,6 +58,8 @@ class Gate:
 
     def judge(self, datagram: bytes, remote: Endpoint, half_open: int, half_open_of_address: int, now: float) -> Admitted | Reply | Refused:
         """An IKE_SA_INIT request of an initiator that has no IKE SA here yet."""
+        if len(datagram) > MAX_OPENING:
+            return Refused("ike_opening_too_long")
         newer = invalid_major_version(datagram)
         if newer is not None:
             return Reply(newer, "ike_invalid_major_version")

@@ -10,11 +10,9 @@ from dataclasses import dataclass, field, replace
 from typing import Final, Self
 
 from kernel_shim.model import (
-    NO_MARK,
     Action,
     Direction,
     IPAddress,
-    Mark,
     Mode,
     Policy,
     ReqId,
@@ -24,6 +22,7 @@ from kernel_shim.model import (
     Unresolved,
 )
 from vpnd.config.model import ChildConfig
+from vpnd.ike.marking import NO_MARKING, Marking
 
 # A lower priority wins. Shunts stand before protection, as in strongSwan; within a class the narrower selector wins.
 PRIORITY_SHUNT: Final = 100_000
@@ -58,18 +57,14 @@ class PolicySpec:
     remote: IPAddress | None = None
     unresolved: Unresolved = Unresolved.QUEUE
     priority: int = 0
-    mark_in: Mark = NO_MARK
-    mark_out: Mark = NO_MARK
-    if_id_in: int = 0
-    if_id_out: int = 0
+    marking: Marking = NO_MARKING
 
     @classmethod
-    def of_child(cls, child: ChildConfig | None, mode: Mode, reqid: ReqId, local: IPAddress | None, remote: IPAddress | None) -> Self:
+    def of_child(cls, child: ChildConfig | None, mode: Mode, reqid: ReqId, local: IPAddress | None, remote: IPAddress | None, marking: Marking) -> Self:
         """`child` None: one whose configuration is gone meanwhile."""
         if child is None:
-            return cls(Action.PROTECT, mode, reqid, local, remote)
-        own = child.unresolved, child.priority, child.mark_in, child.mark_out, child.if_id_in, child.if_id_out
-        return cls(child.action, mode, reqid, local, remote, *own)
+            return cls(Action.PROTECT, mode, reqid, local, remote, marking=marking)
+        return cls(child.action, mode, reqid, local, remote, child.unresolved, child.priority, marking)
 
 
 def policies_for(spec: PolicySpec, local_ts: Sequence[TrafficSelector], remote_ts: Sequence[TrafficSelector]) -> Iterator[Policy]:
@@ -80,8 +75,8 @@ def policies_for(spec: PolicySpec, local_ts: Sequence[TrafficSelector], remote_t
                 continue
             if local.protocol != remote.protocol and 0 not in (local.protocol, remote.protocol):
                 continue
-            outbound = replace(Selector.between(local, remote), mark=spec.mark_out, if_id=spec.if_id_out)
-            inbound = replace(outbound.reversed(), mark=spec.mark_in, if_id=spec.if_id_in)
+            outbound = replace(Selector.between(local, remote), mark=spec.marking.mark_out, if_id=spec.marking.if_id_out)
+            inbound = replace(outbound.reversed(), mark=spec.marking.mark_in, if_id=spec.marking.if_id_in)
             priority = spec.priority or priority_of(outbound, spec.action)
             out_templates: tuple[Template, ...] = ()
             in_templates: tuple[Template, ...] = ()

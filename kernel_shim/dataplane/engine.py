@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -16,25 +16,22 @@ from kernel_shim.dataplane.labels import Labels
 from kernel_shim.dataplane.mtu import PathMtus
 from kernel_shim.dataplane.outbound import Outbound
 from kernel_shim.dataplane.output import Sink
+from kernel_shim.dataplane.policies import Policies
 from kernel_shim.dataplane.resolution import Resolution
 from kernel_shim.dataplane.sealing import TAIL_ROOM
 from kernel_shim.dataplane.traffic import Traffic
 from kernel_shim.inspection import CachedBundle, PendingQueue, Snapshot
 from kernel_shim.model import (
-    NO_MARK,
-    PROTOCOL_ESP,
     AcquireSequence,
-    Action,
     Capabilities,
     Direction,
     Endpoint,
+    IPAddress,
     KernelError,
     KernelEvent,
     Migration,
     Policy,
-    PolicyExpire,
     PolicyIndex,
-    ReqId,
     SaId,
     SaState,
     SaStatus,
@@ -48,10 +45,8 @@ from kernel_shim.packet import virtio
 from kernel_shim.policy.acquire import AcquireTable
 from kernel_shim.policy.bundle import BundleCache, Generations
 from kernel_shim.policy.flowkey import FieldUsage, FlowKeys, fields_of_traffic_selectors
-from kernel_shim.policy.lifetimes import PolicyLifetimes
-from kernel_shim.policy.migration import moved
 from kernel_shim.policy.pending import PendingQueues
-from kernel_shim.policy.spd import SecurityPolicyDatabase, direction_of
+from kernel_shim.policy.spd import SecurityPolicyDatabase
 from kernel_shim.reasons import DropReason
 from kernel_shim.sa.database import Sad, covers
 from kernel_shim.sa.entry import SaEntry
@@ -98,10 +93,9 @@ class Engine:
         self._paths: Final = PathMtus(config.path_mtu)
         self._spd: Final = SecurityPolicyDatabase(self._generations)
         self._sad: Final = Sad(entropy, self._emit, self._generations.bump_sad, self._sa_gone, config.slot, plain=config.plain_esp)
-        self._policy_lifetimes: Final = PolicyLifetimes()
-        self._policies_of: dict[ReqId, set[PolicyIndex]] = {}
         self._pending: Final[PendingQueues[Held]] = PendingQueues()
         self._acquires: Final = AcquireTable()
+        self._policies: Final = Policies(self._spd, self._pending, self._acquires, self._refresh_masks, lambda: self._drain(self._now), self._emit)
         self._fields: Final = {Direction.OUT: FieldUsage(), Direction.IN: FieldUsage()}
         self._out_keys: Final = FlowKeys(self._fields[Direction.OUT].mask)
         self._in_keys: Final = FlowKeys(self._fields[Direction.IN].mask)
@@ -185,7 +179,7 @@ class Engine:
             return self._now
         deadlines = (
             *(self._sad.next_deadline(), self._acquires.next_deadline(), self._pending.next_deadline()),
-            *(self._paths.next_deadline(), self._policy_lifetimes.next_deadline()),
+            *(self._paths.next_deadline(), self._policies.next_deadline()),
         )
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
@@ -193,7 +187,7 @@ class Engine:
         """Do what is due: lifetimes, acquires to repeat, packets that waited too long, slices of a drain."""
         self._now = now
         self._sad.tick(now)
-        self._expire_policies(now)
+        self._policies.expire(now)
         if self._paths.expire(now):
             self._generations.bump_route()
         self._poll_acquires(now)
@@ -236,45 +230,22 @@ class Engine:
     # SPD
 
     def add_policy(self, policy: Policy, now: float) -> Policy:
-        _check_policy(policy)
         self._now = now
-        added = self._spd.add(policy)
-        self._policy_lifetimes.watch(added, now)
-        return self._policy_came(added, now)
+        return self._policies.add(policy, now)
 
     def update_policy(self, policy: Policy, now: float) -> Policy:
-        _check_policy(policy)
-        updated = self._replace(policy, now)
-        self._policy_lifetimes.watch(updated, now)
-        return updated
+        self._now = now
+        return self._policies.update(policy, now)
 
     def migrate(self, migration: Migration, now: float) -> Policy:
         self._now = now
-        policy = self._spd.find(migration.direction, migration.selector)
-        templates = moved(policy.templates, migration.moves)
-        if templates is None:
-            raise KernelError(errno.ENODATA, f"no template of policy {migration.direction.name} {migration.selector} is between these addresses")
-        self._sad.move(migration.moves)
-        return self._replace(replace(policy, templates=templates), now)
-
-    def _replace(self, policy: Policy, now: float) -> Policy:
-        self._now = now
-        try:
-            old = self._spd.find(policy.direction, policy.selector)
-        except KernelError:
-            old = None
-        new = self._spd.update(policy)
-        if old is not None:
-            self._forget_reqids(old)
-            if old.templates != new.templates:
-                self._acquires.forget_policy(old.index)
-        return self._policy_came(new, now)
+        return self._policies.migrate(migration, self._sad.move)
 
     def delete_policy(self, direction: Direction, selector: Selector) -> Policy:
-        return self._policy_gone(self._spd.delete(direction, selector))
+        return self._policies.delete(direction, selector)
 
     def delete_policy_index(self, direction: Direction, index: PolicyIndex) -> Policy:
-        return self._policy_gone(self._spd.delete_index(direction, index))
+        return self._policies.delete_index(direction, index)
 
     def get_policy(self, direction: Direction, index: PolicyIndex) -> Policy:
         return self._spd.get(direction, index)
@@ -283,10 +254,7 @@ class Engine:
         return self._spd.snapshot()
 
     def flush_policies(self) -> int:
-        count = self._spd.flush()
-        self._policies_of.clear()
-        self._policy_lifetimes.clear()
-        self._acquires.clear()
+        count = self._policies.flush()
         self._outbound.lost(self._pending.discard_all(DropReason.PENDING_POLICY_GONE), self._now)
         self._refresh_masks()
         return count
@@ -309,6 +277,10 @@ class Engine:
             raise KernelError(errno.ESRCH, f"no {key.kind} {' '.join(map(str, key.name))}")
         if key.kind == "vrf":
             self._labels.drop_vrf(str(key.name[0]))
+
+    def set_vrf_addresses(self, vrf: str, addresses: Iterable[IPAddress]) -> None:
+        """The host's own towards that customer, one of each IP version at most."""
+        self._node.set_addresses(vrf, addresses)
 
     def label_entries(self) -> Sequence[NodeEntry]:
         return list(self._node.entries())
@@ -368,7 +340,7 @@ class Engine:
             peer = self._acquires.satisfied(sa.acquire, covered=covers(sa, wanted[1]), now=now)
             if peer is not None:
                 self._pending.ready(peer)
-        for index in self._policies_of.get(sa.reqid, ()):
+        for index in self._policies.of(sa.reqid):
             self._pending.ready_policy(index, sa.destination)
         self._drain(now)
         return status
@@ -432,53 +404,3 @@ class Engine:
         inbound = self._spd.fields_read(Direction.IN) | self._spd.fields_read(Direction.FORWARD) | outbound
         if self._in_keys.set_mask(inbound | self._fields[Direction.IN].mask):
             self._admissions.set_mask(self._in_keys.mask)
-
-    def _policy_came(self, policy: Policy, now: float) -> Policy:
-        if policy.direction is Direction.OUT:
-            for template in policy.templates:
-                self._policies_of.setdefault(template.reqid, set()).add(policy.index)
-        self._refresh_masks()
-        self._pending.ready_all()
-        self._drain(now)
-        return policy
-
-    def _expire_policies(self, now: float) -> None:
-        for index, hard in self._policy_lifetimes.due(now):
-            direction = direction_of(index)
-            policy = self.delete_policy_index(direction, index) if hard else self._spd.get(direction, index)
-            self._emit(PolicyExpire(policy, hard))
-
-    def _policy_gone(self, policy: Policy) -> Policy:
-        self._policy_lifetimes.forget(policy.index)
-        self._forget_reqids(policy)
-        if policy.direction is Direction.OUT:
-            self._acquires.forget_policy(policy.index)
-            self._pending.ready_policy(policy.index)
-        self._refresh_masks()
-        self._drain(self._now)
-        return policy
-
-    def _forget_reqids(self, policy: Policy) -> None:
-        if policy.direction is not Direction.OUT:
-            return
-        for template in policy.templates:
-            indexes = self._policies_of.get(template.reqid)
-            if indexes is not None:
-                indexes.discard(policy.index)
-                if not indexes:
-                    del self._policies_of[template.reqid]
-
-
-def _check_policy(policy: Policy) -> None:
-    """What the SPD takes and the pipelines could not carry out."""
-    if policy.selector.if_id or policy.selector.mark != NO_MARK:
-        # Never to be matched, and the packets that it was for would find another policy: a TUN's packets carry neither.
-        raise KernelError(errno.EOPNOTSUPP, "a policy with a mark or an interface id: packets of a TUN have none")
-    if policy.action is not Action.PROTECT:
-        if policy.templates:
-            raise KernelError(errno.EINVAL, "templates on a policy that does not protect")
-        return
-    if len(policy.templates) != 1:
-        raise KernelError(errno.EINVAL, f"a policy with {len(policy.templates)} templates; one is supported")
-    if policy.templates[0].protocol != PROTOCOL_ESP:
-        raise KernelError(errno.EPROTONOSUPPORT, f"protocol {policy.templates[0].protocol}; only ESP is supported")

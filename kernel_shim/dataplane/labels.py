@@ -91,7 +91,7 @@ class Labels:
         self._transits: dict[str, TransitOrigin] = {}
         self._number = 0
         self._buffer: Final = memoryview(bytearray(virtio.LENGTH + 65535 + tail_room))
-        self._switch: Final = LabelSwitch(node.forwarder, lambda peer: self._limit_to(peer, limit))
+        self._switch: Final = LabelSwitch(node.forwarder, lambda peer: self._limit_to(peer, limit), address=node.address)
 
     # Where packets begin
 

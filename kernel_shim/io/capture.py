@@ -11,7 +11,7 @@ import errno
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any, Final
 
@@ -32,6 +32,7 @@ from kernel_shim.model import Action, Direction, IPAddress, IPNetwork, KernelErr
 
 STATE_VERSION: Final = 1
 REVERSE_PATH_MARK: Final = "ipv4/conf/all/src_valid_mark"
+ANSWER_MARKS: Final = ("ipv4/fwmark_reflect", "ipv6/fwmark_reflect", "ipv4/tcp_fwmark_accept")  # what the kernel answers bears the mark of what it answers
 REVERSE_PATH_OF_ALL: Final = "ipv4/conf/all/rp_filter"  # of it and an interface's own the greater counts
 
 log = structlog.get_logger("kernel_shim.capture")
@@ -50,7 +51,7 @@ class Capture:
         self._bound: set[IPAddress] = set()
         self._inside: dict[IPNetwork, frozenset[str]] = {}
         self._vrf_interfaces: frozenset[str] = frozenset()
-        self._vrf_members: frozenset[str] = frozenset()
+        self._vrf_marks: Mapping[str, int] = {}
         self._old_tables: list[str] = []
         self._sysctls: dict[str, str] = {}
         self._told: set[str] = set()
@@ -89,15 +90,15 @@ class Capture:
         """Follow the host's addresses: preferred sources, subnets on this side. Put again what somebody else took of ours."""
         notice = self._host_notices.read() | self._guard_notices.read()
         try:
+            if notice & Notice.ADDRESSES:
+                self._refresh_host()
             if notice & (Notice.RULES | Notice.ROUTES):
                 self._repaired("routes and rules", self._routes.repair(routes=bool(notice & Notice.ROUTES)))
             if notice & Notice.GUARD:
                 bound = "".join(map(self._guard.bind, self._bound))
-                vrfs = self._guard.set_vrfs(self._vrf_interfaces, self._vrf_members)
+                vrfs = self._guard.set_vrfs(self._vrf_interfaces, self._vrf_marks)
                 self._nft.run(self._guard.restore() + self._leaks.restore() + bound + vrfs + self._inside_commands())
                 self._repaired("guard", 1)
-            if notice & Notice.ADDRESSES:
-                self._refresh_host()
         except KernelError as error:
             log.warning("host not followed", reason=error.detail)
 
@@ -223,22 +224,29 @@ class Capture:
 
     # VRFs
 
-    def set_vrfs(self, interfaces: frozenset[str]) -> None:
-        """All interfaces that a VRF's table routes: they are kept apart from the host's own traffic, and reverse paths are not asked of its main table."""
-        members = frozenset(name for name in interfaces if not in_host_vrf(name))
-        if (interfaces, members) != (self._vrf_interfaces, self._vrf_members):
-            self._nft.run(self._guard.set_vrfs(interfaces, members))
-            self._vrf_interfaces, self._vrf_members = interfaces, members
+    def set_vrfs(self, vrfs: Mapping[str, int]) -> None:
+        """All interfaces that a VRF's table routes, with the mark of its packets: they are kept apart from the host's own traffic, the host answers them
+        within the VRF, and reverse paths are not asked of its main table.
+        """
+        interfaces, marks = frozenset(vrfs), {name: mark for name, mark in vrfs.items() if not in_host_vrf(name)}
+        if (interfaces, marks) != (self._vrf_interfaces, self._vrf_marks):
+            self._nft.run(self._guard.set_vrfs(interfaces, marks))
+            self._vrf_interfaces, self._vrf_marks = interfaces, marks
         for name in interfaces:
             self._allow_any_source(f"ipv4/conf/{name}/rp_filter")
+        for name in ANSWER_MARKS if marks else ():
+            self._set_sysctl(name, "1")
+
+    def _set_sysctl(self, name: str, wanted: str) -> None:
+        value = read_sysctl(name)
+        if value not in (None, wanted):
+            self._sysctls.setdefault(name, value)
+            self._write_state()
+            write_sysctl(name, wanted)
 
     def _allow_any_source(self, name: str) -> None:
         """A reverse path check looks a customer's address up in the main table, where it is another's or nobody's. Its addresses are its own affair."""
-        value = read_sysctl(name)
-        if value not in (None, "0"):
-            self._sysctls.setdefault(name, value)
-            self._write_state()
-            write_sysctl(name, "0")
+        self._set_sysctl(name, "0")
         every = read_sysctl(REVERSE_PATH_OF_ALL)
         if every not in (None, "0") and REVERSE_PATH_OF_ALL not in self._told:
             self._told.add(REVERSE_PATH_OF_ALL)
@@ -309,11 +317,7 @@ class Capture:
         """Strict reverse path checks ask the routes for the peer's address; our mark, set by the guard, keeps them off the capture."""
         names = os.listdir("/proc/sys/net/ipv4/conf")
         if any(read_sysctl(f"ipv4/conf/{name}/rp_filter") == "1" for name in names):
-            value = read_sysctl(REVERSE_PATH_MARK)
-            if value == "0":
-                self._sysctls.setdefault(REVERSE_PATH_MARK, value)
-                self._write_state()
-                write_sysctl(REVERSE_PATH_MARK, "1")
+            self._set_sysctl(REVERSE_PATH_MARK, "1")
 
     def _read_state(self) -> list[dict[str, Any]]:
         try:

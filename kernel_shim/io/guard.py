@@ -18,6 +18,8 @@ MAX_SHAPES: Final = 1024
 COUNTER: Final = "clear_dropped"
 VRF_INTERFACES: Final = "vrf_interfaces"
 VRF_MEMBERS: Final = "vrf_members"
+VRF_MARKS: Final = "vrf_marks"
+VRF_WAYS: Final = "vrf_ways"
 
 
 class _Shape(NamedTuple):
@@ -50,7 +52,8 @@ class GuardPlan:
         names = interface_set(("lo", *self._interfaces))
         rules = [
             f"iifname {{ {names} }} accept",
-            # A VRF's packets are routed by its own table: the host's policies say nothing of them.
+            # A VRF's packets are routed by its own table: the host's policies say nothing of them. What the host answers bears their mark (fwmark_reflect).
+            f"meta mark set iifname map @{VRF_MARKS}",
             f"iifname @{VRF_INTERFACES} accept",
             # IKE and ESP to our own sockets. Marked, for a strict reverse path check would else be told of the TUN (src_valid_mark).
             f"ip daddr @local4 udp dport {{ 500, 4500 }} meta mark set {mark} accept",
@@ -78,6 +81,8 @@ class GuardPlan:
             f"add set {table} local6 {{ type ipv6_addr; }}",
             f"add set {table} {VRF_INTERFACES} {{ type ifname; }}",
             f"add set {table} {VRF_MEMBERS} {{ type ifname; }}",
+            f"add map {table} {VRF_MARKS} {{ type ifname : mark; }}",
+            f"add set {table} {VRF_WAYS} {{ type ifname . mark; }}",
             f"add chain {table} inside",
             f"add chain {table} protected",
             f"add chain {table} prerouting {{ type filter hook prerouting priority raw; policy accept; }}",
@@ -91,13 +96,16 @@ class GuardPlan:
     def unbind(self, address: IPAddress) -> str:
         return f"delete element inet {self.table} local{address.version} {{ {_plain(address)} }}\n"
 
-    def set_vrfs(self, interfaces: Iterable[str], members: Iterable[str]) -> str:
-        """`interfaces`: all that are routed by a VRF's table; `members`: those towards customers that the host knows as no VRF of its own."""
+    def set_vrfs(self, interfaces: Iterable[str], marks: Mapping[str, int]) -> str:
+        """`interfaces`: all that are routed by a VRF's table; `marks`: of those that the host knows as no VRF of its own, the mark of what comes from them."""
+        sets = [(VRF_INTERFACES, interface_set(interfaces)), (VRF_MEMBERS, interface_set(marks))]
+        for name, joint in ((VRF_MARKS, ":"), (VRF_WAYS, ".")):
+            sets.append((name, ", ".join(f"{quoted} {joint} {mark:#010x}" for it, mark in sorted(marks.items()) if (quoted := interface_set((it,))))))
         lines = []
-        for name, elements in ((VRF_INTERFACES, interfaces), (VRF_MEMBERS, members)):
-            lines.append(f"flush set inet {self.table} {name}")
-            if names := interface_set(elements):
-                lines.append(f"add element inet {self.table} {name} {{ {names} }}")
+        for name, elements in sets:
+            lines.append(f"flush {'map' if name == VRF_MARKS else 'set'} inet {self.table} {name}")
+            if elements:
+                lines.append(f"add element inet {self.table} {name} {{ {elements} }}")
         return "\n".join(lines) + "\n"
 
     def set_inside(self, inside: Mapping[IPNetwork, frozenset[str]]) -> str:

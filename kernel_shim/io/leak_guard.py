@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Final, NamedTuple
 
 from kernel_shim.io.capture_plan import LINK_SCOPE, CapturePlan
-from kernel_shim.io.guard import VRF_INTERFACES, VRF_MEMBERS
+from kernel_shim.io.guard import VRF_INTERFACES, VRF_MEMBERS, VRF_WAYS
 from kernel_shim.io.nft import FAMILY, NEIGHBOUR_DISCOVERY, interface_set
 from kernel_shim.io.pair_sets import PairSets
 from kernel_shim.model import IPNetwork, Policy
@@ -20,9 +20,9 @@ COUNTER: Final = "leak_dropped"
 VRF_COUNTER: Final = "vrf_errors_dropped"
 MAX_LENGTH_PAIRS: Final = 1024  # of 33 * 33 + 129 * 129 that there can be
 PRIORITY: Final = 10  # after address translation (-100) and the firewall's own filters (0)
-_ERRORS: Final = (
-    "icmp type { destination-unreachable, time-exceeded, parameter-problem }",
-    "icmpv6 type { destination-unreachable, packet-too-big, time-exceeded, parameter-problem }",
+_ANSWERS: Final = (
+    "icmp type { echo-reply, destination-unreachable, time-exceeded, parameter-problem, timestamp-reply }",
+    "icmpv6 type { destination-unreachable, packet-too-big, time-exceeded, parameter-problem, echo-reply }",
 )
 
 
@@ -59,8 +59,10 @@ class LeakGuardPlan:
             ],
             "forward": [f"iifname @{VRF_INTERFACES} accept", f'iifname "{self._clear_tun}" accept', "jump leaving"],
             "output": [
-                # The host sends its errors by its main table, where a customer's address may be that of another customer.
-                *(f"oifname @{VRF_MEMBERS} {errors} counter name {VRF_COUNTER} drop" for errors in _ERRORS),
+                # An answer to a customer goes back within its VRF, by the mark of what it answers. One without it took the main table, where a customer's
+                # address may be that of another customer.
+                f"oifname . meta mark @{VRF_WAYS} accept",
+                *(f"oifname @{VRF_MEMBERS} {answers} counter name {VRF_COUNTER} drop" for answers in _ANSWERS),
                 f"meta mark {self._mark:#010x} accept",
                 f"{NEIGHBOUR_DISCOVERY} accept",
                 "jump leaving",

@@ -140,11 +140,28 @@ class HostRoutes:
     def _interface_rules(self, interface: str, table: int) -> list[RuleKey]:
         return [RuleKey(version, self._settings.rule_priority + VRFS, table, interface=interface) for version in self._versions]
 
-    def route_in(self, table: int, destination: IPNetwork, interface: int, *, own: bool = False) -> None:
-        """A route of a VRF; `own` ones, to the customer's own subnets, come before those through tunnels."""
+    def bind_mark(self, number: int, table: int) -> int:
+        """What the host answers to packets of the VRF with that number is routed by `table`; the mark that says so. What had it before has it no more."""
+        mark = self._settings.mark + 1 + number & 0xFFFFFFFF
+        for key in self._mark_rules(mark, table):
+            for other in [it for it in self._stale_rules | self._rules if (it.version, it.mark) == (key.version, mark) and it != key]:
+                self._remove_rule(other)
+            self._put_rule(key)
+        return mark
+
+    def release_mark(self, mark: int, table: int) -> None:
+        for key in self._mark_rules(mark, table):
+            with suppress(KernelError):
+                self._remove_rule(key)
+
+    def _mark_rules(self, mark: int, table: int) -> list[RuleKey]:
+        return [RuleKey(version, self._settings.rule_priority + VRFS, table, mark=mark) for version in self._versions]
+
+    def route_in(self, table: int, destination: IPNetwork, interface: int, *, own: bool = False, preferred: IPAddress | None = None) -> None:
+        """A route of a VRF; `own` ones, to the customer's own subnets, come before those through tunnels. `preferred`: from where the host itself sends."""
         if destination.version in self._versions:
             metric = MEMBER_METRIC if own else CAPTURE_METRIC
-            self._change_routes([RouteChange(True, RouteType.UNICAST, table, destination, metric, interface)])
+            self._change_routes([RouteChange(True, RouteType.UNICAST, table, destination, metric, interface, preferred)])
 
     def unroute_in(self, table: int, destination: IPNetwork, *, own: bool = False) -> None:
         with suppress(KernelError):

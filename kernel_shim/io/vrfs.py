@@ -2,22 +2,25 @@
 
 For a VRF with a table: rules send what comes from its interface and from its members to that table, where its routes through tunnels
 lead to its interface and the members' own subnets to the members. A `blackhole` default ends the table: what has no
-route there never falls through to another one, nor does anything when the shim is dead and its interface gone. Not
-`unreachable`: the host sends its own ICMP errors by the main table, where the same address may be another customer's.
+route there never falls through to another one, nor does anything when the shim is dead and its interface gone.
+
+What the host itself answers to a customer (ICMP, TCP) is routed by the same table: the answer bears the mark of the packet, by which a rule knows the VRF.
+It comes from an address of a member.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from itertools import count
 from typing import Final
 
 from kernel_shim.dataplane.engine import Engine
 from kernel_shim.io.connected import HostAddress
 from kernel_shim.io.routes import HostRoutes
 from kernel_shim.io.tun import Tun
-from kernel_shim.model import IPNetwork, KernelError
+from kernel_shim.model import IPAddress, IPNetwork, KernelError
 from kernel_shim.mpls.lfib import Key, ToInterface
 from kernel_shim.mpls.node import NodeEntry, Vrf, VrfRoute
 
@@ -26,13 +29,16 @@ VRF_MTU: Final = 65535
 
 
 class VrfDevices:
-    """Implements `kernel_shim.kernel.LabelKernel` on an engine. `opened` and `closed` are called with each interface, `keep_apart` with all that VRFs route."""
+    """Implements `kernel_shim.kernel.LabelKernel` on an engine.
+
+    `opened` and `closed` are called with each interface, `keep_apart` with all that VRFs route and the marks of their packets.
+    """
 
     def __init__(
         self,
         engine: Engine,
         routes: HostRoutes,
-        keep_apart: Callable[[frozenset[str]], None],
+        keep_apart: Callable[[Mapping[str, int]], None],
         devices: dict[str, Tun],
         opened: Callable[[str, Tun], None],
         closed: Callable[[Tun], None],
@@ -43,6 +49,9 @@ class VrfDevices:
         self._vrfs: dict[str, Vrf] = {}
         self._through: dict[str, set[IPNetwork]] = {}  # prefixes of a VRF that lie elsewhere
         self._local: dict[str, frozenset[tuple[int, IPNetwork]]] = {}
+        self._numbers: dict[str, int] = {}  # of VRFs with a table; as small as can be
+        self._marks: dict[str, int] = {}
+        self._preferred: dict[str, Mapping[int, IPAddress]] = {}  # by IP version
         self._addresses: tuple[HostAddress, ...] = ()
 
     def label_entries(self) -> Sequence[NodeEntry]:
@@ -117,31 +126,37 @@ class VrfDevices:
         self._guard()
 
     def _guard(self) -> None:
-        self._keep_apart(frozenset(name for vrf in self._vrfs.values() if vrf.table for name in (vrf.interface, *vrf.members)))
+        self._keep_apart({name: self._marks[vrf.name] for vrf in self._vrfs.values() if vrf.table for name in (vrf.interface, *vrf.members)})
 
     def _open(self, vrf: Vrf) -> None:
         device = Tun(vrf.interface, VRF_MTU)
         self._devices[vrf.name] = device
         self._vrfs[vrf.name] = vrf
         if vrf.table:
+            self._numbers[vrf.name] = next(number for number in count() if number not in self._numbers.values())
+            self._marks[vrf.name] = self._routes.bind_mark(self._numbers[vrf.name], vrf.table)
             self._guard()
             self._routes.close_table(vrf.table)
             for interface in (vrf.interface, *vrf.members):
                 self._routes.bind_interface(interface, vrf.table)
             self._route_members(vrf)
-            for prefix in self._through.get(vrf.name, ()):
-                self._routes.route_in(vrf.table, prefix, device.index)
+            self._route_through(vrf, device)
         self._opened(vrf.name, device)
 
     def _close(self, name: str) -> None:
         vrf, device = self._vrfs.pop(name, None), self._devices.pop(name, None)
         self._local.pop(name, None)
+        self._preferred.pop(name, None)
+        self._engine.set_vrf_addresses(name, ())
         if device is not None:
             self._closed(device)
             device.close()
         if vrf is not None and vrf.table:
             for interface in (vrf.interface, *vrf.members):
                 self._routes.release_interface(interface, vrf.table)
+            if vrf.name in self._marks:
+                self._routes.release_mark(self._marks.pop(name), vrf.table)
+            self._numbers.pop(name, None)
             self._routes.empty_table(vrf.table)
             with suppress(KernelError):
                 self._guard()
@@ -154,9 +169,16 @@ class VrfDevices:
         vrf, device = self._vrfs.get(name), self._devices.get(name)
         if vrf is not None and device is not None and vrf.table:
             if through:
-                self._routes.route_in(vrf.table, prefix, device.index)
+                self._route_prefix(vrf, device, prefix)
             else:
                 self._routes.unroute_in(vrf.table, prefix)
+
+    def _route_through(self, vrf: Vrf, device: Tun) -> None:
+        for prefix in self._through.get(vrf.name, ()):
+            self._route_prefix(vrf, device, prefix)
+
+    def _route_prefix(self, vrf: Vrf, device: Tun, prefix: IPNetwork) -> None:
+        self._routes.route_in(vrf.table, prefix, device.index, preferred=self._preferred.get(vrf.name, {}).get(prefix.version))
 
     def _route_members(self, vrf: Vrf) -> None:
         if not vrf.table:
@@ -169,6 +191,15 @@ class VrfDevices:
         for index, network in wanted - standing:
             self._routes.route_in(vrf.table, network, index, own=True)
         self._local[vrf.name] = wanted
+        # Without an address of its own the host would answer from any: its own outer one, or another customer's.
+        preferred: dict[int, IPAddress] = {
+            it.address.version: it.address for it in sorted(self._addresses, key=str, reverse=True) if it.interface in vrf.members
+        }
+        if preferred != self._preferred.get(vrf.name, {}):
+            self._preferred[vrf.name] = preferred
+            self._engine.set_vrf_addresses(vrf.name, preferred.values())
+            if (device := self._devices.get(vrf.name)) is not None:
+                self._route_through(vrf, device)
 
 
 def _index(interface: str) -> int:

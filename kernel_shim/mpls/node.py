@@ -6,7 +6,7 @@ reads those that are, and repairs the difference.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -110,6 +110,7 @@ class LabelNode:
         self._ends: dict[tuple[IPAddress, IPAddress], Tunnel] = {}
         self._udp_tunnels = 0
         self._classes: Classes | None = None
+        self._addresses: dict[tuple[str, int], bytes] = {}
 
     def put(self, entry: NodeEntry) -> None:
         """Add, or replace what has the same key. Raises ValueError, and nothing has changed then."""
@@ -166,6 +167,15 @@ class LabelNode:
 
     def vrf(self, name: str) -> Vrf | None:
         return self._vrfs.get(name)
+
+    def set_addresses(self, vrf: str, addresses: Iterable[IPAddress]) -> None:
+        """This node's own in that VRF, one of each IP version at most: its errors come from there."""
+        for version in (4, 6):
+            self._addresses.pop((vrf, version), None)
+        self._addresses.update({(vrf, address.version): address.packed for address in addresses})
+
+    def address(self, vrf: str, version: int) -> bytes:
+        return self._addresses.get((vrf, version), b"")
 
     def tunnel(self, peer: str) -> Tunnel | None:
         return self._tunnels.get(peer)

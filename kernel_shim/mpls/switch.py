@@ -126,11 +126,21 @@ def onward(forwarder: Forwarder, vrf: str, packet: memoryview) -> tuple[ToPeer |
 
 
 class LabelSwitch:
-    """`limit(peer)` is the longest stack with payload that the tunnel to `peer` takes, in octets."""
+    """`limit(peer)` is the longest stack with payload that the tunnel to `peer` takes, in octets.
 
-    def __init__(self, forwarder: Forwarder, limit: Callable[[str], int], errors: RateLimit | None = None) -> None:
+    `address(vrf, version)` is this node's own in that VRF, packed, from which its errors come; b"" when it has none.
+    """
+
+    def __init__(
+        self,
+        forwarder: Forwarder,
+        limit: Callable[[str], int],
+        errors: RateLimit | None = None,
+        address: Callable[[str, int], bytes] = lambda _vrf, _version: b"",
+    ) -> None:
         self._forwarder: Final = forwarder
         self._limit: Final = limit
+        self._address: Final = address
         self._errors: Final = errors if errors is not None else RateLimit()
 
     # 1. From a VRF
@@ -223,16 +233,26 @@ class LabelSwitch:
 
     # 4. Answer
 
-    def _error(self, error: IcmpError, mtu: int, payload: memoryview, parsed: Layout, stack: tuple[Entry, ...], now: float) -> bytes | None:
+    def _error(
+        self, error: IcmpError, mtu: int, payload: memoryview, parsed: Layout, stack: tuple[Entry, ...], now: float, vrf: str | None = None
+    ) -> bytes | None:
+        """With `vrf` from the node's address there, if it leaves by a peer: the host here believes no other in that address."""
         message = error_packet(error, payload, parsed, mtu, stack_extension(stack) if stack else b"")
-        return message if message is not None and self._errors.allow(now) else None
+        if message is None or not self._errors.allow(now):
+            return None
+        if vrf is None or not (origin := self._address(vrf, parsed.version)):
+            return message
+        found = onward(self._forwarder, vrf, memoryview(message))
+        if isinstance(found, DropReason) or isinstance(found[0], ToInterface):
+            return message
+        return error_packet(error, payload, parsed, mtu, stack_extension(stack) if stack else b"", origin)
 
     def _dead_end(self, reason: DropReason, error: IcmpError, vrf: str, payload: memoryview, parsed: Layout, stack: tuple[Entry, ...], now: float) -> Outcome:
         return Outcome(self._to_vrf(vrf, error, 0, payload, parsed, stack, now), reason)
 
     def _to_vrf(self, vrf: str, error: IcmpError, mtu: int, payload: memoryview, parsed: Layout, stack: tuple[Entry, ...], now: float) -> tuple[Sent, ...]:
         """To the sender, by the VRF's own routes; to its interface when it has none to there."""
-        message = self._error(error, mtu, payload, parsed, stack, now)
+        message = self._error(error, mtu, payload, parsed, stack, now, vrf)
         if message is None:
             return ()
         if isinstance(self._forwarder.depart(vrf, source(payload), lambda: 0), DropReason):
@@ -241,12 +261,12 @@ class LabelSwitch:
 
     def _answer(self, peer: Peer, error: IcmpError, mtu: int, payload: memoryview, parsed: Layout, stack: tuple[Entry, ...], now: float) -> tuple[Sent, ...]:
         """Along the LSP: its end knows the customer whose packet it was."""
-        message = self._error(error, mtu, payload, parsed, stack, now)
-        if message is None:
-            return ()
         fresh = tuple(Entry(entry.label, entry.tc, LARGEST_TTL) for entry in stack)
         way = self._forwarder.arrive(peer, fresh, parsed.version, lambda: flow_hash(payload, stack))
         if isinstance(way, DropReason):
+            return ()
+        message = self._error(error, mtu, payload, parsed, stack, now, None if isinstance(way.next_hop, ToPeer) else way.next_hop.vrf)
+        if message is None:
             return ()
         if isinstance(way.next_hop, ToPeer):
             labels = way.stack + write_stack(fresh[way.taken // 4 :])

@@ -47,11 +47,11 @@ class RateLimit:
         return True
 
 
-def error_packet(error: IcmpError, packet: Buffer, parsed: Layout, mtu: int = 0, extension: bytes = b"") -> bytes | None:
+def error_packet(error: IcmpError, packet: Buffer, parsed: Layout, mtu: int = 0, extension: bytes = b"", origin: bytes = b"") -> bytes | None:
     """The error about `packet`, to its source; None when the RFCs forbid one.
 
-    It comes from the packet's own destination: a host refuses a packet from a TUN that claims one of the host's own
-    addresses, and the destination is what its reverse path points at the TUN for.
+    Without `origin`, an address of the same version, it comes from the packet's own destination: a host refuses a packet from a TUN that claims one
+    of the host's own addresses, and the destination is what its reverse path points at the TUN for.
     `mtu` is what TOO_BIG reports, in bytes of the IP packet. `extension` is an extension structure (RFC 4884), without
     effect on an ICMPv6 TOO_BIG, which has no room to say where it begins.
     """
@@ -62,13 +62,14 @@ def error_packet(error: IcmpError, packet: Buffer, parsed: Layout, mtu: int = 0,
         quote, words = _quote(packet, parsed, _QUOTE_LIMIT_V4, extension, 4)
         body = bytearray(struct.pack("!BBHBBH", kind, code, 0, 0, words, mtu)) + quote
         body[2:4] = checksum(partial_sum(body)).to_bytes(2, "little")
-        return build_header(4, bytes(packet[16:20]), bytes(packet[12:16]), PROTOCOL_ICMP, len(body), _ERROR_TTL) + body
+        return build_header(4, origin or bytes(packet[16:20]), bytes(packet[12:16]), PROTOCOL_ICMP, len(body), _ERROR_TTL) + body
     kind, code = error.value[1]
     quote, words = _quote(packet, parsed, _QUOTE_LIMIT_V6, b"" if error is IcmpError.TOO_BIG else extension, 8)
     body = bytearray(struct.pack("!BBHI", kind, code, 0, words << 24 | mtu)) + quote
-    total = partial_sum(body) + pseudo_header_sum(packet[8:40], PROTOCOL_ICMPV6, len(body))
+    source, destination = origin or bytes(packet[24:40]), bytes(packet[8:24])
+    total = partial_sum(body) + pseudo_header_sum(source + destination, PROTOCOL_ICMPV6, len(body))
     body[2:4] = checksum(total).to_bytes(2, "little")
-    return build_header(6, bytes(packet[24:40]), bytes(packet[8:24]), PROTOCOL_ICMPV6, len(body), _ERROR_TTL) + body
+    return build_header(6, source, destination, PROTOCOL_ICMPV6, len(body), _ERROR_TTL) + body
 
 
 def _quote(packet: Buffer, parsed: Layout, limit: int, extension: bytes, unit: int) -> tuple[bytes, int]:

@@ -10,6 +10,7 @@ from enum import IntEnum
 from typing import Final
 
 from kernel_shim.algorithms import EncryptionId, IntegrityId
+from kernel_shim.model import Unresolved
 
 # The specification.
 
@@ -195,6 +196,8 @@ AF_INET: Final = 2
 
 # Our own.
 
+NUMBER_OF_UNRESOLVED: Final = {Unresolved.QUEUE: 1, Unresolved.EAGAIN: 2, Unresolved.BLOCK: 3, Unresolved.DROP: 4}
+UNRESOLVED_OF_NUMBER: Final = {number: mode for mode, number in NUMBER_OF_UNRESOLVED.items()}
 PRIVATE_VERSION: Final = 1  # of our extensions, spoken in X_HELLO
 MAX_MESSAGE: Final = 0xFFFF * WORD  # octets: what sadb_msg_len can say
 MAX_TEMPLATES: Final = 6  # a policy's; Linux' XFRM_MAX_DEPTH

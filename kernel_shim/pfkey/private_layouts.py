@@ -7,66 +7,52 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Mapping
-from ipaddress import IPv4Address, IPv6Address
 from struct import Struct
 from typing import Final
 
 from kernel_shim.algorithms import EncryptionId, EspAlgorithm, IntegrityId
-from kernel_shim.inspection import CachedBundle, PendingQueue
 from kernel_shim.model import (
-    AcquireSequence,
-    Action,
     Capabilities,
     Direction,
     Flow,
     HeaderCopies,
-    IPAddress,
     Mark,
     Mode,
-    PolicyIndex,
-    SaId,
     Selector,
-    Spi,
     TrafficSelector,
-    Unresolved,
 )
 from kernel_shim.pfkey.constants import (
     MAX_ALGORITHMS,
     MAX_ERROR_TEXT,
     MAX_SELECTORS,
-    MAX_STATISTIC_NAME,
-    MAX_STATISTICS,
+    NUMBER_OF_UNRESOLVED,
+    UNRESOLVED_OF_NUMBER,
     ExtensionType,
 )
+from kernel_shim.pfkey.inspection_layouts import read_bundle, read_pending, read_statistics, write_bundle, write_pending, write_statistics
 from kernel_shim.pfkey.label_layouts import read_labels, write_labels
 from kernel_shim.pfkey.layouts import Layout
 from kernel_shim.pfkey.messages import PfKeyError
 from kernel_shim.pfkey.private import (
     AcquireReference,
-    BundleExtension,
     CapabilitiesExtension,
     DumpPosition,
     ErrorText,
     FlowExtension,
     Hello,
     Lost,
-    PendingExtension,
     SaExtension,
     SaSelectors,
     SaStatusExtension,
     SelectorExtension,
-    Statistics,
     UnresolvedExtension,
 )
 from kernel_shim.pfkey.wire import Reader, Writer
 
 _ENCRYPTIONS: Final = {int(encryption): encryption for encryption in EncryptionId}
 _INTEGRITIES: Final = {int(integrity): integrity for integrity in IntegrityId}
-_UNRESOLVED: Final = {Unresolved.QUEUE: 1, Unresolved.EAGAIN: 2, Unresolved.BLOCK: 3, Unresolved.DROP: 4}
-_UNRESOLVED_OF: Final = {number: mode for mode, number in _UNRESOLVED.items()}
 _ENCAPSULATION, _ESN, _PORT_RANGES, _ADDRESS_RANGES, _SA_SELECTORS, _ACQUIRE_FLOW, _BINDS, _PREFERS_UDP, _TFC, _LABELS = (1 << bit for bit in range(10))
 _SA_ESN, _SA_NO_DSCP_OUT, _SA_DSCP_IN, _SA_NO_ECN, _SA_NO_DF = (1 << bit for bit in range(5))
-_NO_ADDRESS: Final[Mapping[int, IPAddress]] = {4: IPv4Address(0), 6: IPv6Address(0)}
 _TWO_SHORTS: Final = Struct("=HH")
 _COUNT: Final = Struct("=I")
 
@@ -110,7 +96,7 @@ def read_capabilities(reader: Reader, _kind: ExtensionType) -> CapabilitiesExten
             address_ranges=bool(flags & _ADDRESS_RANGES),
             sa_selectors=bool(flags & _SA_SELECTORS),
             acquire_flow=bool(flags & _ACQUIRE_FLOW),
-            unresolved_modes=frozenset(mode for mode, bit in _UNRESOLVED.items() if unresolved >> bit & 1),
+            unresolved_modes=frozenset(mode for mode, bit in NUMBER_OF_UNRESOLVED.items() if unresolved >> bit & 1),
             binds_ike_sockets=bool(flags & _BINDS),
         )
     )
@@ -131,7 +117,7 @@ def write_capabilities(writer: Writer, extension: CapabilitiesExtension) -> None
         | it.binds_ike_sockets * _BINDS
     )
     name = it.name.encode()
-    modes, unresolved = sum(1 << mode for mode in it.modes), sum(1 << _UNRESOLVED[mode] for mode in it.unresolved_modes)
+    modes, unresolved = sum(1 << mode for mode in it.modes), sum(1 << NUMBER_OF_UNRESOLVED[mode] for mode in it.unresolved_modes)
     writer.put(_CAPABILITIES, flags, it.maximum_replay_window, modes, unresolved, len(name), len(it.algorithms))
     for algorithm in sorted(it.algorithms, key=lambda a: (a.encryption, a.key_bits, a.integrity)):
         writer.put(_ALGORITHM, algorithm.encryption, algorithm.key_bits, algorithm.integrity, algorithm.icv_length)
@@ -234,13 +220,13 @@ def write_selector(writer: Writer, extension: SelectorExtension) -> None:
 
 def read_unresolved(reader: Reader, _: ExtensionType) -> UnresolvedExtension:
     number, _ = reader.take(_TWO_SHORTS)
-    if number not in _UNRESOLVED_OF:
+    if number not in UNRESOLVED_OF_NUMBER:
         raise reader.fail(f"{number}", "mode")
-    return UnresolvedExtension(_UNRESOLVED_OF[number])
+    return UnresolvedExtension(UNRESOLVED_OF_NUMBER[number])
 
 
 def write_unresolved(writer: Writer, extension: UnresolvedExtension) -> None:
-    writer.put(_TWO_SHORTS, _UNRESOLVED[extension.mode], 0)
+    writer.put(_TWO_SHORTS, NUMBER_OF_UNRESOLVED[extension.mode], 0)
 
 
 _FLOW: Final = Struct("=BBxxHHxxxx")
@@ -257,32 +243,6 @@ def write_flow(writer: Writer, extension: FlowExtension) -> None:
     writer.put(_FLOW, flow.source.version, flow.protocol, flow.source_port, flow.destination_port)
     writer.address(flow.source)
     writer.address(flow.destination)
-
-
-_COUNTER: Final = Struct("=QH")
-
-
-def read_statistics(reader: Reader, _kind: ExtensionType) -> Statistics:
-    (count,) = reader.take(_COUNT)
-    if count > MAX_STATISTICS:
-        raise reader.fail(f"{count} counters")
-    counters = []
-    for _ in range(count):
-        value, length = reader.take(_COUNTER)
-        if length > MAX_STATISTIC_NAME:
-            raise reader.fail(f"name of {length} octets")
-        counters.append((reader.text(length), value))
-        reader.octets(-(_COUNTER.size + length) % 8)
-    return Statistics(tuple(counters))
-
-
-def write_statistics(writer: Writer, statistics: Statistics) -> None:
-    writer.put(_COUNT, len(statistics.counters))
-    for name, value in statistics.counters:
-        encoded = name.encode()
-        writer.put(_COUNTER, value, len(encoded))
-        writer.octets(encoded)
-        writer.pad()
 
 
 _DUMP: Final = Struct("=III")
@@ -309,98 +269,6 @@ def write_error(writer: Writer, error: ErrorText) -> None:
     text = error.text.encode()
     writer.put(_TWO_SHORTS, len(text), 0)
     writer.octets(text)
-    writer.pad()
-
-
-_PENDING: Final = Struct("=BBBxIIIIIxxxxQ")
-_HAS_SOURCE, _HAS_DESTINATION = 1, 2
-
-
-def read_pending(reader: Reader, _: ExtensionType) -> PendingExtension:
-    number, mode, known, policy, acquire, flows, packets, segments, octets = reader.take(_PENDING)
-    if mode not in _UNRESOLVED_OF:
-        raise reader.fail(f"{mode}", "mode")
-    version = reader.version(number)
-    source, destination = reader.address(version), reader.address(version)
-    return PendingExtension(
-        PendingQueue(
-            PolicyIndex(policy),
-            source if known & _HAS_SOURCE else None,
-            destination if known & _HAS_DESTINATION else None,
-            _UNRESOLVED_OF[mode],
-            AcquireSequence(acquire),
-            *(flows, packets, segments, octets),
-        )
-    )
-
-
-def write_pending(writer: Writer, extension: PendingExtension) -> None:
-    it = extension.queue
-    known = (it.source is not None) * _HAS_SOURCE | (it.destination is not None) * _HAS_DESTINATION
-    version = (it.source or it.destination or _NO_ADDRESS[4]).version
-    writer.put(_PENDING, version, _UNRESOLVED[it.mode], known, it.policy, it.acquire, it.flows, it.packets, it.segments, it.octets)
-    writer.address(it.source or _NO_ADDRESS[version])
-    writer.address(it.destination or _NO_ADDRESS[version])
-
-
-_BUNDLE: Final = Struct("=BBBBHHIIIBBBBxxxx")
-_LABEL: Final = Struct("=I")
-_HAS_PROTOCOL, _HAS_SOURCE_PORT, _HAS_DESTINATION_PORT = 4, 8, 16
-_ACTIONS: Final = {int(action): action for action in Action}
-
-
-def read_bundle(reader: Reader, _: ExtensionType) -> BundleExtension:
-    number, known, action, protocol, source_port, destination_port, policy, limit, spi, outer, vrf, peer, labels = reader.take(_BUNDLE)
-    if action not in _ACTIONS:
-        raise reader.fail(f"{action}", "action")
-    version = reader.version(number)
-    source, destination = reader.address(version), reader.address(version)
-    sa = SaId(reader.address(reader.version(outer)), Spi(spi)) if outer else None
-    stack = tuple(int(reader.take(_LABEL)[0]) for _ in range(labels))
-    names = reader.text(vrf), reader.text(peer)
-    reader.pad()
-    return BundleExtension(
-        CachedBundle(
-            version,
-            source if known & _HAS_SOURCE else None,
-            destination if known & _HAS_DESTINATION else None,
-            protocol if known & _HAS_PROTOCOL else None,
-            source_port if known & _HAS_SOURCE_PORT else None,
-            destination_port if known & _HAS_DESTINATION_PORT else None,
-            _ACTIONS[action],
-            PolicyIndex(policy),
-            sa,
-            limit,
-            *names,
-            stack,
-        )
-    )
-
-
-def write_bundle(writer: Writer, extension: BundleExtension) -> None:
-    it = extension.bundle
-    fields = (
-        (it.source, _HAS_SOURCE),
-        (it.destination, _HAS_DESTINATION),
-        (it.protocol, _HAS_PROTOCOL),
-        (it.source_port, _HAS_SOURCE_PORT),
-        (it.destination_port, _HAS_DESTINATION_PORT),
-    )
-    writer.put(
-        _BUNDLE,
-        *(it.version, sum(bit for value, bit in fields if value is not None), it.action),
-        *(it.protocol or 0, it.source_port or 0, it.destination_port or 0, it.policy, it.limit),
-        *((it.sa.spi, it.sa.destination.version) if it.sa is not None else (0, 0)),
-        *(len(it.vrf.encode()), len(it.peer.encode()), len(it.labels)),
-    )
-    writer.address(it.source or _NO_ADDRESS[it.version])
-    writer.address(it.destination or _NO_ADDRESS[it.version])
-    if it.sa is not None:
-        writer.address(it.sa.destination)
-    for label in it.labels:
-        writer.put(_LABEL, label)
-    writer.octets(it.vrf.encode())
-    writer.octets(it.peer.encode())
     writer.pad()
 
 

@@ -38,11 +38,11 @@ from kernel_shim.kernel import IkeSocketProvider, Kernel, LabelKernel
 from kernel_shim.model import AcquireSequence, IPAddress, KernelError, KernelEvent
 from kernel_shim.pfkey.codec import Codec, header_of
 from kernel_shim.pfkey.constants import MAX_ERROR_TEXT, PRIVATE_VERSION, ExtensionType, MessageType, SaType
-from kernel_shim.pfkey.dump_entries import entry_extensions, filtered, holds_esp
+from kernel_shim.pfkey.dumps import DUMPS, Tables, next_message
 from kernel_shim.pfkey.event_messages import event_message, proposal_of, supported_extensions
 from kernel_shim.pfkey.messages import Address, Extension, Message, PfKeyError
-from kernel_shim.pfkey.outbox import Dump, Entries, Outbox, Output
-from kernel_shim.pfkey.private import CapabilitiesExtension, DumpPosition, ErrorText, Hello, LabelEntries
+from kernel_shim.pfkey.outbox import Dump, Outbox, Output
+from kernel_shim.pfkey.private import CapabilitiesExtension, ErrorText, Hello
 from kernel_shim.pfkey.requests import Answer, Requests
 from kernel_shim.pfkey.watch import EVENT_OCTETS, Copy, Watch, encode_copy, reply_copy, without_keys
 
@@ -52,11 +52,8 @@ ClientId = NewType("ClientId", int)
 
 MAX_CLIENTS: Final = 32  # key managers, monitors and tools
 MAX_REMEMBERED_REPLIES: Final = 8192  # to repeated requests of one client; as many as it makes while one of them is repeated (client.REPEAT_AFTER)
-LABELS_OF_A_DUMP: Final = 64  # entries of one message
 ACQUIRE_REPEAT: Final = 1.0  # s between two calls for ACQUIREs that did not fit
 
-_PRIVATE_DUMPS: Final = frozenset({MessageType.X_PENDINGDUMP, MessageType.X_BUNDLEDUMP, MessageType.X_LABELDUMP})
-_DUMPS: Final = frozenset({MessageType.DUMP, MessageType.X_SPDDUMP}) | _PRIVATE_DUMPS
 # These may be carried out again: the others are answered from memory when they are repeated.
 _REPEATABLE: Final = frozenset({MessageType.X_BIND, MessageType.X_UNBIND, MessageType.X_STATISTICS, MessageType.GET, MessageType.X_SPDGET})
 
@@ -99,11 +96,10 @@ class ServerSession:
         labels: LabelKernel | None = None,
     ) -> None:
         self._kernel = kernel
-        self._inspected = inspected
+        self._tables = Tables(kernel, inspected, labels)
         self._watchers: list[_Client] = []
         self._watch_lost = 0
         self._codec = Codec()
-        self._labels = labels
         self._requests = Requests(kernel, sockets, is_local, self.statistics, labels)
         self._clients: dict[ClientId, _Client] = {}
         self._ready: set[ClientId] = set()
@@ -160,7 +156,7 @@ class ServerSession:
     def _serve(self, client: _Client, message: Message, data: bytes, now: float) -> None:
         if message.type == MessageType.REGISTER:
             self._register(client, message, now)
-        elif message.type in _DUMPS:
+        elif message.type in DUMPS:
             self._start_dump(client, message)
         elif message.type == MessageType.ACQUIRE:
             self._acquire_failed(message, now)
@@ -235,27 +231,11 @@ class ServerSession:
                 raise KernelError(errno.EBUSY, "a dump is under way")
             if (running.type, running.request) == (message.type, message.sequence):
                 return
-        entries: Entries
-        if message.type == MessageType.X_SPDDUMP:
-            entries = tuple(self._kernel.policies())
-        elif message.type in _PRIVATE_DUMPS:
-            if not client.private:
-                raise KernelError(errno.EOPNOTSUPP, f"message type {message.type}")
-            entries = self._private_entries(message)
-        else:
-            entries = tuple(filtered(self._kernel.sas(), message)) if holds_esp(message.sa_type) else ()
+        entries = self._tables.entries(message, private=client.private)
         if not entries:
             raise KernelError(errno.ENOENT, "nothing to dump")
         client.outbox.dump = Dump(message.type, message.sequence, message.pid, entries)
         self._ready.add(client.id)
-
-    def _private_entries(self, message: Message) -> Entries:
-        if message.type == MessageType.X_LABELDUMP and self._labels is not None:
-            entries = tuple(self._labels.label_entries())
-            return tuple(LabelEntries(entries[at : at + LABELS_OF_A_DUMP]) for at in range(0, len(entries), LABELS_OF_A_DUMP))
-        if message.type == MessageType.X_LABELDUMP or self._inspected is None:
-            raise KernelError(errno.EOPNOTSUPP, f"message type {message.type}")
-        return self._inspected.pending_queues() if message.type == MessageType.X_PENDINGDUMP else self._inspected.cached_bundles()
 
     # Promiscuous clients
 
@@ -322,7 +302,9 @@ class ServerSession:
                 return Output(self._codec.encode(event_message(event, self._proposal, private=client.private)))
         if outbox.dump is not None:
             outbox.dump_is_next = False
-            return Output(self._next_of_dump(client, outbox.dump))
+            data = self._codec.encode(next_message(outbox.dump, private=client.private))
+            outbox.dump = outbox.dump if outbox.dump.remaining else None
+            return Output(data)
         return Output(outbox.notices.popleft()) if outbox.notices else self._next_copy(client)
 
     def _next_copy(self, client: _Client) -> Output | None:
@@ -331,19 +313,6 @@ class ServerSession:
             if data is not None:
                 return Output(data)
         return None
-
-    def _next_of_dump(self, client: _Client, dump: Dump) -> bytes:
-        """The last one has sadb_msg_seq 0 (RFC 2367 section 3.1.10), the others count up as Linux' do."""
-        entry = dump.entries[dump.position]
-        dump.position += 1
-        if dump.remaining == 0:
-            client.outbox.dump = None
-        extensions = tuple(entry_extensions(entry, private=client.private))
-        if client.private:
-            extensions += (DumpPosition(dump.request, dump.remaining, len(dump.entries)),)
-        sequence = dump.position if dump.remaining else 0
-        sa_type = SaType.ESP if dump.type == MessageType.DUMP else SaType.UNSPEC
-        return self._codec.encode(Message(dump.type, sa_type, 0, sequence, dump.pid, extensions))
 
     def _encode(self, request: Message, extensions: Iterable[Extension], number: int = 0) -> bytes:
         return self._codec.encode(replace(request, errno=number, extensions=tuple(extensions)))

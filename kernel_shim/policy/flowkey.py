@@ -154,12 +154,6 @@ def key_of_flow(flow: Flow) -> bytes:
     return flow.source.packed + flow.destination.packed + ports.to_bytes(5, "big")
 
 
-def masked_key(full: bytes, mask: FieldMask) -> bytes:
-    """What `FlowKeys.cut` gives under `mask` for the packet whose full key is `full`."""
-    prefix, pieces = _pieces(mask, 4 if len(full) == FULL_KEY_V4 else 16)
-    return prefix + b"".join([full[piece] for piece in pieces])
-
-
 def flow_of_masked_key(key: bytes, mask: FieldMask) -> MaskedFlow:
     """The fields that a key cut under `mask` holds, None for the others. Raises ValueError when `key` was cut under another mask."""
     for version, size in ((4, 4), (6, 16)):

@@ -16,10 +16,7 @@ SLOTS: Final = 1 << SLOT_BITS
 LOWEST_SPI: Final = 0x100  # RFC 4303 section 2.1: 1 to 255 are reserved, 0 is for local use
 
 _ATTEMPTS: Final = 64  # of random SPIs; with a million SAs in a slot's 67 million the chance that all are taken is nil
-
-
-def slot_of(spi: int) -> int:
-    return spi & (SLOTS - 1)
+_LOOKED_AT: Final = 4096  # SPIs in order, after those attempts: a range that a caller made narrow
 
 
 def choose_spi(minimum: int, maximum: int, slot: int, taken: Container[int], entropy: Callable[[int], bytes]) -> Spi:
@@ -40,7 +37,7 @@ def choose_spi(minimum: int, maximum: int, slot: int, taken: Container[int], ent
             spi = first + int.from_bytes(entropy(8), "big") % count * SLOTS
             if spi not in taken:
                 return Spi(spi)
-        for index in range(min(count, 4096)):
+        for index in range(min(count, _LOOKED_AT)):
             if first + index * SLOTS not in taken:
                 return Spi(first + index * SLOTS)
     raise KernelError(errno.ENOENT, f"no free SPI in {minimum:#x}-{maximum:#x} for slot {slot}")

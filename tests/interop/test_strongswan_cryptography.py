@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 from lab.namespaces import Lab, Namespace
 from lab.strongswan import StrongSwan
+from sk_messages import open_message, seal_message
 
 from kernel_shim.model import AddressRange, TrafficSelector
 from vpnd.ike.crypto.groups import group
-from vpnd.ike.crypto.sk import SkCipher, open_message, seal_message
+from vpnd.ike.crypto.sk import SkCipher
 from vpnd.ike.iana import AuthenticationMethod, Exchange, NotifyType, ProtocolId
 from vpnd.ike.identity import Identity
 from vpnd.ike.keymat import IkeKeys, IkeSuite, ike_keys, shared_key_auth, signed_octets, skeyseed

@@ -22,6 +22,15 @@ def test_rekeying_under_traffic(ours: Side, esp: str) -> None:
 
 
 @pytest.mark.parametrize("ours", OUR_SIDES)
+def test_defaults(ours: Side) -> None:
+    """Its own name no key exchange for a CHILD_SA, ours one that may be left out."""
+    with facing(ours, Tunnel(proposals="default", esp_proposals="default")) as link:
+        link.a.initiate()
+        rekey_in_turn(link)
+        assert link.ping().lost == 0
+
+
+@pytest.mark.parametrize("ours", OUR_SIDES)
 def test_both_sides_rekey_at_once(ours: Side) -> None:
     with facing(ours, Tunnel(esp_proposals="aes128gcm16-x25519")) as link:
         link.a.initiate()

@@ -9,6 +9,7 @@ from lab.ike_pair import Datagram, Pair, Peer, agree, child, connection, mirrore
 from vpnd.ike.context import IkeSettings, Retransmission
 from vpnd.ike.effects import ChildClosed, Reason
 from vpnd.ike.sa import ChildSaState, IkeSaState
+from vpnd.ike.transport import ANSWER_ARRIVES
 
 NET = child("net", "10.1.0.0/16", "10.2.0.0/16", "aes128gcm16-x25519")
 OTHER = child("other", "10.3.0.0/16", "10.4.0.0/16")
@@ -76,21 +77,26 @@ def deliver(pair: Pair, sender: str) -> str:
 
 
 def invariants(pair: Pair, *, lossless: bool = True) -> None:
-    """At any moment: no kernel has an SA that its key manager does not know, and, unless somebody deletes, what is sent can be received."""
+    """At any moment: no kernel has an SA that its key manager does not know, and, `lossless`, each side sends, and the other one can receive it."""
     for peer, other in (pair.peers, pair.peers[::-1]):
         outbound = [sa for sa in peer.sad.values() if sa.direction is Direction.OUT]
-        if outbound and lossless:
+        if lossless:
+            assert outbound, f"{peer.name} cannot send"
             assert outbound[-1].spi in {sa.spi for sa in other.sad.values() if sa.direction is Direction.IN}, f"{peer.name} sends what {other.name} cannot open"
         known = {sa_id for ike in peer.standing for one in ike.children.values() for sa_id in (one.sa.inbound.id, one.sa.outbound.id)}
         assert set(peer.sad) <= known | set(peer.lingering)
 
 
-def finish(pair: Pair, children: int, *, drop: Callable[[Datagram], bool] = lambda datagram: False) -> None:
+def finish(pair: Pair, children: int, *, drop: Callable[[Datagram], bool] = lambda datagram: False, lossless: bool = False) -> None:
+    def watched(datagram: Datagram) -> bool:
+        invariants(pair, lossless=lossless)
+        return drop(datagram)
+
     for _ in range(400):
-        pair.settle(drop)
-        invariants(pair)
-        pair.wait(0.1, drop)
-    pair.wait(DELAY)
+        pair.settle(watched)
+        invariants(pair, lossless=lossless)
+        pair.wait(0.1, watched)
+    pair.wait(ANSWER_ARRIVES + DELAY)
     agree(pair, children)
     assert len(pair.a.standing) == len(pair.b.standing) == 1
     for peer in pair.peers:

@@ -19,6 +19,7 @@ from vpnd.auth.credentials import CredentialStore
 from vpnd.config.addresses import parse_traffic_selector
 from vpnd.config.model import AuthMethod, AuthRound, ChildConfig, ConnectionConfig, SharedSecret
 from vpnd.daemon.crossings import has_twin
+from vpnd.daemon.markings import Markings
 from vpnd.ike.context import IkeSettings
 from vpnd.ike.effects import (
     AllocateSpi,
@@ -41,6 +42,7 @@ from vpnd.ike.exchanges.crash_detection import TokenMaker
 from vpnd.ike.fragments import ReassemblyBudget
 from vpnd.ike.iana import Exchange, ProtocolId, name_of
 from vpnd.ike.identity import Identity
+from vpnd.ike.marking import Marking, SharedIfIds
 from vpnd.ike.proposal import parse_proposals
 from vpnd.ike.resumption import Resumption
 from vpnd.ike.sa import IkeSa
@@ -118,6 +120,7 @@ class Peer:
     resumption: Resumption = field(default_factory=lambda: Resumption(random.Random(0).randbytes))
     further_addresses: list[str] = field(default_factory=list)
     narrowest: int = 0  # path MTU that is known
+    markings: Markings = field(default_factory=Markings)
     _init: dict[tuple[bytes, Endpoint], IkeSa] = field(default_factory=dict)
     _ids: int = 0
     _spis: int = 0
@@ -163,6 +166,9 @@ class Peer:
 
     def reqid(self, connection: ConnectionConfig, child: ChildConfig) -> int:
         return 1 + list(connection.children).index(child.name)
+
+    def marking(self, connection: ConnectionConfig, child: ChildConfig, shared: SharedIfIds) -> Marking:
+        return self.markings.of(connection, child, shared)
 
     def first_contact(self, connection: ConnectionConfig) -> bool:
         return self.contacts

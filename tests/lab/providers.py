@@ -82,19 +82,33 @@ def _provider(lab: Lab, letter: str, number: int, halvings: int) -> Provider:
     return Provider(gateway, IPv4Address(f"192.0.2.{number}"), IPv6Address(f"2001:db8::{number}"), customers)
 
 
+def _router_between(lab: Lab, edges: tuple[Provider, ...], mtu: int) -> None:
+    """It answers for all others on either link (proxy ARP), so that both believe in one subnet."""
+    core = lab.namespace("core")
+    core.sysctl(ipv4__ip_forward=1)
+    core.ip("addr add 192.0.2.254/32 dev lo")
+    for number, pe in enumerate(edges):
+        # The PE's own end is wide: it has to be told.
+        lab.veth(pe.gateway, WAN, core, f"port{number}")
+        core.sysctl(**{f"ipv4__conf__port{number}__proxy_arp": 1})
+        core.ip(f"route add {pe.wan4}/32 dev port{number} src 192.0.2.254" + (f" mtu lock {mtu}" if number else ""))
+
+
 @contextmanager
-def providers(count: int = 2, mtu: int = 1500) -> Iterator[Providers]:
-    """The topology, up; what leads from site to site is the test's. Three PEs meet at a bridge. `mtu`: of what lies between them."""
+def providers(count: int = 2, narrow: int = 0) -> Iterator[Providers]:
+    """The topology, up; what leads from site to site is the test's. Three PEs meet at a bridge. `narrow`: the MTU of a router's link to b."""
     with Lab() as lab:
         edges = tuple(_provider(lab, "abc"[number], number + 1, (count - 1).bit_length()) for number in range(count))
-        if count == 2:
-            lab.veth(edges[0].gateway, WAN, edges[1].gateway, WAN, mtu=mtu)
+        if narrow:
+            _router_between(lab, edges, narrow)
+        elif count == 2:
+            lab.veth(edges[0].gateway, WAN, edges[1].gateway, WAN)
         else:
             core = lab.namespace("core")
             core.sysctl(ipv6__conf__default__disable_ipv6=1)
-            core.ip(f"link add middle mtu {mtu} type bridge", "link set middle up")
+            core.ip("link add middle type bridge", "link set middle up")
             for number, pe in enumerate(edges):
-                lab.veth(pe.gateway, WAN, core, f"port{number}", mtu=mtu)
+                lab.veth(pe.gateway, WAN, core, f"port{number}")
                 core.ip(f"link set port{number} master middle")
         for pe in edges:
             pe.gateway.ip(f"addr add {pe.wan4}/24 dev {WAN}", f"addr add {pe.wan6}/64 dev {WAN} nodad")

@@ -13,7 +13,7 @@ import struct
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
@@ -30,7 +30,8 @@ TCP_TOTAL_RETRANS: Final = struct.Struct("=I")  # struct tcp_info of linux/tcp.h
 TCP_TOTAL_RETRANS_OFFSET: Final = 8 + 23 * 4
 
 ECHO: Final = struct.Struct("!BBHHH")  # type, code, checksum, identifier, number
-ICMP_ERRORS: Final = (3, 11, 12)
+ICMP_UNREACHABLE: Final = 3
+ICMP_ERRORS: Final = (ICMP_UNREACHABLE, 11, 12)
 ICMPV6_ERRORS: Final = (1, 2, 3, 4)
 IP_MTU_DISCOVER: Final = 10  # linux/in.h
 IPV6_MTU_DISCOVER: Final = 23  # linux/in6.h
@@ -203,6 +204,32 @@ class _Echoes:
             kind, _, _, identifier, number = ECHO.unpack_from(request)
             if kind == self._request and identifier == self._identifier:
                 self._sent.pop(number, None)
+
+
+def trace_route(host: Namespace, target: IPv4Address, *, hops: int = 4, timeout: float = 2.0) -> list[tuple[IPAddress | None, bytes]]:
+    """Who answers a UDP probe of each TTL until the target does, as traceroute has it: the source of the ICMP error, and what stands behind the
+    128 octets of its quote (RFC 4884). None where nobody answers.
+    """
+    found: list[tuple[IPAddress | None, bytes]] = []
+    with host.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP) as heard, host.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for ttl in range(1, hops + 1):
+            probe.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, ttl)
+            with suppress(OSError):  # the error of the probe before
+                probe.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            probe.sendto(b"probe", (str(target), 33434 + ttl))
+            answer = _error_about(heard, 33434 + ttl, time.monotonic() + timeout)
+            found.append((IPv4Address(answer[12:16]), answer[28 + 128 :]) if answer is not None else (None, b""))
+            if answer is not None and answer[20] == ICMP_UNREACHABLE:
+                break
+    return found
+
+
+def _error_about(heard: socket.socket, port: int, until: float) -> bytes | None:
+    while (left := until - time.monotonic()) > 0 and select.select([heard], [], [], left)[0]:
+        message = heard.recv(65535)
+        if message[20] in ICMP_ERRORS and int.from_bytes(message[50:52], "big") == port:
+            return message
+    return None
 
 
 @contextmanager

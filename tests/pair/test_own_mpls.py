@@ -10,7 +10,9 @@ import pytest
 from lab.capture import Capture
 from lab.provider_edges import Edges, configuration, provider_edges
 from lab.providers import CUSTOMERS
-from lab.traffic import UdpStream, ping, tcp_bulk, tcp_server, udp_sink
+from lab.traffic import UdpStream, ping, tcp_bulk, tcp_server, trace_route, udp_sink
+
+from kernel_shim.mpls.labels import Entry, Label, write_stack
 
 pytestmark = [pytest.mark.pair, pytest.mark.timeout(180)]
 
@@ -91,6 +93,22 @@ def test_a_vrf_comes_and_goes_while_others_carry(edges: Edges) -> None:
     assert (received.received, received.duplicates) == (sent.sent - sent.refused, 0)
 
 
+def test_a_bulk_transfer_finds_its_way_over_a_narrow_path(tmp_path: Path) -> None:
+    """The router that cannot pass an ESP packet on tells the PE, which tells the customer how much room the labels leave."""
+    with provider_edges(tmp_path, capture=False, narrow=1280) as edges:
+        edges.reaches("red")
+        near, far = edges.lab.a.customers["red"], edges.lab.b.customers["red"]
+        for source, target, address in ((near, far, far.host4), (near, far, far.host6), (far, near, near.host4)):
+            with tcp_server(target.host, address, 7000) as port:
+                assert tcp_bulk(source.host, address, port, size=4 << 20, timeout=30.0).intact
+        learnt = near.host.run(["ip", "route", "get", str(far.host4)]).stdout
+        mtu = int(learnt.split(" mtu ")[1].split()[0])
+        assert 1180 < mtu < 1280 - 4 - 4  # GRE and one label, in ESP
+        room = mtu - 28
+        assert ping(near.host, far.host4, size=room, dont_fragment=True).lost == 0
+        assert ping(near.host, far.host4, size=4000).lost == 0
+
+
 def test_a_trace_says_what_becomes_of_a_packet(edges: Edges) -> None:
     def trace(*arguments: str) -> list[tuple[str, str]]:
         steps = json.loads(edges.a.vpnctl("--json", "mpls", "trace", *arguments))
@@ -110,3 +128,17 @@ def test_a_trace_says_what_becomes_of_a_packet(edges: Edges) -> None:
     assert {row["state"] for row in rows} == {"ok"}
     assert {row.get("label") or row["prefix"] for row in rows} == {"100", *map(str, (far.net4, far.net6, mine.net4, mine.net6))}
     assert [row["table"] for row in json.loads(edges.a.vpnctl("--json", "mpls", "vrfs"))] == ["101", "102", "103"]
+
+
+@pytest.mark.parametrize("ttl", ["pipe", "uniform"])
+def test_a_customer_traces_its_route(tmp_path: Path, ttl: str) -> None:
+    """Each PE answers from its address at the customer's own link, which all customers' links share here."""
+    with provider_edges(tmp_path, capture=False, ttl=ttl) as edges:
+        for name in ("blue", "red"):
+            edges.reaches(name)
+            near, far = edges.lab.a.customers[name], edges.lab.b.customers[name]
+            (first, _), (second, shown), (third, _) = trace_route(near.host, far.host4)
+            assert (first, second, third) == (near.net4[1], far.net4[1], far.host4)
+            # With the uniform model it is the label's TTL that ends, and its stack is shown (RFC 4950).
+            label = 100 + CUSTOMERS.index(name)
+            assert shown[8:] == (write_stack([Entry(Label(label), 0, 1)]) if ttl == "uniform" else b"")

@@ -41,7 +41,9 @@ MANY: Final = GateSettings(cookie_threshold=1 << 20, cookie_threshold_ip=1 << 20
 class Gateway:
     """`addresses` are its own on the wire. A datagram that leaves and one that arrives cost no time of their own."""
 
-    def __init__(self, wire: Wire, addresses: Sequence[IPAddress], config: str, directory: Path, name: str, seed: int) -> None:
+    def __init__(
+        self, wire: Wire, addresses: Sequence[IPAddress], config: str, directory: Path, name: str, seed: int, settings: IkeSettings | None = None
+    ) -> None:
         self.wire, self.name = wire, name
         self._addresses: Final = tuple(addresses)
         for address in addresses:
@@ -58,24 +60,30 @@ class Gateway:
         self._seen: set[tuple[int, int]] = set()
         self.repeated = 0
         self.clear = 0
-        loaded = load_text(config, Path("/nonexistent"))
-        self.counters: Final = Counters()
+        self._configuration: Final = load_text(config, Path("/nonexistent")).configuration
+        self._seed, self._lives, self._dead = seed, 0, False
+        self._settings: Final = settings or IkeSettings()
+        self._begin()
+
+    def _begin(self) -> None:
+        """A key manager that knows nothing yet."""
+        self._lives += 1
+        self.counters = Counters()
         side = KernelSide(self._connect, self.counters)
-        self.manager: Final = Manager(
+        self.manager = Manager(
             side,
             self,
-            CredentialStore.of(loaded.configuration),
-            IkeSettings(),
+            CredentialStore.of(self._configuration),
+            self._settings,
             MANY,
             self.counters,
             host=self,
             tokens=TokenMaker(self.name.encode() * 8),
-            entropy=random.Random(f"{name}{seed}").randbytes,
+            entropy=random.Random(f"{self.name}{self._seed}.{self._lives}").randbytes,
         )
-        self.demands: Final = Demands(self.manager, mark=1)
-        self.operations: Final = Operations(self.manager, self.demands, DaemonConfig())
+        self.demands = Demands(self.manager, mark=1)
+        self.operations = Operations(self.manager, self.demands, DaemonConfig())
         side.event, side.lost = self.demands.kernel_event, self.demands.ends.sas_lost
-        self._configuration = loaded.configuration
 
     async def _connect(self) -> KernelChannel:
         channel = PfKeyChannel(self._socket)
@@ -85,6 +93,15 @@ class Gateway:
     async def start(self) -> None:
         await self.manager.kernel.open()
         await self.operations.load(self._configuration)
+
+    async def restart_key_manager(self) -> None:
+        """It dies without a word; its kernel goes on, and its successor finds what it left."""
+        self.demands.stop()
+        dead, self._dead = self.manager, True
+        await dead.kernel.close(leave=True)
+        self._begin()
+        self._dead = False
+        await self.start()
 
     async def stop(self) -> None:
         """At once: nothing is said to peers."""
@@ -109,13 +126,15 @@ class Gateway:
     # Its sockets
 
     def send(self, local: Endpoint, remote: Endpoint, data: bytes) -> None:
-        self.wire.carry_ike(local, remote, data)
+        if not self._dead:
+            self.wire.carry_ike(local, remote, data)
 
     def send_keepalive(self, local: Endpoint, remote: Endpoint) -> None:
         pass
 
     def ike(self, local: Endpoint, remote: Endpoint, data: bytes) -> None:
-        self.manager.datagram(local, remote, data)
+        if not self._dead:
+            self.manager.datagram(local, remote, data)
 
     def esp(self, local: Endpoint, remote: Endpoint, data: bytes) -> None:
         self.engine.receive(local, remote, data, len(data), self._loop.time())

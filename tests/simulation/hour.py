@@ -60,11 +60,11 @@ class Outcome:
         return self.sent - self.received - self.wire_lost
 
 
-def _address(number: int) -> IPv4Address:
+def far_address(number: int) -> IPv4Address:
     return IPv4Address(int(IPv4Address("198.18.0.0")) + 1 + number)
 
 
-def _hosts(number: int) -> tuple[IPv4Address, IPv4Address]:
+def hosts_of(number: int) -> tuple[IPv4Address, IPv4Address]:
     return IPv4Address(int(IPv4Address("10.1.0.0")) + 1 + number), IPv4Address(int(IPv4Address("10.2.0.0")) + 1 + number)
 
 
@@ -72,9 +72,9 @@ def configuration(life: Life, *, hub: bool) -> str:
     """Of the hub, which has one address for all tunnels, or of the other side, which has one for each."""
     connections = []
     for number in range(life.tunnels):
-        ends = (HUB, _address(number)) if hub else (_address(number), HUB)
+        ends = (HUB, far_address(number)) if hub else (far_address(number), HUB)
         names = (f"hub{number}", f"site{number}") if hub else (f"site{number}", f"hub{number}")
-        hosts = _hosts(number) if hub else _hosts(number)[::-1]
+        hosts = hosts_of(number) if hub else hosts_of(number)[::-1]
         connections.append(
             f"""t{number} {{
     local_addrs = {ends[0]}
@@ -102,7 +102,7 @@ def configuration(life: Life, *, hub: bool) -> str:
 
 async def _traffic(life: Life, a: Gateway, b: Gateway, outcome: Outcome, seconds: float, first: int) -> int:
     """Probes in both directions of every tunnel, evenly spread; the number after the last one."""
-    hosts = [tuple(address.packed for address in _hosts(number)) for number in range(life.tunnels)]
+    hosts = [tuple(address.packed for address in hosts_of(number)) for number in range(life.tunnels)]
     step = life.gap / life.tunnels
     rounds = max(1, round(seconds / life.gap))
     for number in range(first, first + rounds):
@@ -121,7 +121,7 @@ def _received(gateways: Sequence[Gateway]) -> int:
 async def _live(life: Life, directory: Path) -> Outcome:
     outcome, wire = Outcome(), Wire(life.seed, CLEAR)
     a = Gateway(wire, [HUB], configuration(life, hub=True), directory, "hub", life.seed)
-    b = Gateway(wire, [_address(number) for number in range(life.tunnels)], configuration(life, hub=False), directory, "sites", life.seed + 1)
+    b = Gateway(wire, [far_address(number) for number in range(life.tunnels)], configuration(life, hub=False), directory, "sites", life.seed + 1)
     await b.start()
     await a.start()
     # The first packets bring the tunnels up; they wait for that, and none may be lost.
@@ -134,7 +134,7 @@ async def _live(life: Life, directory: Path) -> Outcome:
         for gateway in (a, b):
             gateway.forget_probes()
         wire.forget_numbers()
-        outcome.memory.append(_resident())
+        outcome.memory.append(resident())
     wire.weather = CLEAR
     outcome.equal = await settled(a, b, life.tunnels, QUIET)
     outcome.received, outcome.wire_lost = _received((a, b)), wire.counts["esp.lost"]
@@ -161,7 +161,7 @@ def live(life: Life) -> Outcome:
     return outcome
 
 
-def _resident() -> float:
+def resident() -> float:
     """MB of this process in memory now."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * resource.getpagesize() / 1e6

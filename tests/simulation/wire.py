@@ -23,6 +23,7 @@ class Weather:
 
     delay: tuple[float, float] = (0.005, 0.015)
     loss: float = 0.0
+    esp_loss: float | None = None  # None: as IKE's
     doubled: float = 0.0
 
 
@@ -62,7 +63,8 @@ class Wire:
     def _carry(self, kind: str, arrive: Callable[[], None]) -> None:
         counts, weather, dice = self.counts, self.weather, self._dice
         counts[f"{kind}.sent"] += 1
-        if weather.loss and dice.random() < weather.loss:
+        loss = weather.esp_loss if kind == "esp" and weather.esp_loss is not None else weather.loss
+        if loss and dice.random() < loss:
             counts[f"{kind}.lost"] += 1
             return
         loop = asyncio.get_running_loop()

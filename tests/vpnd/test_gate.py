@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 from ipaddress import ip_address
 
 import pytest
 from lab.ike_pair import psk_pair
 
 from kernel_shim.model import Endpoint
-from vpnd.gate import Admitted, Gate, GateSettings, Refused, Reply, origin_of
-from vpnd.ike.iana import NotifyType
+from vpnd.config.tree import Section
+from vpnd.config.validate import validate_connection
+from vpnd.gate import MAX_OPENING, Admitted, Gate, GateSettings, Refused, Reply, origin_of
+from vpnd.ike.exchanges import ike_sa_init
+from vpnd.ike.iana import NotifyType, ProtocolId
+from vpnd.ike.iana import Payload as PayloadType
+from vpnd.ike.proposal import parse_proposals
 from vpnd.ike.transport import MAX_REPEATS_OF_STRANGERS
 from vpnd.ike.wire.header import CRITICAL, FLAG_INITIATOR, FLAG_RESPONSE
 from vpnd.ike.wire.message import decode_message
@@ -44,6 +50,36 @@ def test_who_has_a_network_has_one_share(template: str, admitted: int) -> None:
 def test_a_cookie_is_asked_for_of_a_network_that_has_its_share() -> None:
     gate, remote = Gate(GateSettings(), random.Random(1).randbytes), Endpoint(ip_address("2001:db8::77"), 500)
     assert isinstance(gate.judge(first_request(), remote, 3, 3, 1.0), Reply)
+
+
+def test_what_is_too_long_is_not_read() -> None:
+    gate, remote, data = Gate(GateSettings(), random.Random(1).randbytes), Endpoint(ip_address("192.0.2.9"), 500), first_request()
+
+    def longer(octets: int) -> bytes:
+        """With a Vendor ID before all others that makes it as long."""
+        vendor = bytes((data[16], 0)) + (octets - len(data)).to_bytes(2, "big") + bytes(octets - len(data) - 4)
+        return data[:16] + bytes((PayloadType.VENDOR_ID,)) + data[17:24] + octets.to_bytes(4, "big") + vendor + data[28:]
+
+    assert isinstance(gate.judge(longer(MAX_OPENING), remote, 0, 0, 1.0), Admitted)
+    assert gate.judge(longer(MAX_OPENING + 1), remote, 0, 0, 1.0) == Refused("ike_opening_too_long")
+
+
+@pytest.mark.parametrize("fits", [False, True])
+def test_an_offer_is_compared_with_equal_proposals_once(fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many connections there are, an offer of a stranger costs little."""
+    pair = psk_pair()
+    many = [validate_connection(Section.of({f"c{number}": {"local": {"auth": "psk"}, "remote": {"auth": "psk"}}})) for number in range(100)]
+    pair.b.connections[:] = many
+    compared = []
+    choose = ike_sa_init.select
+    monkeypatch.setattr(ike_sa_init, "select", lambda *offer, **how: compared.append(offer) or choose(*offer, **how))
+    pair.a.connections[0] = replace(pair.a.connections[0], proposals=many[0].proposals if fits else parse_proposals(ProtocolId.IKE, "aes128-sha1-modp2048"))
+    pair.a.start(pair.b.endpoint, pair.now)
+    pair.step()
+    assert len(compared) == 1
+    assert len(pair.b.sas) == fits
+    if fits:
+        assert len(pair.b.sa.candidates) == len(many)
 
 
 def test_a_stranger_does_not_make_us_answer_for_ever() -> None:

@@ -61,7 +61,7 @@ async def test_what_is_as_it_was_is_not_touched(file: File) -> None:
     await a.up()
     await until(lambda: mirrored(a, b))
     requests = list(a.kernel.requests)
-    assert await a.operations.reload() == ["1 connections unchanged"]
+    assert await a.operations.reload() == ["1 connection unchanged"]
     assert a.kernel.requests == requests
     assert mirrored(a, b)
 
@@ -103,11 +103,11 @@ async def test_connections_come_and_go(file: File) -> None:
     unused = "unused {\n remote_addrs = 192.0.2.77\n children { c {\n remote_ts = 10.77.0.0/16\n start_action = trap\n } }\n }\n"
     two = one.replace("  site {", f"  {unused}  site {{", 1)
     file.write(two)
-    assert await a.operations.reload() == ["added unused", "1 connections unchanged"]
+    assert await a.operations.reload() == ["added unused", "1 connection unchanged"]
     assert "10.77.0.0/16" in networks(a)
     start, end = two.index("  site {"), two.index("secrets {")
     file.write(two[:start] + "}\n" + two[end:])
-    assert await a.operations.reload() == ["removed site", "1 connections unchanged"]
+    assert await a.operations.reload() == ["removed site", "1 connection unchanged"]
     # it was started, so it is deleted
     await until(lambda: not a.kernel.sas and not b.kernel.sas and not list(a.manager.entries()))
     assert networks(a) == {"10.77.0.0/16"}
@@ -161,7 +161,7 @@ async def test_credentials_follow_the_file_and_others_stay(file: File) -> None:
     a, b = await file.start(config("a"))
     a.operations.load_shared(SharedSecret("over-vici", b"kept"))
     file.write(config("a", secret="a new secret"))
-    assert await a.operations.reload() == ["1 credentials changed", "1 connections unchanged"]
+    assert await a.operations.reload() == ["1 credential changed", "1 connection unchanged"]
     assert set(a.operations.shared_names()) == {"ike-1", "over-vici"}
     with pytest.raises(ControlError):
         await a.up()
@@ -175,7 +175,7 @@ async def test_a_connection_of_the_control_socket_is_not_the_files(file: File) -
     a, _b = await file.start(config("a"))
     other = load_other(file)
     await a.operations.load_connection(other)
-    assert await a.operations.reload() == ["1 connections unchanged"]
+    assert await a.operations.reload() == ["1 connection unchanged"]
     assert set(a.operations.connections()) == {"site", "elsewhere"}
 
 
@@ -188,7 +188,7 @@ def load_other(file: File) -> ConnectionConfig:
 async def test_options_of_the_daemon_wait_for_a_restart_and_that_is_said(file: File) -> None:
     a, _b = await file.start(config("a"))
     file.write("vpnd {\n log_level = debug\n}\n" + config("a"))
-    assert await a.operations.reload() == ["after a restart: vpnd.log_level", "1 connections unchanged"]
+    assert await a.operations.reload() == ["after a restart: vpnd.log_level", "1 connection unchanged"]
     assert "configuration reloaded: after a restart: vpnd.log_level" in a.lines
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 from vpnd_nodes import Network, Node, mirrored, pair, until
 
 from vpnd.ike.effects import Reason
+from vpnd.ike.exchanges.ike_session_resume import basis_of
 from vpnd.ike.iana import Exchange
+from vpnd.ike.identity import Identity
+from vpnd.ike.resumption import Ticket
 
 
 def exchanges(network: Network) -> list[int]:
@@ -48,3 +52,19 @@ async def test_a_responder_that_was_started_anew_wants_it_all() -> None:
     await a.up()
     await until(lambda: mirrored(a, fresh[1]))
     assert exchanges(network)[:2] == [Exchange.IKE_SESSION_RESUME, Exchange.IKE_SA_INIT]
+
+
+async def test_a_resumption_that_the_responder_does_not_believe_is_followed_by_a_full_exchange() -> None:
+    a, b, network = await pair(connection="resumption = yes")
+    await a.up()
+    await until(lambda: mirrored(a, b))
+    (entry,) = a.manager.entries()
+    connection, wallet = entry.sa.connection, a.manager.resumption.wallet
+    await lost(a, b, network)
+    ticket = wallet.take(connection.name, asyncio.get_running_loop().time())
+    assert ticket is not None
+    state = replace(ticket.state, local_id=Identity.parse("another.example"))
+    wallet.keep(Ticket(ticket.data, replace(state, basis=basis_of(a.manager, connection, state.local_id, state.remote_id, state.d))))
+    await a.up()
+    await until(lambda: mirrored(a, b))
+    assert exchanges(network)[:4] == [Exchange.IKE_SESSION_RESUME, Exchange.IKE_AUTH, Exchange.IKE_SA_INIT, Exchange.IKE_AUTH]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from vpnd_fakes import FakeChannel
+from vpnd_fakes import FakeChannel, FakeKernel
 from vpnd_nodes import A, Network, Node, config, mirrored, pair, until
 
 from kernel_shim.model import NO_MARK, Action, Capabilities, Direction, Mark
@@ -60,7 +60,7 @@ MARKED = "mark_in = 7\n mark_out = 8/0xff\n set_mark_in = 9\n set_mark_out = 16/
 
 @pytest.fixture
 def able(monkeypatch: pytest.MonkeyPatch) -> None:
-    capabilities: Capabilities = replace(FakeChannel.capabilities(None), marks=True, if_ids=True)  # type: ignore[arg-type]
+    capabilities: Capabilities = replace(FakeKernel().capabilities, marks=True, if_ids=True)
     monkeypatch.setattr(FakeChannel, "capabilities", lambda self: capabilities)
 
 

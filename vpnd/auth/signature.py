@@ -95,7 +95,6 @@ _CURVE_METHODS: Final = {curve: method for method, (curve, _, _) in _CLASSIC_ECD
 # Of this implementation
 
 SUPPORTED_HASHES: Final = (HashId.SHA2_256, HashId.SHA2_384, HashId.SHA2_512, HashId.IDENTITY)  # what SIGNATURE_HASH_ALGORITHMS announces
-MAX_ALGORITHM_IDENTIFIER: Final = 255  # its length is one octet on the wire (RFC 7427 section 3)
 MINIMUM_RSA_BITS: Final = 2048  # unless a policy names fewer
 _STRONG: Final = frozenset(scheme for scheme in _SCHEME_OIDS if scheme.hash is not HashId.SHA1) | frozenset(
     Scheme(Family.RSA_PSS, hash_id) for hash_id in SUPPORTED_HASHES if hash_id is not HashId.IDENTITY

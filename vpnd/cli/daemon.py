@@ -18,6 +18,7 @@ from vpnd.config.label_tunnels import unprotected
 from vpnd.config.model import KernelChoice, LoadedConfiguration
 from vpnd.control.vici.formats import metadata_version
 from vpnd.io.kernel_choice import choose
+from vpnd.telemetry.wording import counted
 
 DEFAULT_CONFIG: Final = Path("/etc/vpnd/vpnd.conf")
 
@@ -88,16 +89,17 @@ def _complain(errors: Sequence[ConfigError]) -> int:
 
 def _summary(loaded: LoadedConfiguration) -> str:
     configuration = loaded.configuration
-    counted = (
-        (len(configuration.connections), "connection", "connections"),
-        (sum(len(connection.children) for connection in configuration.connections.values()), "child", "children"),
-        (len(configuration.shared), "shared secret", "shared secrets"),
-        (len(configuration.private_keys), "private key", "private keys"),
-        (len(configuration.certificates), "certificate", "certificates"),
-        (len(configuration.authorities), "authority", "authorities"),
-        *([(len(configuration.mpls.vrfs), "VRF", "VRFs")] if configuration.mpls else []),
-    )
-    return ", ".join(f"{count} {one if count == 1 else many}" for count, one, many in counted) + f", kernel {loaded.daemon.kernel.value}"
+    parts = [
+        counted(len(configuration.connections), "connection"),
+        counted(sum(len(connection.children) for connection in configuration.connections.values()), "child", "children"),
+        counted(len(configuration.shared), "shared secret"),
+        counted(len(configuration.private_keys), "private key"),
+        counted(len(configuration.certificates), "certificate"),
+        counted(len(configuration.authorities), "authority", "authorities"),
+    ]
+    if configuration.mpls:
+        parts.append(counted(len(configuration.mpls.vrfs), "VRF"))
+    return ", ".join([*parts, f"kernel {loaded.daemon.kernel.value}"])
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vpnd.config.reader import visible
+from vpnd.telemetry.wording import counted
 
 WIDTH_OF_A_FILE: Final = 240  # columns when the output is no terminal: nothing is cut off there
 
@@ -47,7 +48,7 @@ def status(report: Row) -> None:
     uptime = report["uptime"] or {}
     _add(table, "running", f"{uptime.get('running')}, since {uptime.get('since')}")
     _add(table, "IKE SAs", f"{report['ikesas'].get('total', 0)}, {report['ikesas'].get('half-open', 0)} of them half-open")
-    _add(table, "children", f"{children['up']} of {children['total']} up, in {report['connections']} connections")
+    _add(table, "children", f"{children['up']} of {children['total']} up, in {counted(report['connections'], 'connection')}")
     _add(table, "kernel", "\n".join((report["kernel"] or "", *report["kernel-reasons"])))
     _add(table, "policies", report["policies"])
     for name, value in report["counters"].items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Final
 
 from kernel_shim.model import NO_MARK, TFC_TO_MTU, Action, HeaderCopies, Mark, Mode, Unresolved
@@ -10,7 +11,7 @@ from vpnd.config import options
 from vpnd.config.addresses import parse_traffic_selector
 from vpnd.config.errors import ConfigError
 from vpnd.config.lifetimes import child_lifetimes
-from vpnd.config.model import ChildConfig, StartAction, TsTemplate
+from vpnd.config.model import ALL_BITS, ChildConfig, SameMark, StartAction, TsTemplate, Unique, UniqueMark
 from vpnd.config.reader import Reader, integer, shown
 from vpnd.config.tree import Section
 from vpnd.ike.iana import ProtocolId
@@ -19,10 +20,10 @@ from vpnd.ike.proposal import Proposal, default_proposals, number_proposals, par
 MAX_NAME: Final = 200  # bytes: a name, a hyphen and an id fit a VICI name of 255
 MAX_CHILDREN: Final = 10_000  # of one connection
 MAX_SELECTORS: Final = 255  # of one side: their number is one octet on the wire (RFC 7296 section 3.13)
+MAX_SHARED: Final = 1024  # different lists of proposals that are remembered
 SMALLEST_REPLAY_WINDOW: Final = 32
 MAX_REPLAY_WINDOW: Final = 4096
 MAX_INTERFACE_NAME: Final = 15  # octets; IFNAMSIZ less one
-ALL_BITS: Final = 0xFFFFFFFF  # the mask of a mark without one
 
 _MODES: Final = {"tunnel": Mode.TUNNEL, "transport": Mode.TRANSPORT, "pass": Mode.TUNNEL, "drop": Mode.TUNNEL}
 _ACTIONS: Final = {"pass": Action.BYPASS, "drop": Action.DISCARD}
@@ -30,6 +31,9 @@ _FOREIGN_MODES: Final = ("beet", "iptfs", "transport_proxy")
 _START_ACTIONS: Final = {"none": StartAction.NONE, "trap": StartAction.TRAP, "route": StartAction.TRAP, "start": StartAction.START}
 _END_ACTIONS: Final = {**_START_ACTIONS, "clear": StartAction.NONE, "hold": StartAction.TRAP, "restart": StartAction.START}
 """What `dpd_action` and `close_action` may say, old names included."""
+_NO_SELECTING_MARK: Final[Mark | UniqueMark] = NO_MARK
+_NO_SETTING_MARK: Final[Mark | SameMark] = NO_MARK
+_UNIQUE: Final = {"%unique": False, "%unique-dir": True}  # whether each direction has its own
 _UNRESOLVED: Final = {mode.value: mode for mode in Unresolved}
 
 
@@ -48,10 +52,16 @@ def read_proposals(reader: Reader, option: str, protocol: ProtocolId) -> tuple[P
         proposals += default_proposals(protocol)
     elif given and not reader.items(option):
         reader.complain("no proposal is given", option)
-    return number_proposals(tuple(dict.fromkeys(proposals)))
+    return _shared(number_proposals(tuple(dict.fromkeys(proposals))))
 
 
-def read_children(reader: Reader, if_ids: tuple[int, int]) -> dict[str, ChildConfig]:
+@lru_cache(maxsize=MAX_SHARED)
+def _shared(proposals: tuple[Proposal, ...]) -> tuple[Proposal, ...]:
+    """One object for all that are equal: thousands of connections have the same, and are then compared with an offer once."""
+    return proposals
+
+
+def read_children(reader: Reader, if_ids: tuple[int | Unique, int | Unique]) -> dict[str, ChildConfig]:
     """`if_ids`: those of the connection, in and out, for children without."""
     section = reader.children("children")
     if section is None:
@@ -70,12 +80,13 @@ def read_children(reader: Reader, if_ids: tuple[int, int]) -> dict[str, ChildCon
     return children
 
 
-def _child(reader: Reader, name: str, if_ids: tuple[int, int]) -> ChildConfig:
+def _child(reader: Reader, name: str, if_ids: tuple[int | Unique, int | Unique]) -> ChildConfig:
     mode = reader.convert("mode", "tunnel", _mode)
     action = _ACTIONS.get(mode, Action.PROTECT)
     start = reader.convert("start_action", StartAction.NONE, lambda text: _action(text, _START_ACTIONS))
     if action is not Action.PROTECT and StartAction.START in start:
         reader.complain(f"a child of mode {mode} cannot be started, only trapped", "start_action")
+    if_id_in, if_id_out = read_if_ids(reader, if_ids)
     times, volumes, packets = child_lifetimes(reader)
     reader.not_implemented(options.CHILD)
     child = ChildConfig(
@@ -103,19 +114,21 @@ def _child(reader: Reader, name: str, if_ids: tuple[int, int]) -> ChildConfig:
         reqid=reader.integer("reqid", 0),
         copies=_copies(reader),
         tfc_padding=reader.convert("tfc_padding", 0, _tfc_padding),
-        mark_in=reader.convert("mark_in", NO_MARK, mark),
-        mark_out=reader.convert("mark_out", NO_MARK, mark),
+        mark_in=reader.convert("mark_in", _NO_SELECTING_MARK, selecting_mark),
+        mark_out=reader.convert("mark_out", _NO_SELECTING_MARK, selecting_mark),
         mark_in_sa=reader.boolean("mark_in_sa", False),
-        set_mark_in=reader.convert("set_mark_in", NO_MARK, mark),
-        set_mark_out=reader.convert("set_mark_out", NO_MARK, mark),
-        if_id_in=reader.convert("if_id_in", if_ids[0], if_id),
-        if_id_out=reader.convert("if_id_out", if_ids[1], if_id),
+        set_mark_in=reader.convert("set_mark_in", _NO_SETTING_MARK, setting_mark),
+        set_mark_out=reader.convert("set_mark_out", _NO_SETTING_MARK, setting_mark),
+        if_id_in=if_id_in,
+        if_id_out=if_id_out,
         xfrm_interface=reader.convert("xfrm_interface", "", interface_name),
         xfrm_routes=reader.boolean("xfrm_routes", True),
         unresolved=reader.choice("unresolved", Unresolved.QUEUE, _UNRESOLVED),
     )
-    if child.xfrm_interface and (not child.if_id_out or child.if_id_in != child.if_id_out):
+    if child.xfrm_interface and (not child.if_id_out or child.if_id_in != child.if_id_out or isinstance(child.if_id_out, Unique)):
         reader.complain("an XFRM interface has one number: if_id_in and if_id_out are needed, and the same", "xfrm_interface")
+    if needs_ike_sa(child) and (StartAction.TRAP in start or action is not Action.PROTECT):
+        reader.complain("without an IKE SA there is no interface id for the policies of a trap or shunt: give the child its own", "start_action")
     _check_families(reader, child)
     reader.finish(list(options.CHILD))
     return child
@@ -169,17 +182,52 @@ def interface_name(text: str) -> str:
     return text
 
 
-def if_id(text: str) -> int:
-    if text.startswith("%unique"):
-        raise ValueError(f"'{shown(text)}' is not implemented yet: a number is needed")
-    return integer(text)
+def read_if_ids(reader: Reader, inherited: tuple[int | Unique, int | Unique] | None = None) -> tuple[int | Unique, int | Unique]:
+    """`if_id_in` and `if_id_out`; `inherited` None: these are the connection's. As in strongSwan, one `%unique-dir` makes the other `%unique` one, too."""
+    of_ike_sa = inherited is None
+
+    def convert(text: str) -> int | Unique:
+        each_way = _UNIQUE.get(text.lower())
+        if each_way is None and text.startswith("%"):
+            raise ValueError(f"'{shown(text)}' is neither a number nor one of {', '.join(_UNIQUE)}")
+        return integer(text) if each_way is None else Unique(each_way, of_ike_sa)
+
+    default = inherited or (0, 0)
+    found = reader.convert("if_id_in", default[0], convert), reader.convert("if_id_out", default[1], convert)
+    each_way = Unique(True, of_ike_sa) in found
+    inbound, outbound = (Unique(True, of_ike_sa) if each_way and if_id == Unique(False, of_ike_sa) else if_id for if_id in found)
+    return inbound, outbound
 
 
-def mark(text: str) -> Mark:
-    """`value` or `value/mask`."""
-    if text.startswith("%"):
-        raise ValueError(f"'{shown(text)}' is not implemented yet: value/mask is needed")
+def needs_ike_sa(child: ChildConfig) -> bool:
+    """Whether its policies have an interface id that only an IKE SA brings."""
+    return any(isinstance(if_id, Unique) and if_id.of_ike_sa for if_id in (child.if_id_in, child.if_id_out))
+
+
+def selecting_mark(text: str) -> Mark | UniqueMark:
+    """`value`, `value/mask`, or with `%unique` or `%unique-dir` as the value."""
     value, slash, mask = text.partition("/")
+    each_way = _UNIQUE.get(value.strip().lower())
+    if each_way is None:
+        return _mark(text)
+    bits = integer(mask.strip()) if slash else ALL_BITS
+    if not bits or bits & (bits + 1):
+        raise ValueError(f"the mask of {shown(text)} leaves out low bits, in which the numbers are")
+    return UniqueMark(each_way, bits)
+
+
+def setting_mark(text: str) -> Mark | SameMark:
+    """`value`, `value/mask`, or with `%same` as the value."""
+    value, slash, mask = text.partition("/")
+    if value.strip().lower() == "%same":
+        return SameMark(integer(mask.strip()) if slash else ALL_BITS)
+    return _mark(text)
+
+
+def _mark(text: str) -> Mark:
+    value, slash, mask = text.partition("/")
+    if value.startswith("%"):
+        raise ValueError(f"'{shown(value)}' is no mark for this option")
     found = Mark(integer(value.strip()), integer(mask.strip()) if slash else ALL_BITS)
     if found.value & ~found.mask:
         raise ValueError(f"the mark {shown(text)} has bits that its mask leaves out")

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum, Flag
 from pathlib import Path
+from typing import Final
 
 from kernel_shim.model import DEFAULT_COPIES, NO_MARK, Action, HeaderCopies, IPAddress, Mark, Mode, PortRange, TrafficSelector, Unresolved
 from vpnd.config.tree import Section
@@ -16,6 +17,31 @@ from vpnd.ike.gateway_id import GatewayId
 from vpnd.ike.identity import Identity
 from vpnd.ike.proposal import Proposal
 from vpnd.mpls.model import MplsConfig
+
+ALL_BITS: Final = 0xFFFFFFFF  # the mask of a mark without one
+
+
+@dataclass(frozen=True, slots=True)
+class Unique:
+    """`%unique`: an interface id that no other CHILD_SA has, or no other IKE SA; `each_way`, `%unique-dir`: a further one for the other direction."""
+
+    each_way: bool = False
+    of_ike_sa: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class UniqueMark:
+    """`%unique`: a mark that no other CHILD_SA has, within `mask`, which has its lowest bits; `each_way` likewise."""
+
+    each_way: bool = False
+    mask: int = ALL_BITS
+
+
+@dataclass(frozen=True, slots=True)
+class SameMark:
+    """`%same`: the value of `mark_in` or `mark_out`, with this mask."""
+
+    mask: int = ALL_BITS
 
 
 class StartAction(Flag):
@@ -116,13 +142,13 @@ class ChildConfig:
     reqid: int = 0  # 0: given by the manager
     copies: HeaderCopies = DEFAULT_COPIES  # `copy_dscp`, `copy_ecn`, `copy_df`
     tfc_padding: int = 0  # bytes; TFC_TO_MTU is `mtu`
-    mark_in: Mark = NO_MARK  # of policies in and forward, and with `mark_in_sa` of the SA in
-    mark_out: Mark = NO_MARK  # of policies and SA out
+    mark_in: Mark | UniqueMark = NO_MARK  # of policies in and forward, and with `mark_in_sa` of the SA in
+    mark_out: Mark | UniqueMark = NO_MARK  # of policies and SA out
     mark_in_sa: bool = False
-    set_mark_in: Mark = NO_MARK  # what packets that the SA in decrypted are marked with
-    set_mark_out: Mark = NO_MARK  # what packets that the SA out encrypted are marked with
-    if_id_in: int = 0  # of policies and SAs; 0 is none
-    if_id_out: int = 0
+    set_mark_in: Mark | SameMark = NO_MARK  # what packets that the SA in decrypted are marked with
+    set_mark_out: Mark | SameMark = NO_MARK  # what packets that the SA out encrypted are marked with
+    if_id_in: int | Unique = 0  # of policies and SAs; 0 is none
+    if_id_out: int | Unique = 0
     xfrm_interface: str = ""  # our own option: an XFRM interface of this name and of `if_id_out` that the daemon makes
     xfrm_routes: bool = True  # our own option: whether `remote_ts` is routed into it
     hw_offload: bool = False

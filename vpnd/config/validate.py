@@ -12,7 +12,7 @@ from kernel_shim.model import Action
 from vpnd.auth.signature import SignaturePolicy
 from vpnd.config import options
 from vpnd.config.addresses import parse_ike_address, parse_remote_address
-from vpnd.config.children import check_name, if_id, read_children, read_proposals
+from vpnd.config.children import check_name, read_children, read_if_ids, read_proposals
 from vpnd.config.credentials import certificate_der, read_credential_file
 from vpnd.config.errors import ConfigError, ConfigErrors
 from vpnd.config.lifetimes import ike_lifetime
@@ -48,7 +48,7 @@ def validate_connection(message: Section) -> ConnectionConfig:
 def _connection(reader: Reader, name: str) -> ConnectionConfig:
     reader.convert("version", 0, _version)
     lifetime = ike_lifetime(reader)
-    if_ids = reader.convert("if_id_in", 0, if_id), reader.convert("if_id_out", 0, if_id)
+    if_ids = read_if_ids(reader)
     reader.not_implemented(options.CONNECTION)
     local = _auth_rounds(reader, "local")
     remote = _auth_rounds(reader, "remote")

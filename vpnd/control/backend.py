@@ -15,6 +15,7 @@ from kernel_shim.mpls.labels import Label
 from vpnd.config.model import ConnectionConfig, PrivateKeySource, SharedSecret
 from vpnd.ike.gateway_id import GatewayId
 from vpnd.ike.identity import Identity
+from vpnd.ike.marking import NO_MARKING, Marking
 from vpnd.ike.proposal import Proposal
 from vpnd.mpls.trace import Step
 
@@ -70,6 +71,7 @@ class ChildStatus:
     rekey_in: float | None = None
     life_in: float | None = None
     installed: float = 0.0  # seconds ago
+    marking: Marking = NO_MARKING
 
 
 @dataclass(frozen=True, slots=True)

@@ -206,7 +206,7 @@ class Carrier:
         inbound = sa.direction is Direction.IN
         if inbound:
             self._begin_installing(entry.current, child_id, sa)
-            await self._claim_policies(child_id, sa)
+            await self._claim_policies(entry.current, child_id, sa)
         await self._kernel.install(sa)
         self._registry.own(sa.id, entry, child_id)
         if not inbound:
@@ -221,13 +221,16 @@ class Carrier:
         self._registry.disown(old.id)
         self._registry.own(new.id, entry, child_id)
         if inbound:
-            await self._claim_policies(child_id, new)
+            await self._claim_policies(entry.current, child_id, new)
         else:
             self._installed(entry.current, child_id)
 
-    async def _claim_policies(self, child_id: int, inbound: SecurityAssociation) -> None:
+    async def _claim_policies(self, entry: Entry, child_id: int, inbound: SecurityAssociation) -> None:
+        child = entry.sa.children.get(child_id)
+        if child is None:
+            return  # closed meanwhile: the rest of its steps takes it away
         known = self._reqids.child(inbound.reqid)
-        spec = PolicySpec.of_child(known[1] if known else None, inbound.mode, inbound.reqid, inbound.destination, inbound.source)
+        spec = PolicySpec.of_child(known[1] if known else None, inbound.mode, inbound.reqid, inbound.destination, inbound.source, child.sa.marking)
         policies = policies_for(spec, inbound.destination_selectors, inbound.source_selectors)
         await self._kernel.claim(("child", child_id), list(policies))
 

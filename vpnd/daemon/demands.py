@@ -130,6 +130,8 @@ class Demands:
             redirection = self._manager.redirects.take(name)
             entry.sa.redirected_from = redirection.origin if redirection is not None else None
             self._manager.say(f"initiating IKE_SA {name}[{entry.sa.unique_id}] to {remote}", entry)
+            if (ours := self._manager.addresses()) and local not in ours:
+                self._manager.say(f"{local} (local_addrs of {name}) is no address that we listen on: nothing can be sent from it", entry, warning=True)
         elif not demand.acquires and not self.ends.succession_of(key) and (child := standing_child(entry.sa, demand.child)) is not None:
             self._manager.say(f"CHILD_SA {child.sa.name}{{{child.sa.id}}} stands already", entry)
             self._settle(key, demand, child.sa)
@@ -155,7 +157,8 @@ class Demands:
             demand.entry = None
             self._background.start(self._pursue(key, demand, delay))
             return
-        if reason is Reason.REDIRECTED and config is not None and not self._stopping:
+        # no ticket is tried twice, so what comes after a failed resumption is a full exchange
+        if reason in (Reason.REDIRECTED, Reason.RESUMPTION_FAILED) and config is not None and not self._stopping:
             demand.entry = None
             self._background.start(self._pursue(key, demand))
             return

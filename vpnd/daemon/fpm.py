@@ -16,7 +16,7 @@ from vpnd.io.fpm import FpmServer, Link, links
 from vpnd.mpls.fpm_feed import FpmFeed
 from vpnd.mpls.model import FpmConfig, MplsConfig
 from vpnd.telemetry.counters import Counters
-from vpnd.telemetry.logging import explained
+from vpnd.telemetry.wording import explained
 
 LISTEN_RETRY: Final = 5.0  # s
 LINKS_PAUSE: Final = 1.0  # s between two readings of the host's interfaces

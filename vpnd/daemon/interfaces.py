@@ -9,7 +9,7 @@ import structlog
 
 from kernel_shim.channel.interfaces import XfrmInterface, XfrmInterfaces
 from kernel_shim.model import IPNetwork, KernelError
-from vpnd.config.model import ChildConfig, ConnectionConfig
+from vpnd.config.model import ChildConfig, ConnectionConfig, Unique
 from vpnd.control.backend import ControlError
 
 log: Final = structlog.get_logger("vpnd")
@@ -76,7 +76,7 @@ def _of_connection(connection: ConnectionConfig) -> dict[str, XfrmInterface]:
     """ControlError when two of its children want one interface with different numbers."""
     found: dict[str, XfrmInterface] = {}
     for child in connection.children.values():
-        if not child.xfrm_interface:
+        if not child.xfrm_interface or isinstance(child.if_id_out, Unique):
             continue
         other = found.get(child.xfrm_interface)
         if other is not None and other.if_id != child.if_id_out:

@@ -46,8 +46,8 @@ from vpnd.daemon.repair import Repair
 from vpnd.daemon.reqid_pool import ReqIdPool
 from vpnd.policies import PolicyTable
 from vpnd.telemetry.counters import Counters
-from vpnd.telemetry.logging import explained
 from vpnd.telemetry.throttle import Throttle
+from vpnd.telemetry.wording import explained
 
 ORPHAN_GRACE: Final = 30.0  # s, the time a successor has before an earlier run's SAs and policies are removed
 RECONNECT_FIRST: Final = 0.05  # s
@@ -87,6 +87,7 @@ class KernelSide:
         self._background = Background()
         self.event: Callable[[KernelEvent], None] = lambda event: None
         self.lost: Callable[[Sequence[SaId]], None] = lambda ids: None
+        self.found: Callable[[Iterable[Policy]], None] = lambda policies: None  # in the kernel, when it is attached
 
     # Life
 
@@ -229,6 +230,7 @@ class KernelSide:
             vanished = self._sas.vanished(before, actual)
             known = {*before.known, *self._sas.known}
             if attached:
+                self.found(standing.values())
                 self._adopt(actual, known)
             else:
                 await self._remove_strangers(actual, known)

@@ -41,6 +41,7 @@ class Loading:
         if old == connection:
             return
         self._claim_reqids(connection)
+        self._manager.markings.configured(connection)
         await self._interfaces.load(connection)
         before: Mapping[str, ChildConfig] = old.children if old else {}
         for name, child in before.items():

@@ -20,6 +20,7 @@ from vpnd.daemon import crossings, uniqueness
 from vpnd.daemon.carrier import Carrier, Sockets
 from vpnd.daemon.entry import Entry, Listener
 from vpnd.daemon.kernel_side import KernelSide
+from vpnd.daemon.markings import Markings
 from vpnd.daemon.news import News
 from vpnd.daemon.redirects import Redirection, Redirects
 from vpnd.daemon.registry import Registry
@@ -32,6 +33,7 @@ from vpnd.ike.fragments import ReassemblyBudget
 from vpnd.ike.gateway_id import GatewayId
 from vpnd.ike.iana import Exchange
 from vpnd.ike.identity import Identity
+from vpnd.ike.marking import Marking, SharedIfIds
 from vpnd.ike.resumption import Resumption
 from vpnd.ike.sa import IkeSa
 from vpnd.ike.wire.header import FLAG_INITIATOR, FLAG_RESPONSE, HEADER_LENGTH
@@ -103,6 +105,8 @@ class Manager:
         self.resolved: Final[dict[str, IPAddress]] = {}  # host names of remote_addrs
         self.registry: Final = Registry()
         self.reqids: Final = ReqIds(kernel)
+        self.markings: Final = Markings()
+        kernel.found = self.markings.standing
         self.news: Final = News()
         self.say: Final = self.news.say
         self._carrier = Carrier(kernel, sockets, self.registry, self.reqids, self.news, counters)
@@ -182,6 +186,9 @@ class Manager:
 
     def reqid(self, connection: ConnectionConfig, child: ChildConfig) -> int:
         return self.reqids.of(connection, child)
+
+    def marking(self, connection: ConnectionConfig, child: ChildConfig, shared: SharedIfIds) -> Marking:
+        return self.markings.of(connection, child, shared)
 
     def first_contact(self, connection: ConnectionConfig) -> bool:
         return connection.unique is not UniquePolicy.NEVER and not self.registry.in_contact(connection.name)

@@ -17,6 +17,7 @@ from vpnd.daemon.label_synchroniser import describe
 from vpnd.daemon.loading import Loading, clashing_reqids
 from vpnd.daemon.manager import Manager
 from vpnd.daemon.mpls import Mpls
+from vpnd.telemetry.wording import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +39,10 @@ class Changes:
             for what, names in (("added", self.added), ("changed", self.changed), ("removed", self.removed), ("failed:", self.failed))
             if names
         ]
-        said += [f"{self.credentials} credentials changed"] if self.credentials else []
-        said += [f"{self.label_entries} entries of the label node changed"] if self.label_entries else []
+        said += [f"{counted(self.credentials, 'credential')} changed"] if self.credentials else []
+        said += [f"{counted(self.label_entries, 'entry', 'entries')} of the label node changed"] if self.label_entries else []
         said += [f"after a restart: {', '.join(f'vpnd.{name}' for name in self.restart)}"] if self.restart else []
-        return [*said, f"{len(self.unchanged)} connections unchanged"]
+        return [*said, f"{counted(len(self.unchanged), 'connection')} unchanged"]
 
 
 class Reloading:

@@ -117,6 +117,7 @@ def child_status(child: Child, usage: Usage, now: float) -> ChildStatus:
         rekey_in=sa.outbound.soft.seconds - age if sa.outbound.soft.seconds and child.state is ChildSaState.INSTALLED else None,
         life_in=sa.outbound.hard.seconds - age if sa.outbound.hard.seconds else None,
         installed=age,
+        marking=sa.marking,
     )
 
 
@@ -136,4 +137,5 @@ def child_event_status(entry: Entry, child: ChildSa) -> ChildStatus:
         None,
         child.local_ts,
         child.remote_ts,
+        marking=child.marking,
     )

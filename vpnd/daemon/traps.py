@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from kernel_shim.model import Action, IPAddress, KernelError, ReqId, TrafficSelector
+from vpnd.config.children import needs_ike_sa
 from vpnd.config.model import ChildConfig, ConnectionConfig, TsTemplate
 from vpnd.control.backend import ControlError
 from vpnd.daemon.background import Background
 from vpnd.daemon.endpoints import Endpoints, backoff
 from vpnd.daemon.entry import ChildKey
 from vpnd.daemon.manager import Manager
+from vpnd.ike.marking import Marking, NumbersExhausted
 from vpnd.ike.narrowing import resolve
 from vpnd.peers import host_names
 from vpnd.policies import PolicySpec, policies_for
@@ -62,11 +64,12 @@ class Traps:
             )
         if child.action is Action.PROTECT and remote is None:
             raise ControlError(f"child '{child.name}' cannot be trapped: connection '{connection.name}' has no remote address to ask")
+        marking = self._marking(key, child)
         if not child.reqid:
-            first = next(policies_for(PolicySpec.of_child(child, child.mode, ReqId(0), local, remote), local_ts, remote_ts), None)
+            first = next(policies_for(PolicySpec.of_child(child, child.mode, ReqId(0), local, remote, marking), local_ts, remote_ts), None)
             self._manager.reqids.adopt(connection, child, self._manager.kernel.reqid_for(first.selector if first else None))
         reqid = ReqId(self._manager.reqid(connection, child))
-        spec = PolicySpec.of_child(child, child.mode, reqid, local, remote)
+        spec = PolicySpec.of_child(child, child.mode, reqid, local, remote, marking)
         policies = list(policies_for(spec, local_ts, remote_ts))
         if not policies:
             raise ControlError(f"child '{child.name}' has no pair of traffic selectors of one family and protocol")
@@ -81,6 +84,14 @@ class Traps:
         self._stop_holding(key)
         await self._manager.kernel.release(("hold", *key))
 
+    def _marking(self, key: ChildKey, child: ChildConfig) -> Marking:
+        if needs_ike_sa(child):
+            raise ControlError(f"child '{child.name}' cannot be trapped: without an IKE SA of connection '{key[0]}' it has no interface id")
+        try:
+            return self._manager.markings.trapped(key, child)
+        except NumbersExhausted as error:
+            raise ControlError(f"child '{child.name}' cannot be trapped: {error}") from error
+
     async def install_when_resolved(self, connection: ConnectionConfig, child: ChildConfig) -> None:
         """Install a trap as soon as the peer has an address; until then what it protects is discarded, so that it does not leave in clear."""
         key = (connection.name, child.name)
@@ -92,7 +103,7 @@ class Traps:
         local_ts, remote_ts = selectors(child.local_ts, None), selectors(child.remote_ts, None)
         if not local_ts or not remote_ts or self._manager.kernel.has_claims(("hold", *key)):
             return
-        spec = PolicySpec.of_child(child, child.mode, ReqId(0), None, None)
+        spec = PolicySpec.of_child(child, child.mode, ReqId(0), None, None, self._marking(key, child))
         policies = [replace(policy, action=Action.DISCARD, templates=()) for policy in policies_for(spec, local_ts, remote_ts)]
         try:
             await self._manager.kernel.claim(("hold", *key), policies)
@@ -140,6 +151,7 @@ class Traps:
         held = self._stop_holding((connection, child))
         if self._traps.pop((connection, child), None) is None and not held:
             raise ControlError(f"child '{child}' of connection '{connection}' is not installed")
+        self._manager.markings.untrapped((connection, child))
         await self._manager.kernel.release(("hold", connection, child))
         await self._manager.kernel.release(("trap", connection, child))
 

@@ -117,7 +117,11 @@ _DEFAULT_TEXT: Final = {
         "aes256gcm16-aes128gcm16-chacha20poly1305-prfsha256-prfsha384-prfsha512-x25519-ecp256-ecp384-modp2048",
         "aes256-aes128-sha256-sha384-sha512-prfsha256-prfsha384-prfsha512-x25519-ecp256-ecp384-modp2048",
     ),
-    ProtocolId.ESP: ("aes256gcm16-aes128gcm16-chacha20poly1305-esn-noesn", "aes256-aes128-sha256-sha384-sha512-esn-noesn"),
+    # peers differ in whether a rekeyed CHILD_SA must have a key exchange of its own, must not, or may
+    ProtocolId.ESP: (
+        "aes256gcm16-aes128gcm16-chacha20poly1305-x25519-ecp256-ecp384-modp2048-modpnone-esn-noesn",
+        "aes256-aes128-sha256-sha384-sha512-x25519-ecp256-ecp384-modp2048-modpnone-esn-noesn",
+    ),
 }
 
 
@@ -125,7 +129,7 @@ def default_proposals(protocol: ProtocolId) -> tuple[Proposal, ...]:
     """What the word `default` means: combined-mode ciphers first, with ML-KEM beside the key exchange and then without, then AES-CBC with HMAC; strong
     algorithms only.
 
-    Numbered from 1. ESP ones name no key exchange method: CHILD_SAs are made without PFS unless the operator names one.
+    Numbered from 1. ESP ones leave it to the peer whether CREATE_CHILD_SA has a key exchange (PFS); an offer has one.
     """
     return tuple(_parse_one(protocol, text).numbered(number) for number, text in enumerate(_DEFAULT_TEXT[protocol], 1))
 

@@ -15,7 +15,8 @@ from vpnd.config.model import AuthMethod, AuthRound, ConnectionConfig
 from vpnd.ike.iana import CertEncoding
 from vpnd.ike.identity import Identity
 from vpnd.ike.keymat import signed_octets
-from vpnd.ike.session import IkeCrypto, Session
+from vpnd.ike.session import Session
+from vpnd.ike.steps import IkeCrypto
 from vpnd.ike.wire.message import Message
 from vpnd.ike.wire.payloads import AuthPayload, CertPayload, Payload
 

@@ -28,12 +28,14 @@ from vpnd.ike.context import ChildRequest
 from vpnd.ike.effects import NO_ACQUIRE, AllocateSpi, ChildSa, Reason
 from vpnd.ike.iana import NotifyType, ProtocolId
 from vpnd.ike.keymat import child_keys
+from vpnd.ike.marking import NO_MARKING, Marking, NumbersExhausted
 from vpnd.ike.narrowing import Selectors, narrow, of_flow, paired, resolve, substituted
 from vpnd.ike.narrowing import within as only_narrows
 from vpnd.ike.proposal import Proposal, accept, number_proposals, select
 from vpnd.ike.proposal import within as within_kernel
-from vpnd.ike.session import Session, Steps, allocate
+from vpnd.ike.session import Session
 from vpnd.ike.state import Child
+from vpnd.ike.steps import Steps, allocate
 from vpnd.ike.wire.message import Message
 from vpnd.ike.wire.payloads import NotifyPayload, Payload, SaPayload, TsiPayload, TsrPayload
 
@@ -78,6 +80,7 @@ class Agreed:
     spi_out: Spi
     acquire: AcquireSequence = NO_ACQUIRE
     padding: bool = False  # the peer takes TFC padding
+    marking: Marking = NO_MARKING
 
 
 # Ours to ask
@@ -92,6 +95,7 @@ class Offer:
     remote_ts: Selectors
     spi: SaId
     takes_padding: bool = False
+    marking: Marking = NO_MARKING
 
     def payloads(self) -> list[Payload]:
         """SA, TSi, TSr and notifications; RFC 7296 section 1.3.1."""
@@ -103,6 +107,16 @@ class Offer:
 
 def reqid_of(session: Session, request: ChildRequest) -> int:
     return request.reqid or request.child.reqid or session.context.reqid(session.connection, request.child)
+
+
+def _marking(session: Session, child: ChildConfig, like: Child | None) -> Marking:
+    """Kept over a rekeying."""
+    if like is not None:
+        return like.sa.marking
+    try:
+        return session.context.marking(session.connection, child, session.if_ids)
+    except NumbersExhausted as error:
+        raise ChildRefused(Reason.NO_ADDITIONAL_SAS, NotifyType.NO_ADDITIONAL_SAS, detail=str(error)) from error
 
 
 def allocation(session: Session, config: ChildConfig, reqid: int, acquire: AcquireSequence = NO_ACQUIRE) -> AllocateSpi:
@@ -126,13 +140,12 @@ def make_offer(session: Session, request: ChildRequest, *, key_exchange: bool, l
     first = of_flow(request.flow, local_ts, remote_ts) if request.flow is not None else None
     if first is not None:
         local_ts, remote_ts = (first[0], *local_ts), (first[1], *remote_ts)
-    reqid = reqid_of(session, request)
+    reqid, marking = reqid_of(session, request), _marking(session, child, like)
     spi = yield from allocate(session, allocation(session, child, reqid, request.acquire))
     if spi is None:
         raise ChildRefused(Reason.KERNEL_REFUSED, NotifyType.TEMPORARY_FAILURE, detail="no SPI")
-    return Offer(
-        request, reqid, number_proposals(proposals, spi.spi.to_bytes(SPI_LENGTH, "big")), local_ts, remote_ts, spi, session.context.capabilities.tfc_padding
-    )
+    numbered = number_proposals(proposals, spi.spi.to_bytes(SPI_LENGTH, "big"))
+    return Offer(request, reqid, numbered, local_ts, remote_ts, spi, session.context.capabilities.tfc_padding, marking)
 
 
 def read_answer(session: Session, offer: Offer, message: Message) -> Agreed:
@@ -152,7 +165,8 @@ def read_answer(session: Session, offer: Offer, message: Message) -> Agreed:
     if mode is not offer.request.child.mode:
         raise ChildRefused(Reason.NO_PROPOSAL_CHOSEN, NotifyType.NO_PROPOSAL_CHOSEN, detail="the peer declined the mode")
     spi, algorithm = _peer_spi(chosen), _algorithm(chosen)
-    return Agreed(offer.request.child, chosen, algorithm, offer.reqid, mode, pair[0], pair[1], spi, offer.request.acquire, _takes_padding(message))
+    own = offer.request.acquire, _takes_padding(message), offer.marking
+    return Agreed(offer.request.child, chosen, algorithm, offer.reqid, mode, pair[0], pair[1], spi, *own)
 
 
 # The peer's to ask
@@ -210,7 +224,7 @@ def choose(session: Session, message: Message, *, key_exchange: bool, ke_group: 
         raise refusal
     asked = best[1]
     reqid = like.sa.reqid if like else reqid_of(session, ChildRequest(asked.agreed.config))
-    return replace(asked, agreed=replace(asked.agreed, reqid=reqid))
+    return replace(asked, agreed=replace(asked.agreed, reqid=reqid, marking=_marking(session, asked.agreed.config, like)))
 
 
 def answer_payloads(asked: Asked, spi: SaId) -> list[Payload]:
@@ -226,7 +240,7 @@ def answer_payloads(asked: Asked, spi: SaId) -> list[Payload]:
 
 def build(session: Session, agreed: Agreed, spi_in: SaId, keying: Keying, replaces: Child | None = None) -> Child:
     """Both SAs, with keys (RFC 7296 section 2.17)."""
-    crypto, config, algorithm = session.keys, agreed.config, agreed.algorithm
+    crypto, config, algorithm, marking = session.keys, agreed.config, agreed.algorithm, agreed.marking
     keys = child_keys(crypto.suite.prf, crypto.keys.d, algorithm, keying.nonce_i, keying.nonce_r, keying.shared)
     first, second = (keys.initiator_encryption, keys.initiator_integrity), (keys.responder_encryption, keys.responder_integrity)
     own, peers = (first, second) if keying.initiator else (second, first)
@@ -258,10 +272,10 @@ def build(session: Session, agreed: Agreed, spi_in: SaId, keying: Keying, replac
             acquire=agreed.acquire,
             copies=config.copies,
             tfc_padding=config.tfc_padding if agreed.padding and not inbound else 0,
-            if_id=config.if_id_in if inbound else config.if_id_out,
+            if_id=marking.if_id_in if inbound else marking.if_id_out,
             # as in strongSwan, what is decrypted need not be marked already
-            mark=(config.mark_in if config.mark_in_sa else NO_MARK) if inbound else config.mark_out,
-            set_mark=config.set_mark_in if inbound else config.set_mark_out,
+            mark=(marking.mark_in if config.mark_in_sa else NO_MARK) if inbound else marking.mark_out,
+            set_mark=marking.set_mark_in if inbound else marking.set_mark_out,
         )
 
     sa = ChildSa(
@@ -274,11 +288,12 @@ def build(session: Session, agreed: Agreed, spi_in: SaId, keying: Keying, replac
         inbound=one(Direction.IN, spi_in.spi, peers),
         outbound=one(Direction.OUT, agreed.spi_out, own),
         encapsulated=encapsulated,
+        marking=marking,
     )
-    # the peer has its new SA in only once it has our answer, so until it deletes the old CHILD_SA that one sends
-    sends = keying.initiator or replaces is None
-    lowest = min(keying.nonce_i, keying.nonce_r)
-    return Child(sa, config, agreed.proposal, session.now, keying.initiator, replaces=replaces.sa.id if replaces else 0, lowest=lowest, sends=sends)
+    child = Child(sa, config, agreed.proposal, session.now, keying.initiator, place=sa.id, lowest=min(keying.nonce_i, keying.nonce_r))
+    if replaces is not None:
+        child.place, child.generation, child.replaces = replaces.place, replaces.generation + 1, replaces.sa.id
+    return child
 
 
 def check_encapsulation(session: Session) -> None:

@@ -13,6 +13,7 @@ from vpnd.config.model import ChildConfig, ConnectionConfig
 from vpnd.ike.effects import NO_ACQUIRE, ChildSa
 from vpnd.ike.fragments import ReassemblyBudget
 from vpnd.ike.identity import Identity
+from vpnd.ike.marking import Marking, SharedIfIds
 from vpnd.ike.resumption import Resumption
 
 
@@ -106,6 +107,9 @@ class IkeContext(Protocol):
 
     def reqid(self, connection: ConnectionConfig, child: ChildConfig) -> int:
         """The reqid of a CHILD_SA that the peer asked for: that of its installed trap, or a new one."""
+
+    def marking(self, connection: ConnectionConfig, child: ChildConfig, shared: SharedIfIds) -> Marking:
+        """Marks and interface ids of a CHILD_SA that comes up; `shared`: those of its IKE SA. NumbersExhausted when none are left to give."""
 
     def first_contact(self, connection: ConnectionConfig) -> bool:
         """Whether no other IKE SA stands with the peer of this connection, so that INITIAL_CONTACT may be said."""

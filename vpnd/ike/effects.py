@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 from kernel_shim.model import AcquireSequence, Endpoint, Mode, SaId, SecurityAssociation, TrafficSelector
 from vpnd.ike.gateway_id import GatewayId
 from vpnd.ike.identity import Identity
+from vpnd.ike.marking import NO_MARKING, Marking
 
 if TYPE_CHECKING:
     from vpnd.ike.sa import IkeSa
@@ -48,6 +49,7 @@ class Reason(Enum):
     INACTIVE = "inactivity"
     NOT_UNIQUE = "another IKE SA of this peer stands"
     REDIRECTED = "redirected to another gateway"
+    RESUMPTION_FAILED = "resumed IKE SA not authenticated"
     PEER_RESTARTED = "peer has lost the IKE SA"
     ADDRESS_CHANGED = "its address changed"
     ADDRESS_REFUSED = "peer refuses our addresses"
@@ -68,6 +70,7 @@ class ChildSa:
     inbound: SecurityAssociation
     outbound: SecurityAssociation
     encapsulated: bool
+    marking: Marking = NO_MARKING
 
 
 @dataclass(frozen=True, slots=True)

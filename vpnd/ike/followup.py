@@ -11,7 +11,7 @@ from kernel_shim.secret import Secret
 
 if TYPE_CHECKING:
     from vpnd.ike.effects import AllocateSpi
-    from vpnd.ike.session import Ask, KeepWaiting, Response, Tell
+    from vpnd.ike.steps import Ask, KeepWaiting, Response, Tell
 
 MAX_FOLLOWUPS: Final = 4  # at once of one IKE SA; each holds an SPI
 FOLLOWUP_SECONDS: Final = 20.0  # RFC 9370 section 2.2.4 advises 5 to 20 s for the next request

@@ -119,8 +119,6 @@ class Identity:
         return f"({name_of(IdType, self.type)} {self.data.hex()})"
 
 
-ANY_IDENTITY: Final = Identity(IdType.ANY, b"")
-
 _LENGTHS: Final = {IdType.IPV4_ADDR: 4, IdType.IPV6_ADDR: 16}
 _NAMES: Final = frozenset({IdType.FQDN, IdType.RFC822_ADDR})
 _ANY_TEXTS: Final = frozenset({"", "%any", "%any4", "%any6", "*", "0.0.0.0", "::", "0::0"})  # noqa: S104 - a word of the configuration

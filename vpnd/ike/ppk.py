@@ -8,7 +8,8 @@ from typing import Final
 from vpnd.ike.authenticate import NoCredentials, PeerRefused
 from vpnd.ike.iana import NotifyType
 from vpnd.ike.identity import Identity
-from vpnd.ike.session import IkeCrypto, Session
+from vpnd.ike.session import Session
+from vpnd.ike.steps import IkeCrypto
 from vpnd.ike.wire.message import Message
 from vpnd.ike.wire.payloads import AuthPayload, NotifyPayload
 

@@ -11,7 +11,7 @@ from typing import Final
 
 from kernel_shim.model import AcquireSequence, Direction, Endpoint, Flow, SaId, Spi
 from vpnd.config.model import ChildConfig, ConnectionConfig
-from vpnd.ike import reauthentication
+from vpnd.ike import reauthentication, succession
 from vpnd.ike.context import ChildRequest, IkeContext
 from vpnd.ike.effects import (
     NO_ACQUIRE,
@@ -42,9 +42,10 @@ from vpnd.ike.followup import Followup
 from vpnd.ike.fragments import Outgoing
 from vpnd.ike.gateway_id import GatewayId
 from vpnd.ike.iana import Exchange
-from vpnd.ike.session import Session, Steps, Task
+from vpnd.ike.session import Session
 from vpnd.ike.state import MAX_TASKS, Child, ChildSaState, IkeSaState
-from vpnd.ike.transport import Transport
+from vpnd.ike.steps import Steps, Task
+from vpnd.ike.transport import ANSWER_ARRIVES, Transport
 from vpnd.ike.wire.errors import MalformedMessage
 from vpnd.ike.wire.message import decode_message
 
@@ -212,9 +213,9 @@ class IkeSa(Transport):
         child = self.children.get(child_id)
         if child is None or child.state is ChildSaState.DELETING:
             return []
-        child.state = ChildSaState.DELETING
         self._revoke(child_id)
-        self._enqueue(informational.delete_child(child.sa.inbound.spi, child_id, reason))
+        self.retire(child, reason)
+        self._start_next()
         return self._done()
 
     def child_expired(self, child_id: int, now: float) -> list[Effect]:
@@ -223,7 +224,7 @@ class IkeSa(Transport):
         child = self.children.get(child_id)
         if child is None:
             return []
-        self.close_child(child, Reason.EXPIRED)
+        succession.close(self, child, Reason.EXPIRED)
         self._revoke(child_id)
         if child.state is not ChildSaState.DELETING:
             informational.delete_spi(self, child.sa.inbound.spi)
@@ -312,7 +313,7 @@ class IkeSa(Transport):
         self.effects += child.at_risk
         self.emit(RemoveSa(child.sa.outbound.id))
         self.emit(RemoveSa(child.sa.inbound.id))
-        self._keep_replaced(child)
+        succession.refused_by_kernel(self, child)
         serving = self._revoke(child_id)
         if direction is Direction.IN and serving is not None:
             # the answer has not left: the peer gets another one
@@ -362,6 +363,19 @@ class IkeSa(Transport):
         self.postponed.clear()
         self.queue.append(informational.delete_ike(reason))
 
+    def retire(self, child: Child, reason: Reason, *, answered: bool = False) -> None:
+        child.state = ChildSaState.DELETING
+        deletion = informational.delete_child(child.sa.inbound.spi, child.sa.id, reason)
+        if answered:
+            deletion.answered = True
+            self.put_off(deletion, ANSWER_ARRIVES)
+        else:
+            self.queue.append(deletion)
+
+    def probe_peer(self) -> None:
+        if not self.queue:
+            self.queue.append(Task("IKE_DPD", informational.probe))
+
     def _delete(self, reason: Reason) -> None:
         self.wind_up(reason)
         if self.active is not None and self._outstanding is None:
@@ -387,25 +401,6 @@ class IkeSa(Transport):
         # before what waits, which then goes on under the new keys
         self.queue.appendleft(Task("IKE_REKEY", rekey_ike.rekey))
         self._start_next()
-
-    def _keep_replaced(self, child: Child) -> None:
-        """The kernel refused what was to replace a CHILD_SA: that one goes on, if nobody was told otherwise yet."""
-        if self.active is not None and self.active.rival is not None and self.active.rival.child_id == child.sa.id:
-            self.active.rival = None
-        old = self.children.get(child.replaces)
-        self.reinstate(old)
-        if child.initiator and old is not None:
-            self._call_off_deletion(old)
-        for other in self.children.values():
-            if not child.initiator and child.replaces and other.replaces == child.replaces:
-                self._call_off_deletion(other)
-
-    def _call_off_deletion(self, child: Child) -> None:
-        deletion = next((task for task in self.queue if task.name == "CHILD_DELETE" and task.target == child.sa.id), None)
-        if deletion is not None:
-            self.queue.remove(deletion)
-            child.state = ChildSaState.INSTALLED
-            self.rekey_later(child)
 
     # Timers
 

@@ -1,53 +1,39 @@
-"""What the exchanges of an IKE SA share: its state, and the vocabulary in which an exchange is written.
-
-An exchange of ours is a generator that reads top-down. It yields what it waits for (`AllocateSpi`, `Ask`, `KeepWaiting`, `Tell`)
-and is resumed with the answer. `vpnd.ike.sa` drives it: message ids, retransmissions and time-outs are no concern of it.
-An exchange of the peer's is a generator too; it may wait for an SPI and returns a `Response`.
-"""
+"""What the exchanges of an IKE SA share: its state."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Final, NamedTuple, Self, TypeVar
+from collections.abc import Sequence
+from typing import Final, NamedTuple, Self
 
-from kernel_shim.model import Endpoint, IPAddress, SaId, Spi
-from kernel_shim.secret import Secret
+from kernel_shim.model import Endpoint, IPAddress, SaId
 from vpnd.config.model import ConnectionConfig
-from vpnd.ike.context import ChildRequest, IkeContext
-from vpnd.ike.crypto.sk import SkCipher
+from vpnd.ike import succession
+from vpnd.ike.context import IkeContext
 from vpnd.ike.effects import (
-    AllocateSpi,
-    ChildClosed,
-    ChildEstablished,
     ChildFailed,
     Effect,
     IkeClosed,
     IkeEstablished,
     IkeHandedOver,
-    InstallSa,
     Reason,
     RemoveSa,
 )
 from vpnd.ike.followup import Followup
 from vpnd.ike.gateway_id import GatewayId
-from vpnd.ike.iana import FIRST_STATUS_NOTIFY, CertEncoding, NotifyType, name_of
+from vpnd.ike.iana import CertEncoding
 from vpnd.ike.identity import Identity
 from vpnd.ike.intermediate import Intermediate
-from vpnd.ike.keymat import IkeKeys, IkeSuite, with_ppk
+from vpnd.ike.marking import SharedIfIds
 from vpnd.ike.nat import detect
 from vpnd.ike.proposal import Proposal
 from vpnd.ike.resumption import NEVER, Resumable
-from vpnd.ike.state import Child, ChildSaState, IkeSaState
+from vpnd.ike.state import Child, IkeSaState
+from vpnd.ike.steps import IkeCrypto, Task
 from vpnd.ike.wire.header import IkeSpi
 from vpnd.ike.wire.message import Message
-from vpnd.ike.wire.payloads import CertReqPayload, NotifyPayload, Payload
+from vpnd.ike.wire.payloads import CertReqPayload
 from vpnd.schedule import Deadlines
-
-T = TypeVar("T")
-
-NONCE_LENGTH: Final = 32  # octets; RFC 7296 section 2.10 asks for half the PRF's key at least
 
 MAX_EARLY_DELETES: Final = 16  # of one exchange; a peer makes one CHILD_SA in it
 MAX_AUTHORITIES: Final = 256  # hashes of a CERTREQ that are looked at
@@ -57,95 +43,11 @@ RETRY_FIRST: Final = 1.0  # s; doubles
 RETRY_LAST: Final = 15.0  # s
 RETRIES: Final = 24  # about 5 minutes
 RESUMABLE: Final = frozenset({Reason.PEER_SILENT, Reason.REKEYED, Reason.REPLACED, Reason.KERNEL_LOST, Reason.SHUTDOWN})  # ends after which tickets stay good
-AT_ONCE: Final = frozenset({Reason.EXPIRED, Reason.KERNEL_LOST, Reason.KERNEL_REFUSED, Reason.SHUTDOWN})  # ends after which nothing under way is waited for
 
 REKEY_AGAIN: Final = 30.0  # s, after a rekeying was refused for good
 
 OF_ONE_IKE_SA: Final = frozenset({"IKE_DPD", "IKE_REKEY", "IKE_DELETE"})  # exchanges that are not handed over
 OF_PATHS: Final = frozenset({"IKE_MOBIKE", "IKE_ROUTE_CHECK"})  # exchanges that, if they are under way then, begin anew on the heir: it has what is to move
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """Send a request and wait for the peer's answer. `plain` is a whole message to go out unprotected (IKE_SA_INIT)."""
-
-    exchange: int
-    payloads: Sequence[Payload] = ()
-    plain: bytes | None = field(default=None, repr=False)
-    tries: int | None = None  # copies before the peer counts as silent; None: as the settings say
-
-
-@dataclass(frozen=True, slots=True)
-class KeepWaiting:
-    """The answer counts for nothing, since anybody may have sent it; unless a better one comes soon, it was `reason`."""
-
-    reason: Reason | None = None
-    detail: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Tell:
-    """Send a request whose answer nobody waits for, because the IKE SA ends here."""
-
-    exchange: int
-    payloads: Sequence[Payload]
-
-
-Steps = Generator["AllocateSpi | Ask | KeepWaiting | Tell", object, T]
-
-
-@dataclass(frozen=True, slots=True)
-class Rival:
-    """The peer's rekeying of the SA that we are rekeying ourselves. Of the four nonces the lowest loses (RFC 7296 sections 2.8.1 and 2.8.2)."""
-
-    lowest: bytes = field(repr=False)
-    child_id: int = 0
-    ike: Session | None = None
-
-
-@dataclass(slots=True, eq=False)
-class Task:
-    """An exchange of ours; `begin` starts it on the IKE SA that is current then.
-
-    `child` is the CHILD_SA that it is to bring up, until that is settled; `target` the id of the one that it rekeys or deletes.
-    """
-
-    name: str
-    begin: Callable[[Session, Task], Steps[None]] = field(repr=False)
-    child: ChildRequest | None = None
-    target: int = 0
-    steps: Steps[None] | None = field(default=None, repr=False)
-    asked: bool = False  # its request is on the wire
-    attempts: int = 0  # that ended with TEMPORARY_FAILURE
-    rival: Rival | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Response:
-    """Our answer. `install` comes up around it: inbound SA, answer, outbound SA. `fallback` is the answer if the kernel refuses the inbound one."""
-
-    payloads: tuple[Payload, ...] = ()
-    install: Child | None = None
-    fallback: tuple[Payload, ...] = ()
-    close: IkeClosed | None = None
-    keys: IkeCrypto | None = field(default=None, repr=False)  # of all messages after it
-
-
-@dataclass(frozen=True, slots=True)
-class IkeCrypto:
-    suite: IkeSuite
-    keys: IkeKeys = field(repr=False)
-    send: SkCipher = field(repr=False)
-    receive: SkCipher = field(repr=False)
-
-    @classmethod
-    def of(cls, suite: IkeSuite, keys: IkeKeys, initiator: bool) -> IkeCrypto:
-        send, receive = keys.ciphers(suite, initiator)
-        return cls(suite, keys, send, receive)
-
-    def with_ppk(self, ppk: Secret) -> Self:
-        """RFC 8784 section 3; messages are protected as before."""
-        return replace(self, keys=with_ppk(self.suite.prf, self.keys, ppk))
 
 
 class Path(NamedTuple):
@@ -229,6 +131,7 @@ class Session:
         # CHILD_SAs to rekey, postponed exchanges to begin, requests whose key exchanges do not come
         self.later: Deadlines[int | Task | Followup] = Deadlines()
         self.followups: dict[bytes, Followup] = {}  # by link: requests of the peer's that wait for their key exchanges
+        self.if_ids = SharedIfIds()
         self.tokens = 0
         self.effects: list[Effect] = []
 
@@ -335,7 +238,7 @@ class Session:
             self.emit(RemoveSa(sa_id))
         self.held.clear()
         for child in list(self.children.values()):
-            self.close_child(child, reason)
+            succession.close(self, child, reason)
         for task in (self.active, *self.queue, *self.postponed):
             if task is not None and task.child is not None:
                 self.fail_child(task, reason, detail)
@@ -365,6 +268,14 @@ class Session:
         """Delete the IKE SA on the wire."""
         raise NotImplementedError
 
+    def retire(self, child: Child, reason: Reason, *, answered: bool = False) -> None:
+        """Queue the deletion of a CHILD_SA on the wire. `answered`: not before the peer has our last answer, or seems to."""
+        raise NotImplementedError
+
+    def probe_peer(self) -> None:
+        """Queue a request, whatever it says."""
+        raise NotImplementedError
+
     def repeat_request(self) -> None:
         """Send the request that is under way again, over the path that is the present one."""
         raise NotImplementedError
@@ -382,6 +293,7 @@ class Session:
         new.peer_hashes, new.fragmentation, new.ppk = self.peer_hashes, self.fragmentation, self.ppk
         new.redirectable = self.redirectable
         new.ticket_id = self.ticket_id
+        new.if_ids = self.if_ids
         new.original_initiator, new.mobike, new.mapping_hash = self.original_initiator, self.mobike, b""
         new.peer_addresses, new.told_addresses = self.peer_addresses, self.told_addresses
         return new
@@ -395,6 +307,9 @@ class Session:
         self.forget_followups()
         heir.state, heir.undecided, heir.ends_at = IkeSaState.ESTABLISHED, None, None
         heir.children, self.children = self.children, {}
+        # nobody rekeys an IKE SA whose CHILD_SA exchanges wait for an answer (RFC 7296 section 2.25.2)
+        for child in heir.children.values():
+            child.taken = True
         heir.later, self.later = self.later, Deadlines()
         heir.tokens = self.tokens
         # either may have moved since the heir was made
@@ -417,9 +332,18 @@ class Session:
             return False
         delay = min(RETRY_FIRST * 2**task.attempts, RETRY_LAST)
         task.attempts += 1
-        self.postponed[task] = None
-        self.later.set(task, self.now + delay * (0.5 + self.random() / 2))
+        self.put_off(task, delay * (0.5 + self.random() / 2))
         return True
+
+    def put_off(self, task: Task, delay: float) -> None:
+        """Begin the exchange after so many seconds."""
+        self.postponed[task] = None
+        self.later.set(task, self.now + delay)
+
+    def call_off(self, task: Task) -> None:
+        """An exchange that was put off is not begun."""
+        del self.postponed[task]
+        self.later.set(task, None)
 
     # CHILD_SAs
 
@@ -432,63 +356,9 @@ class Session:
             self.held.discard(sa_id)
             self.emit(RemoveSa(sa_id))
 
-    def install(self, child: Child, replaces: Child | None = None) -> None:
-        """As initiator of the exchange: both SAs at once."""
-        self.enter(child)
-        self.emit(InstallSa(child.sa.id, child.sa.inbound))
-        self.emit(InstallSa(child.sa.id, child.sa.outbound))
-        self.emit(ChildEstablished(child.sa, replaces.sa if replaces else None))
-
-    def enter(self, child: Child) -> None:
-        self.held.discard(child.sa.inbound.id)
-        self.children[child.sa.id] = child
-        soft = child.sa.outbound.soft.seconds
-        self.later.set(child.sa.id, child.installed_at + soft if soft else None)
-
-    def close_child(self, child: Child, reason: Reason) -> None:
-        if self.children.pop(child.sa.id, None) is None:
-            return
-        self.later.set(child.sa.id, None)
-        self._send_by_successor(child)
-        self.emit(RemoveSa(child.sa.outbound.id))
-        # what the peer sent before it heard of the end is under way still
-        lingers = reason is Reason.REKEYED or (reason not in AT_ONCE and self.has_twin(child))
-        self.emit(RemoveSa(child.sa.inbound.id, self.context.settings.rekeyed_delay if lingers else 0.0))
-        self.emit(ChildClosed(child.sa, reason))
-        if not self.closed:
-            self.reinstate(self.children.get(child.replaces))
-
     def has_twin(self, child: Child) -> bool:
         """Whether another CHILD_SA sends the same packets to the same peer, perhaps one of another IKE SA."""
         return self.context.has_twin(self.local_id, self.remote_id, child.sa)
-
-    def cease(self, child: Child) -> None:
-        """Our DELETE of it goes out. From then on the peer may have it no more, and its answer can be late: if another one can, that one sends."""
-        self._send_by_successor(child)
-        if child.sends and self.has_twin(child):
-            child.sends, child.ceased = False, True
-            self.emit(RemoveSa(child.sa.outbound.id))
-
-    def _send_by_successor(self, child: Child) -> None:
-        """Until a rekeyed CHILD_SA is deleted it sends: only then its peer, who rekeyed it, surely has the new SA in."""
-        if self.closed:
-            return
-        # of two that a collision made, the one that did not send takes over should the other go
-        old = self.children.get(child.replaces)
-        both = child.replaces if old is None or old.state is ChildSaState.DELETING else 0
-        successors = [other for other in self.children.values() if other is not child and other.replaces and other.replaces in (child.sa.id, both)]
-        if any(other.sends for other in successors):
-            return
-        for other in successors:
-            if not other.ceased:
-                other.sends = True
-                self.emit(InstallSa(other.sa.id, other.sa.outbound))
-
-    def reinstate(self, old: Child | None) -> None:
-        """The CHILD_SA that was to replace `old` is gone before that: the old one goes on."""
-        if old is not None and old.state is ChildSaState.REKEYED and not any(other.replaces == old.sa.id for other in self.children.values()):
-            old.state = ChildSaState.INSTALLED
-            self.rekey_later(old)
 
     def rekey_later(self, child: Child) -> None:
         """After a rekeying that failed: again, while the SA lasts."""
@@ -507,43 +377,3 @@ class Session:
     def random(self) -> float:
         """In [0, 1)."""
         return int.from_bytes(self.context.entropy(4), "big") / 2**32
-
-
-def allocate(session: Session, request: AllocateSpi) -> Steps[SaId | None]:
-    """Wait for an inbound SPI; None when the kernel gives none. It is held until it is installed or given back."""
-    spi = yield request
-    return session.hold(SaId(request.local.address, Spi(spi))) if isinstance(spi, int) else None
-
-
-def ask(request: Ask | KeepWaiting) -> Steps[Message]:
-    """Wait for the peer's answer."""
-    message = yield request
-    assert isinstance(message, Message)
-    return message
-
-
-def first_error(message: Message) -> NotifyPayload | None:
-    """RFC 7296 section 3.10.1: the first notification of an error; an unrecognized one counts as an error too."""
-    return next((payload for payload in message.payloads if isinstance(payload, NotifyPayload) and payload.type < FIRST_STATUS_NOTIFY), None)
-
-
-ERROR_REASONS: Final = {
-    NotifyType.UNSUPPORTED_CRITICAL_PAYLOAD: Reason.UNSUPPORTED_CRITICAL_PAYLOAD,
-    NotifyType.INVALID_SYNTAX: Reason.INVALID_SYNTAX,
-    NotifyType.NO_PROPOSAL_CHOSEN: Reason.NO_PROPOSAL_CHOSEN,
-    NotifyType.INVALID_KE_PAYLOAD: Reason.INVALID_KE_PAYLOAD,
-    NotifyType.AUTHENTICATION_FAILED: Reason.PEER_AUTHENTICATION_FAILED,
-    NotifyType.NO_ADDITIONAL_SAS: Reason.NO_ADDITIONAL_SAS,
-    NotifyType.TS_UNACCEPTABLE: Reason.TS_UNACCEPTABLE,
-    NotifyType.TEMPORARY_FAILURE: Reason.TEMPORARY_FAILURE,
-    NotifyType.CHILD_SA_NOT_FOUND: Reason.PEER_DELETED,
-}
-
-
-def error_name(error: NotifyPayload) -> str:
-    """For a log line: the notification's name in RFC 7296."""
-    return name_of(NotifyType, error.type)
-
-
-def reason_of(error: NotifyPayload) -> Reason:
-    return next((reason for notify, reason in ERROR_REASONS.items() if notify == error.type), Reason.PEER_ERROR)

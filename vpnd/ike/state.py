@@ -42,8 +42,12 @@ class Child:
     installed_at: float
     initiator: bool  # of the exchange that made it
     state: ChildSaState = ChildSaState.INSTALLED
+    place: int = 0  # the same for all that came of one CHILD_SA by rekeying: its id
+    generation: int = 0  # how many rekeyings it is away from that one
     replaces: int = 0  # id of the CHILD_SA that it rekeys
     lowest: bytes = b""  # of the two nonces that it was made with, should its rekeying turn out to be one of two
+    taken: bool = False  # the peer surely has its SA in: ours from the start, the peer's once it has our answer
+    redundant: bool = False  # of two that a collision made: the peer's, which it has deleted or will
     sends: bool = True  # its SA out is installed; not yet while the one that it replaces still sends, not any more while another one takes its place
     ceased: bool = False  # its SA out went before it: never again, for the sequence numbers of a second one would repeat those of the first
     at_risk: tuple[Effect, ...] = ()  # what followed its SAs in the same step, and is lost should the kernel refuse one

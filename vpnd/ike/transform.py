@@ -119,11 +119,6 @@ class Proposal:
         optional = {transform.type for transform in self.transforms if transform.id == NONE}
         return replace(self, transforms=tuple(t for t in self.transforms if t.type not in kinds)) if kinds <= optional else None
 
-    def with_group_first(self, group: int) -> Self:
-        """The same proposal, with `group` the most preferred one; unchanged when it is not among its groups."""
-        wanted = [transform for transform in self.transforms if transform.type == TransformType.KE and transform.id == group]
-        return replace(self, transforms=(*wanted, *(transform for transform in self.transforms if transform not in wanted)))
-
     def esp_algorithm(self) -> EspAlgorithm:
         """Of a chosen ESP proposal. Raises ValueError when it is not one that kernels know."""
         encryption, integrity = self.encryption, self.integrity

@@ -11,14 +11,16 @@ from typing import Final
 
 from kernel_shim.model import Direction, Endpoint, IPAddress, SaId, Spi
 from vpnd.config.model import ConnectionConfig, Fragmentation
+from vpnd.ike import succession
 from vpnd.ike.context import IkeContext
 from vpnd.ike.crypto.sk import open_chain
 from vpnd.ike.effects import AllocateSpi, ChildClosed, ChildEstablished, Effect, InstallSa, Reason, RemoveSa, Send
 from vpnd.ike.exchanges import create_child_sa, ike_auth, ike_followup_ke, ike_intermediate, informational, mobike
 from vpnd.ike.fragments import SMALLEST_PACKET, Inner, Outgoing, Reassembly, packet_limit, refit, seal
 from vpnd.ike.iana import Exchange, NotifyType, ProtocolId
-from vpnd.ike.session import Ask, IkeCrypto, KeepWaiting, Response, Session, Steps, Task, Tell
+from vpnd.ike.session import Session
 from vpnd.ike.state import MAX_TASKS, IkeSaState
+from vpnd.ike.steps import Ask, IkeCrypto, KeepWaiting, Response, Steps, Task, Tell
 from vpnd.ike.window import Inbox, Outstanding, Serving
 from vpnd.ike.wire.errors import IntegrityFailure, MalformedMessage
 from vpnd.ike.wire.header import Header, MessageId
@@ -29,6 +31,7 @@ UNPROTECTED_ERROR_GRACE: Final = 2.0  # s that an unprotected error gives the tr
 NARROW_COPY: Final = 2  # from this copy on a request is taken to have been too long for its path, of which nobody told us
 MAX_REPEATS: Final = 256  # of one request that are answered; with MOBIKE each copy comes over many paths
 MAX_REPEATS_OF_STRANGERS: Final = 32  # while the peer is not authenticated: our answers may be longer than what asks for them, and go where the copy says
+ANSWER_ARRIVES: Final = 40.0  # s without a copy of a request, after which our answer is taken to have arrived
 SPI_TIMEOUT: Final = 30.0  # s that a kernel has for an SPI
 
 Responder = Callable[[Session, Message], Steps[Response]]
@@ -217,6 +220,7 @@ class Transport(Session):
                 limit = self._limit(local, remote, narrow=inbox.repeats >= NARROW_COPY, piece=_piece(message, datagram))
                 inbox.response = refit(inbox.response, self._answered_with.send, self.context.entropy, limit)
             self._send(inbox.response, local, remote)
+            self._await_peer()
             return
         # RFC 7296 section 2.3: a window of one; what is being worked at is not begun again
         if header.message_id != inbox.expected or self._serving is not None:
@@ -241,13 +245,29 @@ class Transport(Session):
             self.undecided.overtaken = True
             return
         self._heard(local, remote)
-        self._fallback = None
+        self._go_on()
         if responder is None:
             self._refuse(serving, NotifyPayload(NotifyType.INVALID_SYNTAX), f"exchange {header.exchange}")
         else:
             self._serving = serving
             self._answering = responder(self, opened)
             self._answer(None)
+
+    def _await_peer(self) -> None:
+        """The peer lacks our last answer still."""
+        for task in self.postponed:
+            if task.answered:
+                self.later.set(task, self.now + ANSWER_ARRIVES)
+
+    def _go_on(self) -> None:
+        """RFC 7296 section 2.3: with a window of one a new request says that the peer has our last answer."""
+        answered = self.children.get(self._fallback.child_id) if self._fallback is not None else None
+        if answered is not None:
+            answered.taken = True
+        self._fallback = None
+        for task in [task for task in self.postponed if task.answered]:
+            self.call_off(task)
+            self.queue.append(task)
 
     def _refuse(self, serving: Serving, notify: NotifyPayload, why: str) -> None:
         self._finish(serving, Response((notify,)))
@@ -344,7 +364,7 @@ class Transport(Session):
         if child is None:
             self._send(message, serving.local, serving.remote)
         else:
-            self.enter(child)
+            succession.enter(self, child)
             self._fallback = _Fallback(child.sa.id, serving, response.fallback)
             self.emit(InstallSa(child.sa.id, child.sa.inbound))
             self._send(message, serving.local, serving.remote)

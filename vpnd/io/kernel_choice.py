@@ -16,7 +16,7 @@ from kernel_shim.model import Capabilities, KernelError
 from vpnd.config.capabilities import beyond
 from vpnd.config.model import Configuration, DaemonConfig, KernelChoice
 from vpnd.io.shim import shim_listens
-from vpnd.telemetry.logging import explained
+from vpnd.telemetry.wording import explained
 
 TUN: Final = Path("/dev/net/tun")
 

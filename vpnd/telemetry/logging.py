@@ -9,7 +9,6 @@ from typing import Any
 
 import structlog
 
-from kernel_shim.model import KernelError
 from kernel_shim.secret import Secret
 
 
@@ -21,17 +20,8 @@ def redact(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> Mutab
     return event
 
 
-def explained(error: Exception) -> str:
-    """What `error` says to a person: without the number of an errno, but with the file that it is about."""
-    if isinstance(error, KernelError):
-        return error.detail
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return str(error) or type(error).__name__
-
-
-def configure_logging(level: str = "info", style: str = "text") -> None:
-    """`level` is a name of the logging module in lower case; `style` is `text` (key=value) or `json`."""
+def configure_logging(level: str = "info", style: str = "console") -> None:
+    """`level` is a name of the logging module in lower case; `style` is `console` (key=value) or `json`."""
     renderer: Any = structlog.processors.JSONRenderer() if style == "json" else structlog.processors.LogfmtRenderer(key_order=["timestamp", "level", "event"])
     structlog.configure(
         processors=[

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import pytest
@@ -133,18 +133,37 @@ async def test_an_interface_that_is_taken_is_refused_and_nothing_stands(edges: E
     assert "lookup 101" not in host_state(edges.lab.a.gateway)["rules"]
 
 
-async def test_the_hosts_own_errors_reach_no_customer(edges: Edges) -> None:
-    """A packet that expires at the PE: the host would answer by its main table, to whichever customer stands first there."""
+def answers(captures: Mapping[str, Capture], addresses: Collection[object]) -> dict[str, int]:
+    """Who saw how many ICMP messages from these addresses."""
+    return {name: sum(packet.source in addresses and packet.protocol in (1, 58) for packet in capture.packets()) for name, capture in captures.items()}
+
+
+async def test_the_host_answers_each_customer_and_no_other(edges: Edges) -> None:
+    """All PEs' addresses are the same in each VRF: by its main table the host would answer whoever stands first there."""
     await edges.connect()
-    near, far = edges.lab.a.customers["blue"], edges.lab.b.customers["blue"]
-    with contextlib.ExitStack() as stack:
-        seen = [stack.enter_context(Capture(edges.lab.a.customers[name].host, "lan")) for name in CUSTOMERS]
-        near.host.run(["ping", "-t", "1", "-c", "3", "-i", "0.2", "-W", "1", str(far.host4)], check=False)
-        near.host.run(["ping", "-t", "1", "-c", "3", "-i", "0.2", "-W", "1", str(far.host6)], check=False)
-        gateway = {near.net4[1], near.net6[1]}
-        assert [packet for capture in seen for packet in capture.packets() if packet.source in gateway and packet.protocol == 1] == []
+    for name in CUSTOMERS:
+        near, far = edges.lab.a.customers[name], edges.lab.b.customers[name]
+        with contextlib.ExitStack() as stack:
+            seen = {it: stack.enter_context(Capture(edges.lab.a.customers[it].host, "lan", outgoing=False)) for it in CUSTOMERS}
+            for address in (near.net4[1], far.net4[1], near.net6[1], far.net6[1]):
+                assert ping(near.host, address, count=2).lost == 0, (name, address)
+            for address in (far.host4, far.host6):
+                near.host.run(["ping", "-t", "1", "-c", "2", "-i", "0.2", "-W", "1", str(address)], check=False)
+                near.host.run(["ping", "-t", "2", "-c", "2", "-i", "0.2", "-W", "1", str(address)], check=False)
+            errors = answers(seen, {near.net4[1], near.net6[1], far.net4[1], far.net6[1]})
+            assert errors[name] >= 16
+            assert {it: number for it, number in errors.items() if it != name and it} == dict.fromkeys(set(CUSTOMERS) - {name}, 0)
+        done = near.host.run(["bash", "-c", f"exec 3<>/dev/tcp/{near.net4[1]}/99"], check=False)
+        assert "refused" in done.stderr
+
+
+async def test_an_answer_that_lost_its_mark_reaches_nobody(edges: Edges) -> None:
+    await edges.connect()
+    edges.lab.a.gateway.sysctl(ipv4__fwmark_reflect=0)
+    near = edges.lab.a.customers["blue"]
+    assert ping(near.host, near.net4[1], count=2, timeout=0.5).received == 0
     async with edges.a.channel() as channel:
-        assert (await channel.statistics())["guard.vrf-errors-dropped.packets"] > 0
+        assert (await channel.statistics())["guard.vrf-errors-dropped.packets"] == 2
 
 
 async def test_strict_reverse_paths_and_policies_of_the_host_leave_customers_alone(edges: Edges) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ipaddress import ip_network
+from collections.abc import Callable
+from ipaddress import ip_address, ip_network
 
 import pytest
 from scapy.contrib.mpls import MPLS
@@ -34,10 +35,10 @@ def stack(*entries: tuple[int, int, int]) -> bytes:
 
 
 class Node:
-    def __init__(self, limit: int = 1400) -> None:
+    def __init__(self, limit: int = 1400, address: Callable[[str, int], bytes] = lambda _vrf, _version: b"") -> None:
         self.lfib = Lfib()
         self.lfib.admit(Peer(P1, LabelSet([LabelRange(Label(16), Label(999))])))
-        self.switch = LabelSwitch(Forwarder(self.lfib), lambda _peer: limit)
+        self.switch = LabelSwitch(Forwarder(self.lfib), lambda _peer: limit, address=address)
 
     def bind(self, label: int, path: Nhlfe, *more: Nhlfe, space: str = PLATFORM) -> None:
         self.lfib.bind(Label(label), (path, *more), space)
@@ -306,6 +307,27 @@ def test_no_ttl_is_left_at_the_end(node: Node) -> None:
     assert hop == ToPeer("p9")
     assert entries[0][0] == 900
     assert error[ICMP].type == 11
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_an_error_comes_from_the_nodes_own_address(version: int) -> None:
+    """If it leaves for another node: the host here would not believe it."""
+    own = ip_address("10.0.1.254" if version == 4 else "2001:db8:1::fe")
+    node = Node(address=lambda vrf, version: own.packed if (vrf, version) == ("red", own.version) else b"")
+    node.bind(100, Nhlfe(ToVrf("red")))
+    packet = ip4(ttl=9) if version == 4 else ip6(ttl=9)
+    sender = ip_network("10.0.0.0/24" if version == 4 else "2001:db8::/64")
+    for path_, expected in ((path("p9", 900), own), (Nhlfe(ToInterface("red")), ip_address(IP(packet).dst if version == 4 else IPv6(packet).dst))):
+        node.lfib.route("red", sender, (path_,))
+        ((_, sent),) = node.receive(stack((100, 0, 1)) + packet).sent
+        error = (IP if version == 4 else IPv6)(sent[4 * isinstance(path_.next_hop, ToPeer) :])
+        assert error.src == str(expected)
+        checked = error.copy()
+        layer = checked[ICMP] if version == 4 else checked[ICMPv6TimeExceeded]
+        told = layer.chksum if version == 4 else layer.cksum
+        delattr(layer, "chksum" if version == 4 else "cksum")
+        again = type(error)(bytes(checked))
+        assert told == (again[ICMP].chksum if version == 4 else again[ICMPv6TimeExceeded].cksum)
 
 
 def test_ipv6_time_exceeded_has_the_stack_too(node: Node) -> None:

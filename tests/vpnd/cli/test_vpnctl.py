@@ -55,7 +55,7 @@ def test_status(served: ServedBackend, vpnctl: Run) -> None:
     assert report["counters"] == {"ike.sent": 5}
     status, output, _ = vpnctl("status")
     assert status == EXIT_OK
-    assert "1 of 2 up, in 1 connections" in output
+    assert "1 of 2 up, in 1 connection" in output
 
 
 def test_sas(served: ServedBackend, vpnctl: Run) -> None:

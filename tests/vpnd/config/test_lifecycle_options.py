@@ -9,7 +9,7 @@ import pytest
 from kernel_shim.model import NO_MARK, Mark
 from vpnd.config import load_text
 from vpnd.config.errors import ConfigErrors
-from vpnd.config.model import ChildConfig, ConnectionConfig, StartAction, UniquePolicy
+from vpnd.config.model import ChildConfig, ConnectionConfig, SameMark, StartAction, Unique, UniqueMark, UniquePolicy
 from vpnd.config.tree import Plain, Section
 from vpnd.config.validate import validate_connection
 
@@ -127,6 +127,18 @@ def test_marks_and_interface_ids() -> None:
     assert (found.mark_in, found.mark_out, found.mark_in_sa) == (Mark(42, 0xFFFFFFFF), Mark(1, 255), True)
     assert (found.set_mark_in, found.set_mark_out) == (NO_MARK, Mark(0x10, 0xF0))
     assert (found.if_id_in, found.if_id_out, found.inactivity) == (7, 0, 300)
+
+
+def test_marks_and_interface_ids_that_are_given() -> None:
+    found = child(mark_in="%unique", mark_out="%unique-dir/0xff", set_mark_in="%same", set_mark_out="%same/0xf", if_id_in="%unique", if_id_out="%UNIQUE-dir")
+    assert (found.mark_in, found.mark_out) == (UniqueMark(), UniqueMark(each_way=True, mask=0xFF))
+    assert (found.set_mark_in, found.set_mark_out) == (SameMark(), SameMark(0xF))
+    assert (found.if_id_in, found.if_id_out) == (Unique(each_way=True), Unique(each_way=True))
+    of_connection = connection(if_id_in="%unique", if_id_out="%unique", children={"net": {"if_id_in": "9"}}).children["net"]
+    assert (of_connection.if_id_in, of_connection.if_id_out) == (9, Unique(of_ike_sa=True))
+    assert any("one number" in text for text in complaints({"children": {"net": {"if_id_in": "%unique", "if_id_out": "%unique", "xfrm_interface": "ipsec0"}}}))
+    trapped = {"if_id_in": "%unique", "remote_addrs": "192.0.2.1", "children": {"net": {"start_action": "trap"}}}
+    assert any("without an IKE SA" in text for text in complaints(trapped))
 
 
 def test_a_child_has_the_interface_ids_of_its_connection_unless_it_has_its_own() -> None:

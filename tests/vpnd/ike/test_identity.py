@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from vpnd.ike.dn import decode_dn, dn_text, match_dn, parse_dn
 from vpnd.ike.iana import IdType
-from vpnd.ike.identity import ANY_IDENTITY, ANY_MATCH, NO_MATCH, ONE_WILDCARD, PERFECT_MATCH, Identity
+from vpnd.ike.identity import ANY_MATCH, NO_MATCH, ONE_WILDCARD, PERFECT_MATCH, Identity
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_addresses():
     assert Identity.of_address(ip_address("2001:db8::1")) == Identity.parse("2001:db8::1")
     assert Identity.parse("moon").address is None
     assert Identity.parse("moon").body() == b"\x02\0\0\0moon"
-    assert ANY_IDENTITY.any
+    assert Identity(IdType.ANY, b"").any
 
 
 def test_what_a_peer_sends_prints_whatever_it_is():
@@ -196,7 +196,7 @@ def test_any_text_is_an_identity_or_a_value_error(text):
     except ValueError:
         return
     assert isinstance(str(identity), str)
-    assert identity.matches(ANY_IDENTITY)
+    assert identity.matches(Identity(IdType.ANY, b""))
     assert identity.matches(identity)
 
 

@@ -7,12 +7,12 @@ import hmac
 import random
 
 import pytest
+from sk_messages import open_message, seal_message
 
 from kernel_shim.algorithms import EncryptionId, EspAlgorithm, IntegrityId
 from kernel_shim.secret import NO_SECRET, Secret
 from vpnd.ike.crypto.groups import group
 from vpnd.ike.crypto.prf import prf
-from vpnd.ike.crypto.sk import open_message, seal_message
 from vpnd.ike.iana import AuthenticationMethod, Exchange, PrfId, ProtocolId
 from vpnd.ike.identity import Identity
 from vpnd.ike.keymat import (

@@ -10,7 +10,8 @@ import pytest
 
 from kernel_shim.model import KernelError
 from kernel_shim.secret import Secret
-from vpnd.telemetry.logging import explained, redact
+from vpnd.telemetry.logging import redact
+from vpnd.telemetry.wording import counted, explained
 
 
 @pytest.mark.parametrize(
@@ -33,3 +34,7 @@ def test_an_error_is_explained_without_numbers(error: Exception, text: str) -> N
 def test_what_may_be_key_material_shows_its_length_alone(kind: Callable[[bytes], object]) -> None:
     line = redact(None, "info", {"event": "keys", "key": kind(b"0123456789"), "spi": 7})
     assert line == {"event": "keys", "key": "<10 bytes>", "spi": 7}
+
+
+def test_numbers_have_their_plural() -> None:
+    assert [counted(0, "child", "children"), counted(1, "child", "children"), counted(2, "peer")] == ["0 children", "1 child", "2 peers"]

@@ -11,14 +11,15 @@ from typing import Final
 
 from cryptography import x509
 
-from kernel_shim.model import ANY_PROTOCOL, PROTOCOL_ICMP, PROTOCOL_ICMPV6, Action, AddressRange, Mode, PortRange, TrafficSelector
+from kernel_shim.model import ANY_PROTOCOL, NO_MARK, PROTOCOL_ICMP, PROTOCOL_ICMPV6, Action, AddressRange, Mode, PortRange, TrafficSelector
 from vpnd.config.addresses import PORT_NAMES, PROTOCOL_NAMES
-from vpnd.config.model import AuthMethod, AuthRound, ChildConfig, ConnectionConfig, TsTemplate
+from vpnd.config.model import ALL_BITS, AuthMethod, AuthRound, ChildConfig, ConnectionConfig, TsTemplate
 from vpnd.config.tree import Items, Node, Scalar, Section
 from vpnd.control.backend import ChildState, ChildStatus, DaemonStats, IkeState, IkeStatus, LogLine, PolicyStatus
 from vpnd.control.vici.codec import encode_message
 from vpnd.ike.iana import ADDITIONAL_KEY_EXCHANGE_TYPES, Encryption, Group, Integrity, PrfId, TransformType
 from vpnd.ike.identity import Identity
+from vpnd.ike.marking import Marking
 from vpnd.ike.proposal import Proposal
 
 CHILDREN_LENGTH: Final = 400 * 1024  # octets of children in one event: the rest of the IKE SA or connection fits the segment beside them
@@ -127,6 +128,7 @@ def child_sa(child: ChildStatus) -> Section:
         builder.flag("encap", child.encapsulated)
         builder.add("spi-in", f"{child.spi_in:08x}")
         builder.add("spi-out", f"{child.spi_out:08x}")
+        _marking(builder, child.marking)
         if child.proposal:
             _algorithms(builder, child.proposal)
             if any(transform.id for transform in child.proposal.of_type(TransformType.ESN)):
@@ -143,6 +145,16 @@ def child_sa(child: ChildStatus) -> Section:
     builder.items("local-ts", [selector(ts) for ts in child.local_ts])
     builder.items("remote-ts", [selector(ts) for ts in child.remote_ts])
     return builder.section
+
+
+def _marking(builder: Builder, marking: Marking) -> None:
+    """Numbers in hexadecimal, a mask only where it leaves bits out."""
+    for way, mark in (("in", marking.mark_in), ("out", marking.mark_out)):
+        if mark != NO_MARK:
+            builder.add(f"mark-{way}", f"{mark.value:08x}")
+            builder.add(f"mark-mask-{way}", None if mark.mask == ALL_BITS else f"{mark.mask:08x}")
+    for way, if_id in (("in", marking.if_id_in), ("out", marking.if_id_out)):
+        builder.add(f"if-id-{way}", f"{if_id:08x}" if if_id else None)
 
 
 def _algorithms(builder: Builder, proposal: Proposal) -> None:

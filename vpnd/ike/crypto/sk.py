@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Final, Protocol
 
 from cryptography.exceptions import InvalidTag
@@ -19,8 +19,7 @@ from vpnd.ike.crypto import Entropy
 from vpnd.ike.transform import Transform
 from vpnd.ike.wire.errors import IntegrityFailure, MalformedMessage
 from vpnd.ike.wire.header import GENERIC_LENGTH, HEADER_LENGTH, Header, encode_header, generic_header
-from vpnd.ike.wire.message import Message, decode_payloads, encode_payloads
-from vpnd.ike.wire.payloads import Payload, SkfPayload, SkPayload
+from vpnd.ike.wire.payloads import SkfPayload, SkPayload
 
 AEAD_IV: Final = 8  # octets, RFC 5282 section 3.1
 AES_BLOCK: Final = 16  # octets
@@ -244,28 +243,11 @@ def sk_cipher(encryption: Transform, integrity: Transform | None, encryption_key
     return CbcHmacSkCipher(key, integrity_key.reveal(), _DIGESTS[kind], INTEGRITY_ICV[kind])
 
 
-def seal_message(header: Header, payloads: Sequence[Payload], cipher: SkCipher, entropy: Entropy) -> bytes:
-    """A whole message with all its payloads inside SK. Raises ValueError when they do not fit one."""
-    return seal_chain(header, *encode_payloads(payloads), cipher, entropy)
-
-
 def seal_chain(header: Header, first: int, chain: bytes, cipher: SkCipher, entropy: Entropy) -> bytes:
     """A whole message around an encoded payload chain, whose first payload is of type `first`. Raises ValueError when it does not fit one."""
     length = GENERIC_LENGTH + cipher.sealed_length(len(chain))
     associated = encode_header(header, iana.Payload.SK, HEADER_LENGTH + length) + generic_header(first, length)
     return associated + cipher.seal(associated, chain, entropy)
-
-
-def open_message(data: bytes, message: Message, cipher: SkCipher) -> Message:
-    """`message`, decoded from `data`, with what is inside its SK payload; payloads outside SK are left out, as they have no business there.
-
-    Raises IntegrityFailure, also for a message without SK: nothing is known of its sender. After that check it raises
-    MalformedMessage, and the sender is the peer.
-    """
-    sealed = message.encrypted
-    if not isinstance(sealed, SkPayload):
-        raise IntegrityFailure("message is not encrypted")
-    return Message(message.header, decode_payloads(sealed.first, open_chain(data, sealed, cipher)))
 
 
 def open_chain(data: bytes, sealed: SkPayload | SkfPayload, cipher: SkCipher) -> bytes:

@@ -10,8 +10,9 @@ import hmac
 from typing import Final
 
 from vpnd.ike.iana import Exchange, NotifyType, ProtocolId
-from vpnd.ike.session import Ask, Session, Steps, Task, ask
+from vpnd.ike.session import Session
 from vpnd.ike.state import MAX_TASKS
+from vpnd.ike.steps import Ask, Steps, Task, ask
 from vpnd.ike.wire.errors import MalformedMessage
 from vpnd.ike.wire.header import NO_SPI, Header
 from vpnd.ike.wire.message import Message, decode_message, encode_message

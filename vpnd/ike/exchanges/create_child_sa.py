@@ -8,17 +8,19 @@ from typing import Final
 
 from kernel_shim.model import SaId
 from kernel_shim.secret import Secret
+from vpnd.ike import succession
 from vpnd.ike.child import SPI_LENGTH, Agreed, Asked, ChildRefused, Keying, Offer, allocation, answer_payloads, build, choose, make_offer, read_answer
 from vpnd.ike.context import ChildRequest
 from vpnd.ike.crypto.groups import group, implemented_groups
 from vpnd.ike.effects import ChildDenied, Reason, RekeyFailed
 from vpnd.ike.exchanges import rekey_ike
 from vpnd.ike.exchanges.ike_followup_ke import PASSING, KeyExchangeFailed, follow_up, room, wait_for
-from vpnd.ike.exchanges.informational import delete_child, delete_spi
+from vpnd.ike.exchanges.informational import delete_spi
 from vpnd.ike.followup import Followup
 from vpnd.ike.iana import Exchange, NotifyType, ProtocolId
-from vpnd.ike.session import NONCE_LENGTH, Ask, Response, Rival, Session, Steps, Task, allocate, ask, error_name, first_error, reason_of
+from vpnd.ike.session import Session
 from vpnd.ike.state import MAX_CHILDREN, Child, ChildSaState, IkeSaState
+from vpnd.ike.steps import NONCE_LENGTH, Ask, Response, Steps, Task, allocate, ask, error_name, first_error, reason_of
 from vpnd.ike.wire.errors import MalformedMessage
 from vpnd.ike.wire.message import Message
 from vpnd.ike.wire.payloads import KePayload, NoncePayload, NotifyPayload, Payload, SaPayload
@@ -88,7 +90,7 @@ def _not_rekeyed(session: Session, task: Task, old: Child, refused: ChildRefused
         return
     # RFC 7296 section 2.8.1: the peer refused ours because its own was done already
     if task.rival is not None and task.rival.child_id in session.children:
-        old.state = ChildSaState.REKEYED
+        succession.give_way(session, task, old)
         return
     if refused.answer in PASSING:
         if session.postpone(task):
@@ -103,21 +105,13 @@ def _not_rekeyed(session: Session, task: Task, old: Child, refused: ChildRefused
 
 
 def _rekeyed_by_us(session: Session, task: Task, old: Child, agreed: Agreed, offer: Offer, keying: Keying) -> None:
-    stands = session.children.get(task.target) is old
-    lost = task.rival is not None and min(keying.nonce_i, keying.nonce_r) < task.rival.lowest
-    # RFC 7296 section 2.8.1: who made the redundant SA deletes it; and one that nobody wants any more is not replaced
-    if lost or (stands and old.state is ChildSaState.DELETING):
+    if succession.in_vain(session, task, old, min(keying.nonce_i, keying.nonce_r)):
         session.give_back(offer.spi)
         delete_spi(session, offer.spi.spi)
-        if task.rival is not None and stands and old.state is ChildSaState.REKEYING:
-            old.state = ChildSaState.REKEYED
-            if task.rival.child_id not in session.children:
-                session.reinstate(old)
+        succession.give_way(session, task, old)
         return
-    session.install(build(session, agreed, offer.spi, keying, old), old)
-    if stands:
-        old.state = ChildSaState.DELETING
-        session.queue.append(delete_child(old.sa.inbound.spi, old.sa.id, Reason.REKEYED))
+    succession.install(session, build(session, agreed, offer.spi, keying, old), old)
+    succession.take_place(session, task, old)
 
 
 def _negotiate(session: Session, offer: Offer, *first: Payload) -> Steps[tuple[Agreed, Keying]]:
@@ -176,7 +170,7 @@ def _check_early_delete(session: Session, response: Message) -> None:
 
 def finish(session: Session, task: Task, agreed: Agreed, offer: Offer, keying: Keying) -> None:
     """Install what an answer of the peer agreed to."""
-    session.install(build(session, agreed, offer.spi, keying))
+    succession.install(session, build(session, agreed, offer.spi, keying))
     task.child = None
 
 
@@ -234,7 +228,7 @@ def _respond(session: Session, request: Message) -> Steps[Response]:
             raise
         child = build(session, asked.agreed, spi, Keying(nonce_i.data, nonce_r, False, secrets), replaced)
         if replaced is not None:
-            _note_rekeying(session, replaced, Rival(child.lowest, child.sa.id))
+            succession.replaced_by_peer(session, replaced, child)
         return Response((), child, (NotifyPayload(NotifyType.TEMPORARY_FAILURE),))
 
     if not additional:
@@ -258,28 +252,6 @@ def _check_room(session: Session) -> None:
         raise ChildRefused(Reason.TEMPORARY_FAILURE, NotifyType.TEMPORARY_FAILURE)
     if len(session.children) >= MAX_CHILDREN:
         raise ChildRefused(Reason.NO_ADDITIONAL_SAS, NotifyType.NO_ADDITIONAL_SAS)
-
-
-def _ours_in_place_of(session: Session, old: Child) -> Child | None:
-    """The CHILD_SA that our own rekeying made, while no other one has a claim to the place."""
-    successors = [child for child in session.children.values() if child.replaces == old.sa.id]
-    return successors[0] if len(successors) == 1 and successors[0].initiator and successors[0].state is not ChildSaState.DELETING else None
-
-
-def _note_rekeying(session: Session, old: Child, rival: Rival) -> None:
-    task = session.active
-    if old.state is ChildSaState.REKEYING and task is not None and task.asked and task.name == "CHILD_REKEY" and task.target == old.sa.id:
-        # RFC 7296 section 2.8.1: ours is on the wire, so which one stays is decided when it is answered
-        task.rival = rival
-    elif old.state is ChildSaState.DELETING:
-        # ours was answered before we saw the peer's
-        ours = _ours_in_place_of(session, old)
-        if ours is not None and ours.lowest < rival.lowest:
-            ours.state = ChildSaState.DELETING
-            session.queue.append(delete_child(ours.sa.inbound.spi, ours.sa.id, Reason.REKEYED))
-    else:
-        old.state = ChildSaState.REKEYED
-        session.later.set(old.sa.id, None)
 
 
 def bring_up(session: Session, asked: Asked, keying: Keying) -> Steps[tuple[Child, list[Payload]]]:
@@ -310,7 +282,7 @@ def _rekeyed(session: Session, request: Message) -> Child | None:
         raise _NotFound(notify)
     # RFC 7296 section 2.25.1: we are deleting it; unless that is because we rekeyed it, and then this is the late half of section 2.8.1
     # (strongSwan 5.9 would be left without an SA out if it were refused)
-    if child.state is ChildSaState.DELETING and _ours_in_place_of(session, child) is None:
+    if child.state is ChildSaState.DELETING and succession.ours_in_place_of(session, child) is None:
         raise ChildRefused(Reason.TEMPORARY_FAILURE, NotifyType.TEMPORARY_FAILURE)
     return child
 

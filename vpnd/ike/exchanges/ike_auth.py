@@ -16,7 +16,8 @@ from vpnd.ike.exchanges.ike_sa_init import certificate_requests
 from vpnd.ike.exchanges.informational import delete_spi
 from vpnd.ike.iana import Exchange, NotifyType, ProtocolId, name_of
 from vpnd.ike.identity import Identity
-from vpnd.ike.session import Ask, Response, Session, Steps, Task, Tell, ask, error_name, first_error, reason_of
+from vpnd.ike.session import Session
+from vpnd.ike.steps import Ask, Response, Steps, Task, Tell, ask, error_name, first_error, reason_of
 from vpnd.ike.wire.message import Message
 from vpnd.ike.wire.payloads import AuthPayload, DeletePayload, IdiPayload, IdrPayload, NotifyPayload, Payload, SaPayload, TsiPayload, TsrPayload
 
@@ -76,7 +77,10 @@ def initiate(session: Session, task: Task) -> Steps[None]:
     if idr is None or peer_auth is None:
         # RFC 7296 section 2.21.2: without AUTH, an error is about the IKE SA
         reason = reason_of(error_notify) if error_notify else Reason.INVALID_SYNTAX
-        if reason is Reason.PEER_AUTHENTICATION_FAILED:
+        if reason is Reason.PEER_AUTHENTICATION_FAILED and session.resumed:
+            # it says nothing about our credentials; libreswan 5.2 computes AUTH from less than RFC 5723 section 5.1 has it
+            reason = Reason.RESUMPTION_FAILED
+        elif reason is Reason.PEER_AUTHENTICATION_FAILED:
             why = f"peer {session.remote} refused our identity {own.identity}: received AUTHENTICATION_FAILED"
             session.emit(AuthenticationRejected(connection.name, expected, why))
         session.close(reason, f"{session.describe()} answered IKE_AUTH of {own.identity} with {error_name(error_notify) if error_notify else 'no AUTH'}")
@@ -89,7 +93,7 @@ def initiate(session: Session, task: Task) -> Steps[None]:
         session.emit(AuthenticationRejected(connection.name, idr.identity, f"peer {session.remote}: {error}; told it AUTHENTICATION_FAILED"))
         # RFC 7296 section 2.21.2: the peer thinks that it stands; it is told in an exchange of its own, and not waited for
         yield Tell(Exchange.INFORMATIONAL, (NotifyPayload(NotifyType.AUTHENTICATION_FAILED),))
-        session.close(Reason.AUTHENTICATION_FAILED, f"{session.describe()}: {error}")
+        session.close(Reason.RESUMPTION_FAILED if session.resumed else Reason.AUTHENTICATION_FAILED, f"{session.describe()}: {error}")
         return
     gateway = redirect.protected(session, response)
     # RFC 5685 section 6: the IKE SA goes as soon as it is there

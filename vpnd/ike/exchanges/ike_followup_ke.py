@@ -10,7 +10,8 @@ from vpnd.ike.crypto.groups import group
 from vpnd.ike.effects import Reason
 from vpnd.ike.followup import FOLLOWUP_SECONDS, LINK_LENGTH, MAX_FOLLOWUPS, Followup
 from vpnd.ike.iana import Exchange, NotifyType
-from vpnd.ike.session import Ask, Response, Session, Steps, ask, error_name, first_error, reason_of
+from vpnd.ike.session import Session
+from vpnd.ike.steps import Ask, Response, Steps, ask, error_name, first_error, reason_of
 from vpnd.ike.wire.errors import MalformedMessage
 from vpnd.ike.wire.message import Message
 from vpnd.ike.wire.payloads import KePayload, NotifyPayload

@@ -7,7 +7,8 @@ from vpnd.ike.crypto.groups import group
 from vpnd.ike.effects import AuthenticationRejected, IkeClosed, Reason
 from vpnd.ike.iana import Exchange, NotifyType, name_of
 from vpnd.ike.keymat import ike_keys, rekey_skeyseed
-from vpnd.ike.session import Ask, IkeCrypto, Response, Session, Steps, ask, error_name, first_error, reason_of
+from vpnd.ike.session import Session
+from vpnd.ike.steps import Ask, IkeCrypto, Response, Steps, ask, error_name, first_error, reason_of
 from vpnd.ike.wire.errors import MalformedMessage
 from vpnd.ike.wire.message import Message
 from vpnd.ike.wire.payloads import KePayload, NotifyPayload

@@ -20,8 +20,9 @@ from vpnd.ike.iana import CertEncoding, Exchange, NotifyType
 from vpnd.ike.keymat import IkeSuite, ike_keys, skeyseed
 from vpnd.ike.nat import HASH_LENGTH, detection_payloads, floated
 from vpnd.ike.proposal import Proposal, accept, number_proposals, select
-from vpnd.ike.session import NONCE_LENGTH, Ask, IkeCrypto, KeepWaiting, Session, Steps, ask, error_name, first_error, reason_of
+from vpnd.ike.session import Session
 from vpnd.ike.state import IkeSaState
+from vpnd.ike.steps import NONCE_LENGTH, Ask, IkeCrypto, KeepWaiting, Steps, ask, error_name, first_error, reason_of
 from vpnd.ike.wire.errors import MalformedMessage
 from vpnd.ike.wire.header import NO_SPI, Header, MessageId
 from vpnd.ike.wire.message import Message, decode_message, encode_message
@@ -256,12 +257,20 @@ def _choose(candidates: Sequence[ConnectionConfig], offered: Sequence[Proposal],
     `intermediate`: the peer can do additional key exchanges. Which method its KE payload is for counts for nothing, unlike in CREATE_CHILD_SA: somebody
     else may have made it change that with an INVALID_KE_PAYLOAD of his own, down to the weakest of both sides (RFC 7296 section 1.2).
     """
+    # many connections have the very same proposals (`vpnd.config.children.read_proposals`), and whoever asks should not make us look at them one by one
+    refused: set[int] = set()
     for connection in candidates:
+        if id(connection.proposals) in refused:
+            continue
         own = connection.proposals if intermediate else [bare for each in connection.proposals if (bare := each.without_additional()) is not None]
         proposal = select(own, offered, prefer_configured=True)
         if proposal is not None and proposal.groups:
-            fitting = tuple(other for other in candidates if other is connection or select(other.proposals, (proposal,)) is not None)
-            return _Choice(connection, fitting, proposal)
+            alike = {id(connection.proposals): True}
+            for other in candidates:
+                if id(other.proposals) not in alike:
+                    alike[id(other.proposals)] = select(other.proposals, (proposal,)) is not None
+            return _Choice(connection, tuple(other for other in candidates if alike[id(other.proposals)]), proposal)
+        refused.add(id(connection.proposals))
     return None
 
 

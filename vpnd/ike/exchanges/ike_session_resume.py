@@ -19,8 +19,9 @@ from vpnd.ike.identity import Identity
 from vpnd.ike.keymat import IkeSuite, ike_keys, resumed_skeyseed
 from vpnd.ike.nat import HASH_LENGTH, floated
 from vpnd.ike.resumption import LIFETIME, MAX_AGE, Resumable, Ticket
-from vpnd.ike.session import NONCE_LENGTH, Ask, IkeCrypto, KeepWaiting, Session, Steps, ask
+from vpnd.ike.session import Session
 from vpnd.ike.state import IkeSaState
+from vpnd.ike.steps import NONCE_LENGTH, Ask, IkeCrypto, KeepWaiting, Steps, ask
 from vpnd.ike.wire.errors import MalformedMessage
 from vpnd.ike.wire.header import NO_SPI, Header, MessageId
 from vpnd.ike.wire.message import Message, decode_message, encode_message

@@ -6,12 +6,13 @@ from collections.abc import Iterable
 from typing import Final
 
 from kernel_shim.model import Spi
-from vpnd.ike import reauthentication
+from vpnd.ike import reauthentication, succession
 from vpnd.ike.effects import IkeClosed, Reason
 from vpnd.ike.exchanges import crash_detection, mobike, redirect
 from vpnd.ike.iana import Exchange, NotifyType, ProtocolId
-from vpnd.ike.session import MAX_EARLY_DELETES, Ask, Response, Session, Steps, Task, ask
+from vpnd.ike.session import MAX_EARLY_DELETES, Session
 from vpnd.ike.state import MAX_TASKS, Child, ChildSaState, IkeSaState
+from vpnd.ike.steps import Ask, Response, Steps, Task, ask
 from vpnd.ike.wire.message import Message
 from vpnd.ike.wire.payloads import DeletePayload, Payload
 
@@ -34,11 +35,11 @@ def delete_child(spi: Spi, child_id: int, reason: Reason) -> Task:
         payload = DeletePayload(ProtocolId.ESP, (spi.to_bytes(SPI_LENGTH, "big"),))
         child = session.children.get(task.target)
         if child is not None:
-            session.cease(child)
+            succession.cease(session, child)
         yield from ask(Ask(Exchange.INFORMATIONAL, (payload,)))
         child = session.children.get(task.target)
         if child is not None:
-            session.close_child(child, reason)
+            succession.close(session, child, reason)
 
     return Task("CHILD_DELETE", steps, target=child_id)
 
@@ -55,7 +56,7 @@ def delete_ike(reason: Reason) -> Task:
     def steps(session: Session, _task: Task) -> Steps[None]:
         twins = [session.has_twin(child) for child in session.children.values()]
         for child in list(session.children.values()):
-            session.cease(child)
+            succession.cease(session, child)
         # one that a peer keeps unheard would take what is meant for its twin
         tries = None if reason is Reason.REKEYED or any(twins) else DELETE_TRIES
         yield from ask(Ask(Exchange.INFORMATIONAL, (DeletePayload(ProtocolId.IKE),), tries=tries))
@@ -106,17 +107,13 @@ def _delete(session: Session, spis: Iterable[bytes]) -> Iterable[bytes]:
                 session.early_deletes.add(spi)
             continue
         state = child.state
-        session.close_child(child, Reason.REKEYED if _rekeyed(session, child) else Reason.PEER_DELETED)
+        succession.close(session, child, Reason.REKEYED if _rekeyed(session, child) else Reason.PEER_DELETED)
         # RFC 7296 section 1.4.1: when both delete at once, our own request has said it already
         if state is not ChildSaState.DELETING:
             yield child.sa.inbound.spi.to_bytes(SPI_LENGTH, "big")
 
 
 def _rekeyed(session: Session, child: Child) -> bool:
-    """Whether another CHILD_SA stands in its place: its successor, or of two that a collision made (RFC 7296 section 2.8.1) the better one."""
-    if child.state is ChildSaState.REKEYED or (
-        session.active is not None and session.active.rival is not None and session.active.rival.child_id == child.sa.id
-    ):
-        return True
-    others = [other for other in session.children.values() if other.replaces and other is not child]
-    return any(other.replaces in (child.sa.id, child.replaces) for other in others)
+    """Whether a better one stands in its place, or is about to: the peer judged its own redundant before it told us so (RFC 7296 section 2.8.1)."""
+    rival = session.active.rival if session.active is not None else None
+    return child.state is ChildSaState.REKEYED or succession.outlived(session, child) or (rival is not None and rival.child_id == child.sa.id)

@@ -13,12 +13,14 @@ from ipaddress import IPv4Address, IPv6Address
 from typing import Final
 
 from kernel_shim.model import PORT_NAT_T, Endpoint, IPAddress, Mode, SecurityAssociation, UdpEncapsulation
+from vpnd.ike import succession
 from vpnd.ike.effects import IkeMoved, MigrateSa, Reason
 from vpnd.ike.gateway_id import reachable
 from vpnd.ike.iana import Exchange, NotifyType
 from vpnd.ike.nat import HASH_LENGTH, detect, detection_payloads
-from vpnd.ike.session import Ask, Session, Steps, Task, ask
+from vpnd.ike.session import Session
 from vpnd.ike.state import Child, IkeSaState
+from vpnd.ike.steps import Ask, Steps, Task, ask
 from vpnd.ike.wire.message import Message
 from vpnd.ike.wire.payloads import NotifyPayload, Payload
 from vpnd.peers import fixed_address
@@ -269,7 +271,7 @@ def move_child(session: Session, child: Child) -> None:
         return
     # RFC 4555 section 1.1: transport mode is between the addresses themselves; with only a port that changed it goes on
     if child.sa.mode is Mode.TRANSPORT and (inbound.source, inbound.destination) != (child.sa.inbound.source, child.sa.inbound.destination):
-        session.close_child(child, Reason.ADDRESS_CHANGED)
+        succession.close(session, child, Reason.ADDRESS_CHANGED)
         return
     session.emit(MigrateSa(child.sa.id, child.sa.inbound, inbound))
     if child.sends:

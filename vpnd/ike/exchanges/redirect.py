@@ -9,8 +9,9 @@ from vpnd.config.model import ConnectionConfig, RedirectIn
 from vpnd.ike.effects import Reason, Redirected
 from vpnd.ike.gateway_id import GatewayId, decode_gateway
 from vpnd.ike.iana import Exchange, NotifyType
-from vpnd.ike.session import Ask, Session, Steps, Task, ask
+from vpnd.ike.session import Session
 from vpnd.ike.state import IkeSaState
+from vpnd.ike.steps import Ask, Steps, Task, ask
 from vpnd.ike.wire.errors import MalformedMessage
 from vpnd.ike.wire.message import Message
 from vpnd.ike.wire.payloads import NotifyPayload, Payload

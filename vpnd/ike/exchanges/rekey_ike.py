@@ -19,22 +19,9 @@ from vpnd.ike.followup import Followup
 from vpnd.ike.iana import Exchange, NotifyType, ProtocolId
 from vpnd.ike.keymat import IkeSuite, ike_keys, rekey_skeyseed
 from vpnd.ike.proposal import Proposal, accept, number_proposals, select
-from vpnd.ike.session import (
-    NONCE_LENGTH,
-    REKEY_AGAIN,
-    Ask,
-    IkeCrypto,
-    Response,
-    Rival,
-    Session,
-    Steps,
-    Task,
-    ask,
-    error_name,
-    first_error,
-    reason_of,
-)
+from vpnd.ike.session import REKEY_AGAIN, Session
 from vpnd.ike.state import IkeSaState
+from vpnd.ike.steps import NONCE_LENGTH, Ask, IkeCrypto, Response, Rival, Steps, Task, ask, error_name, first_error, reason_of
 from vpnd.ike.wire.errors import MalformedMessage
 from vpnd.ike.wire.message import Message
 from vpnd.ike.wire.payloads import KePayload, NoncePayload, NotifyPayload, Payload, SaPayload

@@ -38,11 +38,6 @@ class Header:
     minor_version: int = 0
     higher_version: bool = False
 
-    @property
-    def local_spis(self) -> tuple[IkeSpi, IkeSpi]:
-        """(the receiver's SPI, the sender's SPI), as seen by who receives this message."""
-        return (self.responder_spi, self.initiator_spi) if self.initiator else (self.initiator_spi, self.responder_spi)
-
 
 def decode_header(data: bytes) -> Header:
     """The header of a whole datagram, whose length it must state. Raises MalformedMessage."""

@@ -44,10 +44,6 @@ class Reader:
         start = self._advance(2)
         return self._data[start] << 8 | self._data[start + 1]
 
-    def u32(self) -> int:
-        start = self._advance(4)
-        return int.from_bytes(self._data[start : start + 4], "big")
-
     def take(self, length: int) -> bytes:
         start = self._advance(length)
         return self._data[start : start + length]
@@ -104,9 +100,6 @@ class Writer:
 
     def u16(self, value: int) -> None:
         self._data += value.to_bytes(2, "big")
-
-    def u32(self, value: int) -> None:
-        self._data += value.to_bytes(4, "big")
 
     def put(self, data: bytes) -> None:
         self._data += data

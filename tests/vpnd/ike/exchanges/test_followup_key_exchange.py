@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 
 import pytest
 from lab.ike_pair import Datagram, Pair, Peer, agree, child, connection, mirrored, psk
+from sk_messages import open_message, seal_message
 
 from vpnd.ike.context import IkeSettings, Retransmission
 from vpnd.ike.crypto.groups import group
-from vpnd.ike.crypto.sk import open_message, seal_message
 from vpnd.ike.effects import ChildDenied, Reason, RekeyFailed
 from vpnd.ike.followup import FOLLOWUP_SECONDS, MAX_FOLLOWUPS
 from vpnd.ike.iana import Exchange, Group, NotifyType

@@ -172,6 +172,43 @@ def test_a_request_cut_anew_replaces_what_came_of_the_old_cut() -> None:
     agree(pair, 1)
 
 
+def test_a_late_piece_of_a_coarser_cut_does_not_undo_a_finer_one() -> None:
+    """RFC 7383 section 2.6: fewer fragments than are known of is out of date."""
+    pair = long_pair()
+    pair.connect()
+    coarse = long_request(pair)
+    pair.a.narrowest = 576
+    fine = long_request(pair)
+    assert len(coarse) < len(fine)
+    for piece in fine[:-1]:
+        pair.deliver(piece)
+    held = pair.b.reassembly.held
+    pair.deliver(coarse[-1])
+    assert pair.b.reassembly.held == held
+    pair.deliver(fine[-1])
+    assert pair.b.reassembly.held == 0
+    assert [datagram.data[18] for datagram in pair.flight] == [Exchange.INFORMATIONAL]
+    agree(pair, 1)
+
+
+def test_a_message_comes_whole_while_pieces_of_it_are_held() -> None:
+    pair = long_pair()
+    pair.connect()
+    pieces = long_request(pair)
+    for piece in pieces[:-1]:
+        pair.deliver(piece)
+    pair.a.sa.fragmentation = False
+    (whole,) = long_request(pair)
+    pair.deliver(whole)
+    assert pair.b.reassembly.held == 0
+    # the rest of it is late, and only the first piece of a message is answered again
+    answered = len(pair.flight)
+    pair.deliver(pieces[-1])
+    assert len(pair.flight) == answered == 1
+    assert pair.b.reassembly.held == 0
+    agree(pair, 1)
+
+
 def test_an_incomplete_message_is_given_up() -> None:
     pair = long_pair()
     pair.connect()

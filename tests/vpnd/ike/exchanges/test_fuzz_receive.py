@@ -10,7 +10,7 @@ from lab.ike_pair import Pair, agree, child, connection, mirrored, psk
 from vpnd.ike.cookie import invalid_major_version, parse_init_request
 from vpnd.ike.iana import Exchange, NotifyType
 from vpnd.ike.sa import IkeSa
-from vpnd.ike.session import Ask, Steps, Task, ask
+from vpnd.ike.steps import Ask, Steps, Task, ask
 from vpnd.ike.wire.message import Message, decode_message
 from vpnd.ike.wire.payloads import (
     AuthPayload,

@@ -5,14 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from lab.ike_pair import Datagram, Pair, agree, child, psk_pair
+from lab.ike_pair import Datagram, Pair, agree, child, connection, mirrored, psk, psk_pair
+from sk_messages import seal_message
 
 from vpnd.ike.effects import Reason
-from vpnd.ike.iana import Exchange, NotifyType
-from vpnd.ike.session import Ask, Session, Steps, Task, ask
-from vpnd.ike.wire.header import Header
-from vpnd.ike.wire.message import Message, decode_message
-from vpnd.ike.wire.payloads import DeletePayload, NotifyPayload, Payload, UnknownPayload
+from vpnd.ike.exchanges import create_child_sa
+from vpnd.ike.iana import Exchange, Group, NotifyType, TransformType
+from vpnd.ike.identity import Identity
+from vpnd.ike.session import Session
+from vpnd.ike.steps import Ask, Steps, Task, ask
+from vpnd.ike.wire.header import Header, IkeSpi, MessageId
+from vpnd.ike.wire.message import Message, decode_message, encode_message
+from vpnd.ike.wire.payloads import DeletePayload, IdiPayload, NotifyPayload, Payload, SaPayload, UnknownPayload
 
 UNKNOWN = 200
 
@@ -161,3 +165,81 @@ def test_one_in_clear_before_sk_is_nobodys() -> None:
     pair.settle()
     assert pair.a.sa.tasks_active == ()
     agree(pair, 1)
+
+
+@pytest.mark.parametrize("flaw", ["spi-of-the-sender", "initiator", "both-spis-turned"])
+def test_a_header_that_names_another_ike_sa_is_nobodys_even_under_our_keys(flaw: str) -> None:
+    pair = psk_pair(child())
+    pair.connect()
+    sa = pair.a.sa
+    spis = {"spi-of-the-sender": (IkeSpi(b"anothers"), sa.wire_spi_r), "both-spis-turned": (sa.wire_spi_r, sa.wire_spi_i)}
+    spi_i, spi_r = spis.get(flaw, (sa.wire_spi_i, sa.wire_spi_r))
+    header = Header(spi_i, spi_r, Exchange.INFORMATIONAL, MessageId(2), initiator=flaw != "initiator", response=False)
+    sealed = seal_message(header, (DeletePayload(1),), sa.keys.send, pair.a.entropy)
+    assert pair.b.sa.receive(sealed, pair.b.sa.local, pair.b.sa.remote, pair.now) == []
+    agree(pair, 1)
+    # what is right about everything else is acted upon
+    right = Header(sa.wire_spi_i, sa.wire_spi_r, Exchange.INFORMATIONAL, MessageId(2), initiator=True, response=False)
+    pair.deliver(Datagram("a", sa.local, sa.remote, seal_message(right, (DeletePayload(1),), sa.keys.send, pair.a.entropy)))
+    assert pair.b.closed is Reason.PEER_DELETED
+
+
+def test_a_choice_that_is_not_that_of_the_key_exchange_is_no_answer() -> None:
+    """The responder says one group in SA and uses another in KE, both of which were offered."""
+    both = "aes128-sha256-x25519-ecp256"
+    pair = Pair(connection("to-b", psk("a"), psk("b"), [child()], both), connection("to-a", psk("b"), psk("a"), [mirrored(child())], both))
+    pair.a.start(pair.b.endpoint, pair.now)
+    pair.step()
+    answer = pair.take()
+    message = decode_message(answer.data)
+
+    def other_group(payload: Payload) -> Payload:
+        if not isinstance(payload, SaPayload):
+            return payload
+        (chosen,) = payload.proposals
+        transforms = tuple(replace(each, id=Group.ECP_256) if each.type == TransformType.KE else each for each in chosen.transforms)
+        return SaPayload((replace(chosen, transforms=transforms),))
+
+    forged = encode_message(replace(message, payloads=tuple(map(other_group, message.payloads))))
+    pair.deliver(replace(answer, data=forged))
+    assert not pair.flight
+    # and the true one, should it come, is still taken
+    pair.deliver(answer)
+    pair.settle()
+    agree(pair, 1)
+
+
+@pytest.mark.parametrize("exchange", [Exchange.IKE_AUTH, Exchange.IKE_INTERMEDIATE, Exchange.CREATE_CHILD_SA, Exchange.INFORMATIONAL])
+def test_a_responder_that_is_not_authenticated_asks_nothing_of_us(exchange: int) -> None:
+    """Who did the key exchange has the keys, whoever it is (RFC 7296 section 2.2)."""
+    pair = psk_pair(child())
+    pair.a.start(pair.b.endpoint, pair.now)
+    pair.step()
+    pair.step()
+    genuine = pair.take()
+    stranger = pair.b.sa
+    for number in (0, 1):
+        header = Header(stranger.wire_spi_i, stranger.wire_spi_r, exchange, MessageId(number), initiator=False, response=False)
+        sealed = seal_message(header, (DeletePayload(1), IdiPayload(Identity.parse("b.example"))), stranger.keys.send, pair.b.entropy)
+        pair.deliver(Datagram("b", stranger.local, stranger.remote, sealed))
+        assert not pair.flight
+        assert pair.a.closed is None
+    pair.deliver(genuine)
+    pair.settle()
+    agree(pair, 1)
+
+
+def test_a_peer_gets_no_more_children_than_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(create_child_sa, "MAX_CHILDREN", 3)
+    pair = psk_pair(child())
+    pair.connect()
+    (entry,) = pair.a.sa.children.values()
+    for _ in range(5):
+        pair.a.run(pair.a.sa, pair.a.sa.create_child(entry.config, pair.now), pair.now)
+        pair.settle()
+    assert pair.a.failed == [Reason.NO_ADDITIONAL_SAS] * 3
+    agree(pair, 3)
+    # one that replaces another is refused as well, and the old one stays
+    pair.a.run(pair.a.sa, pair.a.sa.rekey_child(entry.sa.id, pair.now), pair.now)
+    pair.settle()
+    agree(pair, 3)

@@ -7,14 +7,17 @@ from dataclasses import replace
 
 import pytest
 from lab.ike_pair import Datagram, Pair, agree, child, connection, mirrored, psk
+from sk_messages import open_message, seal_message
 
 from vpnd.ike.context import IkeSettings, Retransmission
 from vpnd.ike.crypto.groups import group
-from vpnd.ike.crypto.sk import open_message, seal_message
 from vpnd.ike.effects import AuthenticationRejected, Reason
+from vpnd.ike.exchanges import ike_intermediate
 from vpnd.ike.iana import Exchange, Group, NotifyType, ProtocolId
 from vpnd.ike.proposal import default_proposals
 from vpnd.ike.sa import IkeSaState
+from vpnd.ike.session import Session
+from vpnd.ike.steps import Steps
 from vpnd.ike.transport import UNPROTECTED_ERROR_GRACE
 from vpnd.ike.wire.header import Header, MessageId
 from vpnd.ike.wire.message import Message, decode_message, encode_message
@@ -295,6 +298,22 @@ def test_ike_auth_before_the_last_key_exchange_ends_it() -> None:
     assert answer_of(pair) == [NotifyType.INVALID_SYNTAX]
     assert pair.b.closed is Reason.INVALID_SYNTAX
     assert pair.b.happened(AuthenticationRejected)
+
+
+def test_a_peer_that_leaves_the_additional_key_exchange_out_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its AUTH is right: it has the secret, and nothing of IKE_INTERMEDIATE is to be covered."""
+
+    def none_at_all(_session: Session) -> Steps[bool]:
+        yield from ()
+        return True
+
+    monkeypatch.setattr(ike_intermediate, "initiate", none_at_all)
+    pair = pair_of(ONE)
+    pair.connect()
+    assert not any("INTERMEDIATE" in line for line in pair.log)
+    assert pair.b.closed is Reason.INVALID_SYNTAX
+    agree_nothing(pair)
+    assert not pair.a.sad
 
 
 def test_no_more_rounds_than_were_agreed_on() -> None:

@@ -13,7 +13,8 @@ from vpnd.ike.effects import ChildClosed, IkeMoved, Reason
 from vpnd.ike.exchanges import mobike
 from vpnd.ike.exchanges.mobike import MAX_ADDITIONAL
 from vpnd.ike.iana import Exchange, NotifyType
-from vpnd.ike.session import Ask, Session, Steps, Task, ask
+from vpnd.ike.session import Session
+from vpnd.ike.steps import Ask, Steps, Task, ask
 from vpnd.ike.wire.message import Message
 from vpnd.ike.wire.payloads import NotifyPayload, Payload
 
@@ -93,11 +94,12 @@ def test_no_data_goes_to_an_address_before_its_route_is_checked() -> None:
     assert addresses(pair)[1] == {NEW, "192.0.2.2"}
 
 
-def test_a_cookie_that_does_not_come_back_closes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("echo", [[], [NotifyPayload(NotifyType.COOKIE2, bytes(32))], [NotifyPayload(NotifyType.COOKIE2, b"")]], ids=["none", "other", "empty"])
+def test_a_cookie_that_does_not_come_back_closes(echo: list[NotifyPayload], monkeypatch: pytest.MonkeyPatch) -> None:
     """RFC 4555 section 3.7."""
     pair = connected()
     answer = mobike.answer
-    monkeypatch.setattr(mobike, "answer", lambda session, request: [] if session.initiator else answer(session, request))
+    monkeypatch.setattr(mobike, "answer", lambda session, request: echo if session.initiator else answer(session, request))
     roam(pair, NEW)
     pair.settle()
     assert pair.b.closed is Reason.INVALID_SYNTAX

@@ -10,6 +10,7 @@ from vpnd_certificates import Authority, key, source
 
 from vpnd.config.model import AuthMethod, AuthRound, SharedSecret
 from vpnd.ike.effects import Reason
+from vpnd.ike.exchanges import ike_auth
 from vpnd.ike.iana import NotifyType
 from vpnd.ike.identity import Identity
 from vpnd.ike.wire.message import Message, decode_message, encode_message
@@ -104,6 +105,18 @@ def test_the_initiator_demands_one_that_the_responder_has_not() -> None:
     pair.connect()
     assert pair.a.closed is Reason.NO_CREDENTIALS
     assert not any("IKE_AUTH" in line for line in pair.log)
+
+
+def test_a_responder_that_proves_itself_without_the_ppk_is_not_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has the shared key, and not the PPK that the initiator demands: it says nothing of a PPK and believes anything."""
+    pair = pair_of(a_required=True)
+    monkeypatch.setattr(ike_auth.postquantum, "of_responder", lambda _session, _request, auth: (None, auth))
+    checked = ike_auth.check
+    monkeypatch.setattr(ike_auth, "check", lambda session, *rest: checked(session, *rest) if session.initiator else None)
+    pair.connect()
+    assert pair.a.closed is Reason.AUTHENTICATION_FAILED
+    assert pair.b.closed is Reason.PEER_AUTHENTICATION_FAILED
+    agree(pair, 0)
 
 
 def test_the_responder_demands_one_that_the_initiator_has_not() -> None:

@@ -30,7 +30,7 @@ from vpnd.ike.effects import ChildClosed, IkeClosed, Reason
 
 
 def one_child_of(pair: Pair, loser: str) -> None:
-    finish(pair, 1)
+    finish(pair, 1, lossless=True)
     (a,), (b,) = pair.a.sa.children.values(), pair.b.sa.children.values()
     assert a.initiator is (loser == "b")
     assert b.initiator is (loser == "a")
@@ -79,6 +79,7 @@ def test_any_message_of_a_collision_is_lost_or_repeated(acts: Act, repeated: boo
     collide(pair, acts, acts)
 
     def disturb(datagram: Datagram) -> bool:
+        invariants(pair)
         seen[0] += 1
         if seen[0] == lost and repeated:
             pair.deliver(datagram)
@@ -86,7 +87,7 @@ def test_any_message_of_a_collision_is_lost_or_repeated(acts: Act, repeated: boo
 
     pair.settle(disturb)
     pair.wait(200.0, disturb)
-    finish(pair, 1)
+    finish(pair, 1, lossless=True)
 
 
 @pytest.mark.parametrize("loser", ["a", "b"])
@@ -96,8 +97,13 @@ def test_all_that_one_side_sends_is_lost_for_a_while(acts: Act, deaf: str, loser
     pair = make_pair(loser)
     collide(pair, acts, acts)
     pair.wait(10.0, lambda datagram: datagram.sender == deaf)
-    pair.wait(200.0)
-    finish(pair, 1)
+
+    def watch(_datagram: Datagram) -> bool:
+        invariants(pair)
+        return False
+
+    pair.wait(200.0, watch)
+    finish(pair, 1, lossless=True)
 
 
 # CHILD rekeying and deletion, RFC 7296 section 2.25.1

@@ -7,7 +7,8 @@ from lab.ike_pair import Pair, Peer, agree, child, psk_pair
 
 from vpnd.ike.iana import Exchange, NotifyType, ProtocolId
 from vpnd.ike.proposal import number_proposals
-from vpnd.ike.session import Ask, Session, Steps, Task, ask
+from vpnd.ike.session import Session
+from vpnd.ike.steps import Ask, Steps, Task, ask
 from vpnd.ike.wire.message import Message
 from vpnd.ike.wire.payloads import KePayload, NoncePayload, NotifyPayload, Payload, SaPayload, TsiPayload, TsrPayload
 

@@ -13,6 +13,7 @@ from vpnd.config.model import ChildConfig
 from vpnd.ike.context import IkeSettings, Retransmission
 from vpnd.ike.effects import ChildClosed, ChildEstablished, IkeHandedOver, IkeOpened, Reason, RekeyFailed
 from vpnd.ike.exchanges.rekey_ike import REPLACED_TIMEOUT
+from vpnd.ike.iana import Group
 from vpnd.ike.sa import ChildSaState, IkeSaState
 from vpnd.ike.session import REKEY_AGAIN, RETRIES, RETRY_LAST
 
@@ -110,6 +111,28 @@ def test_pfs_makes_a_key_exchange_and_none_without() -> None:
         rekey_child(pair, pair.a)
         sizes[config.name] = len(pair.flight[0].data)
     assert sizes["pfs"] - sizes["plain"] >= 40  # KE(x25519), and its transform
+
+
+@pytest.mark.parametrize(
+    ("peers", "groups"),
+    [("aes128gcm16-ecp256", (Group.ECP_256,)), ("aes128gcm16-modp2048-modpnone", (Group.MODP_2048,)), ("aes128gcm16-modpnone", ()), ("aes128gcm16", ())],
+    ids=["must", "may", "must not, in so many words", "must not"],
+)
+@pytest.mark.parametrize("asks", ["a", "b"])
+def test_the_defaults_leave_a_key_exchange_to_the_peer(asks: str, peers: str, groups: tuple[Group, ...]) -> None:
+    ours = child("net", "10.1.0.0/16", "10.2.0.0/16", "default")
+    theirs = child("net", "10.2.0.0/16", "10.1.0.0/16", peers)
+    pair = Pair(connection("to-b", psk("a"), psk("b"), [ours]), connection("to-a", psk("b"), psk("a"), [theirs]))
+    pair.connect()
+    rekey_child(pair, of(pair, asks)[0])
+    pair.settle()
+    pair.wait(DELAY)
+    agree(pair, 1)
+    assert not pair.a.happened(RekeyFailed)
+    assert not pair.b.happened(RekeyFailed)
+    for peer in pair.peers:
+        (established,) = peer.sa.children.values()
+        assert established.proposal.groups == groups
 
 
 def test_the_selectors_in_use_are_asked_for_again() -> None:

@@ -216,7 +216,19 @@ def test_an_identity_that_is_not_the_tickets_is_refused() -> None:
     pair.a.resumption.wallet.keep(altered(pair, ticket, local_id=Identity.parse("root.example")))
     pair.connect()
     assert pair.b.closed is Reason.AUTHENTICATION_FAILED
-    assert pair.a.closed is Reason.PEER_AUTHENTICATION_FAILED
+    assert pair.a.closed is Reason.RESUMPTION_FAILED
+    agree(pair, 0)
+
+
+def test_a_responder_with_another_identity_than_the_tickets_is_refused() -> None:
+    pair = standing()
+    ticket = pair.a.resumption.wallet.take("to-b", pair.now)
+    assert ticket is not None
+    lose(pair)
+    pair.a.connections[0] = replace(pair.a.connections[0], remote=(psk("root.example"),))
+    pair.a.resumption.wallet.keep(altered(pair, ticket, remote_id=Identity.parse("root.example")))
+    pair.connect()
+    assert pair.a.closed is Reason.RESUMPTION_FAILED
     agree(pair, 0)
 
 

@@ -96,7 +96,6 @@ def test_header_flags(initiator, response, higher):
     data = encode_message(Message(header, ()))
     assert data[19] == 0x08 * initiator | 0x20 * response | 0x10 * higher
     assert decode_header(data) == header
-    assert header.local_spis == ((NO_SPI, b"initiato") if initiator else (b"initiato", NO_SPI))
 
 
 def test_octets_of_an_sa_payload():
