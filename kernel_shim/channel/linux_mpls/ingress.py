@@ -78,7 +78,7 @@ async def admit(route: AsyncIPRoute, peer: Peer) -> None:
         key = f"{block.value << BEHIND_LABEL:#x}/{block.mask << BEHIND_LABEL:#x}+0"
         await _filter(route, "add", "u32", index, PASS, target=FLOW, keys=[key], action="ok")
     for block in filters.passed.keys() - wanted:
-        await _filter(route, "del", "u32", index, PASS, handle=filters.passed[block])
+        await _filter(route, "del", "u32", index, PASS, target=FLOW, handle=filters.passed[block])
     if not gate(peer.name, open_=True):
         raise KernelError(errno.EACCES, f"peer {peer.name}: {tunnel_device(peer.name)} cannot be opened to labels")
 

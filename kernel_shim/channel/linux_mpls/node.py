@@ -54,13 +54,13 @@ class LinuxLabels:
                 if isinstance(known, Vrf) and isinstance(entry, Vrf) and (known.interface, known.table) != (entry.interface, entry.table):
                     for other in (*upon, known):  # in the former table they would stay
                         await self._delete(netlink, other)
-                made = await self._put(netlink, entry)
+                made = await self._put(netlink, entry, ours=known is not None)
                 self._entries[entry.key] = entry
-                if made:  # what rested upon the former device went with it
+                if made:  # what rested upon the former device went with it, or lost a path
                     for other in upon:
                         del self._entries[other.key]
                     for other in upon:
-                        await self._put(netlink, other)
+                        await self._put(netlink, other, ours=True)
                         self._entries[other.key] = other
 
     async def delete_labels(self, entries: Sequence[NodeEntry]) -> None:
@@ -109,8 +109,8 @@ class LinuxLabels:
 
     # One entry
 
-    async def _put(self, netlink: AsyncIPRoute, entry: NodeEntry) -> bool:
-        """Whether a device is there that was not."""
+    async def _put(self, netlink: AsyncIPRoute, entry: NodeEntry, *, ours: bool) -> bool:
+        """Whether a device is there that was not. `ours`: a route of that key may be replaced."""
         match entry:
             case Vrf():
                 made = await devices.put_vrf(netlink, entry)
@@ -125,7 +125,7 @@ class LinuxLabels:
             case LabelBinding() | VrfRoute():
                 self._sysctls.set("mpls/platform_labels", str(TABLE_SIZE))
                 if not (isinstance(entry, VrfRoute) and routes.stays_within(entry)):
-                    await routes.put_route(netlink, entry, self._vrfs, ours=entry.key in self._entries)
+                    await routes.put_route(netlink, entry, self._vrfs, ours=ours)
             case _:
                 raise KernelError(errno.EOPNOTSUPP, "Linux sets the traffic class of labels that it pushes to 0")
         return False

@@ -94,8 +94,8 @@ def test_entries_come_are_read_and_go() -> None:
         kernel = LinuxLabels(sysctls)
         await kernel.put_labels(ENTRIES)
         assert keyed(await kernel.labels()) == keyed(ENTRIES)
-        assert "ttl-propagate disabled" in await ip("-f mpls route show 101")
-        assert "ttl-propagate enabled" in await ip("-f mpls route show 103")
+        assert "disabled" in await ip("-f mpls route show 101")
+        assert "enabled" in await ip("-f mpls route show 103")
         await ip("-f mpls route add 999 dev vpn-blue")
         await ip("route add 10.6.0.0/24 dev vpn-red table 101")
         await kernel.put_labels(ENTRIES)  # again is harmless
