@@ -264,6 +264,30 @@ class Carrier:
                 self._closed(entry, effect)
             case IkeOpened() | IkeHandedOver():
                 pass  # at once, in `run`
+            case Redirected(gateway):
+                self.redirected(entry.current, gateway)
+            case IkeMoved(local, remote):
+                entry = entry.current
+                for child_id in list(entry.installing):  # of one that sends not yet, the SA out did not move
+                    self._installed(entry, child_id)
+                self._counters.add("ike_moved")
+                self._news.say(f"IKE_SA {entry.sa.connection.name}[{entry.sa.unique_id}] is between {local} and {remote} now", entry)
+            case AuthenticationRejected(connection, peer, why):
+                self._counters.add("authentication_rejected")
+                self._say_of_stranger(
+                    f"authentication of peer '{peer or '%any'}' at {entry.sa.remote} for connection '{connection or '?'}' failed: {why}", entry, warning=True
+                )
+            case InitialContact(local_id, remote_id):
+                for other in uniqueness.after_initial_contact(self._registry, entry, (local_id, remote_id)):
+                    other.superseded = True
+                    self.run(other, other.sa.abort(asyncio.get_running_loop().time(), Reason.REPLACED))
+            case ChildEstablished() | ChildClosed() | ChildFailed() | ChildDenied() | RekeyFailed():
+                self._tell_of_child(entry, effect)
+            case _:
+                raise AssertionError(f"{effect} needs the kernel")
+
+    def _tell_of_child(self, entry: Entry, effect: ChildEstablished | ChildClosed | ChildFailed | ChildDenied | RekeyFailed) -> None:
+        match effect:
             case ChildEstablished(child, replaces):
                 entry = entry.current
                 self._installed(entry, child.id)  # of one that the peer rekeys, the SA out comes only when the old one goes
@@ -279,14 +303,6 @@ class Carrier:
                         self.listener.child_established(entry, child)
                     else:
                         self.listener.child_rekeyed(entry, replaces, child)
-            case Redirected(gateway):
-                self.redirected(entry.current, gateway)
-            case IkeMoved(local, remote):
-                entry = entry.current
-                for child_id in list(entry.installing):  # of one that sends not yet, the SA out did not move
-                    self._installed(entry, child_id)
-                self._counters.add("ike_moved")
-                self._news.say(f"IKE_SA {entry.sa.connection.name}[{entry.sa.unique_id}] is between {local} and {remote} now", entry)
             case RekeyFailed(child_id, reason, detail):
                 entry = entry.current
                 self._counters.add("rekey_failed")
@@ -310,17 +326,6 @@ class Carrier:
             case ChildDenied(reason, detail):
                 self._counters.add("child_denied")
                 self._news.say(f"peer's request for a CHILD_SA denied: {reason.value}{f' ({detail})' if detail else ''}", entry, warning=True)
-            case AuthenticationRejected(connection, peer, why):
-                self._counters.add("authentication_rejected")
-                self._say_of_stranger(
-                    f"authentication of peer '{peer or '%any'}' at {entry.sa.remote} for connection '{connection or '?'}' failed: {why}", entry, warning=True
-                )
-            case InitialContact(local_id, remote_id):
-                for other in uniqueness.after_initial_contact(self._registry, entry, (local_id, remote_id)):
-                    other.superseded = True
-                    self.run(other, other.sa.abort(asyncio.get_running_loop().time(), Reason.REPLACED))
-            case _:
-                raise AssertionError(f"{effect} needs the kernel")
 
     def _authenticated(self, entry: Entry) -> None:
         self._registry.established(entry)

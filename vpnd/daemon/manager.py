@@ -23,7 +23,7 @@ from vpnd.daemon.kernel_side import KernelSide
 from vpnd.daemon.markings import Markings
 from vpnd.daemon.news import News
 from vpnd.daemon.redirects import Redirection, Redirects
-from vpnd.daemon.registry import Registry
+from vpnd.daemon.registry import InitKey, Registry
 from vpnd.daemon.reqids import ReqIds
 from vpnd.gate import Admitted, Gate, GateSettings, Refused, Reply, origin_of
 from vpnd.ike.context import IkeSettings
@@ -295,24 +295,28 @@ class Manager:
             case Refused(counter):
                 self.counters.add(counter)
             case Admitted():
-                if len(self.registry) >= MAXIMUM_IKE_SAS:
-                    self.counters.add("ike_sa_limit")
-                    return
-                if not self.kernel.connected:
-                    self.counters.add("ike_refused_no_kernel")
-                    return
-                sa, effects = IkeSa.respond(self, data, local, remote, now)
-                if sa is None:
-                    for effect in effects:
-                        if isinstance(effect, Send):
-                            self._sockets.send(effect.local, effect.remote, effect.data)
-                        elif isinstance(effect, AuthenticationRejected):
-                            self.counters.add("ike_init_refused")
-                            if (unsaid := self._refusals.admit(now)) is not None:
-                                also = f" ({unsaid} more like it were not logged)" if unsaid else ""
-                                self.say(f"IKE_SA_INIT from {remote} refused: {effect.why}{also}", warning=True)
-                    return
-                self.run(self.registry.enter_half_open(sa, key), effects)
+                self._respond(key, local, remote, data, now)
+
+    def _respond(self, key: InitKey, local: Endpoint, remote: Endpoint, data: bytes, now: float) -> None:
+        """Answer an IKE_SA_INIT request that the gate let in."""
+        if len(self.registry) >= MAXIMUM_IKE_SAS:
+            self.counters.add("ike_sa_limit")
+            return
+        if not self.kernel.connected:
+            self.counters.add("ike_refused_no_kernel")
+            return
+        sa, effects = IkeSa.respond(self, data, local, remote, now)
+        if sa is not None:
+            self.run(self.registry.enter_half_open(sa, key), effects)
+            return
+        for effect in effects:
+            if isinstance(effect, Send):
+                self._sockets.send(effect.local, effect.remote, effect.data)
+            elif isinstance(effect, AuthenticationRejected):
+                self.counters.add("ike_init_refused")
+                if (unsaid := self._refusals.admit(now)) is not None:
+                    also = f" ({unsaid} more like it were not logged)" if unsaid else ""
+                    self.say(f"IKE_SA_INIT from {remote} refused: {effect.why}{also}", warning=True)
 
     def drain(self) -> None:
         """Take no new IKE SA of a peer from now on: it would be left without us."""
