@@ -81,6 +81,17 @@ def test_bad_frames_end_the_connection(frame: str) -> None:
         FpmDecoder().feed(bytes.fromhex(frame))
 
 
+def test_an_ipv6_route_of_an_ipv4_next_hop_leads_there() -> None:
+    """bgpd's VPNv6 over an IPv4 session."""
+    hop = (
+        bytes.fromhex("01010038" + "34000000680001050000000000000000" + "0a00000000000000" + "0800010009000000" + "14000600")
+        + bytes(10)
+        + b"\xff\xff"
+        + GATEWAY.packed
+    )
+    assert FpmDecoder().feed(hop) == [GroupChange(9, Hop(GATEWAY))]
+
+
 def test_other_frames_and_messages_are_passed_over() -> None:
     assert FpmDecoder().feed(bytes.fromhex("0102000812345678") + bytes.fromhex("01010014" + "10000000030000000000000000000000") + CAPTURED) == SAID
 
