@@ -164,7 +164,7 @@ class FpmRib:
         if isinstance(name, tuple):
             table, prefix = name
             vrf = self._surroundings.vrf_of_table(table)
-            if vrf is None:
+            if vrf is None or prefix.is_link_local:
                 return self._set_entry(name, None)
             paths = self._paths(hops, lambda hop: self._path_of_route(vrf, hop))
             return self._set_entry(name, VrfRoute(vrf, prefix, paths) if paths else None)

@@ -127,8 +127,9 @@ class RoutingFeed:
     def _surroundings(self) -> Surroundings:
         config = self._config
         names = {name: vrf.name for vrf in config.vrfs.values() for name in (vrf.name, vrf.interface, *vrf.members)}
-        tables = {link.table: names[link.name] for link in self._links.values() if link.table and link.name in names}
-        tables |= {vrf.table: vrf.name for vrf in config.vrfs.values() if vrf.table}
+        # What is said of a VRF's own table, the daemon has read there: it is what became of its routes, and no route of its own.
+        echoes = HOST_TABLES | {vrf.table for vrf in config.vrfs.values()}
+        tables = {link.table: names[link.name] for link in self._links.values() if link.table not in echoes and link.name in names}
         strange: set[int] = set()
         peers: dict[IPAddress, str] = {}
         for peer in config.peers.values():
@@ -137,7 +138,7 @@ class RoutingFeed:
 
         def vrf_of_table(table: int) -> str | None:
             vrf = tables.get(table)
-            if vrf is None and table not in HOST_TABLES and table not in strange and len(strange) < MAX_VRFS:
+            if vrf is None and table not in echoes and table not in strange and len(strange) < MAX_VRFS:
                 strange.add(table)  # looked for once
                 self._unknown = True
             return vrf
@@ -147,7 +148,7 @@ class RoutingFeed:
             if link is None:
                 self._unknown |= bool(index)
                 return None
-            return tables.get(link.table) or names.get(link.name)
+            return names.get(link.name) or tables.get(link.table)
 
         return Surroundings(vrf_of_table, vrf_of_interface, peers.get)
 
