@@ -150,7 +150,8 @@ class RoutingFeed:
                 return None
             return names.get(link.name) or tables.get(link.table)
 
-        return Surroundings(vrf_of_table, vrf_of_interface, peers.get)
+        complete = frozenset(vrf.name for vrf in config.vrfs.values() if vrf.prefixes)
+        return Surroundings(vrf_of_table, vrf_of_interface, peers.get, complete=complete)
 
     async def _read_links(self) -> None:
         while self._unknown:
