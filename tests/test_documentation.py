@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 
 from kernel_shim.io import main as shim_cli
-from kernel_shim.pfkey.constants import ExtensionType, MessageType
+from kernel_shim.pfkey.constants import MAX_MESSAGE, ExtensionType, MessageType
+from kernel_shim.pfkey.outbox import MAX_PENDING_ACQUIRES, MAX_QUEUED_NOTICES, MAX_QUEUED_REPLIES
+from kernel_shim.pfkey.server import MAX_REMEMBERED_REPLIES
+from kernel_shim.pfkey.watch import MAX_WATCHED_MESSAGES
 from kernel_shim.reasons import DropReason
 from vpnd.cli import control as vpnctl_cli
 from vpnd.cli import daemon as vpnd_cli
@@ -203,3 +206,9 @@ def test_private_messages_and_extensions_of_pf_key() -> None:
     assert len(numbered) > 20
     for name, number in numbered.items():
         assert re.search(rf"\b{name} \({number}\)", DOCUMENTS["pfkey-extensions.md"]), name
+
+
+def test_bounds_of_pf_key() -> None:
+    bounds = (MAX_MESSAGE, MAX_QUEUED_REPLIES, MAX_PENDING_ACQUIRES, MAX_QUEUED_NOTICES, MAX_WATCHED_MESSAGES, MAX_REMEMBERED_REPLIES)
+    numbers = set(re.findall(r"\b[0-9][0-9,]*\b", DOCUMENTS["pfkey-extensions.md"]))
+    assert {f"{bound:,}" for bound in bounds} <= numbers
