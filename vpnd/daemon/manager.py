@@ -45,6 +45,7 @@ from vpnd.telemetry.throttle import Throttle
 OPENING: Final = (Exchange.IKE_SA_INIT, Exchange.IKE_SESSION_RESUME)
 
 MAXIMUM_IKE_SAS: Final = 100_000  # with peers that ask; some 25 kB each
+MAX_STEPS: Final = 1024  # of one IKE SA that wait for the kernel, beyond which its peer is not heard
 TIMERS_AT_ONCE: Final = 64  # IKE SAs whose deadline has come, before datagrams get their turn
 REFUSALS_AT_ONCE: Final = 20  # log lines about IKE_SA_INITs that were refused; anybody can cause them
 REFUSALS_A_SECOND: Final = 1.0
@@ -244,12 +245,19 @@ class Manager:
         spi = int.from_bytes(data[8:16] if from_initiator else data[0:8])
         entry = self.registry.by_spi(spi)
         if entry is not None:
-            self.run(entry, entry.sa.receive(data, local, remote, self._now()))
+            self._deliver(entry, local, remote, data)
         elif spi == 0 and from_initiator and data[18] in OPENING and not data[19] & FLAG_RESPONSE:
             self._initial(local, remote, data)
         else:
             self.counters.add("ike_unknown_spi")
             self._unknown(local, remote, data)
+
+    def _deliver(self, entry: Entry, local: Endpoint, remote: Endpoint, data: bytes) -> None:
+        # a peer that does not wait for our answers, while these wait for the kernel; one that does sends it again
+        if len(entry.steps) >= MAX_STEPS:
+            self.counters.add("ike_overloaded")
+            return
+        self.run(entry, entry.sa.receive(data, local, remote, self._now()))
 
     def _unknown(self, local: Endpoint, remote: Endpoint, data: bytes) -> None:
         """RFC 6290 section 4.2, but not for an IKE SA that stands: with one of its SPIs in the wrong place a stranger would get its token."""
@@ -279,7 +287,7 @@ class Manager:
         key = (int.from_bytes(data[0:8]), remote)
         entry = self.registry.by_init(key)
         if entry is not None:
-            self.run(entry, entry.sa.receive(data, local, remote, now))
+            self._deliver(entry, local, remote, data)
             return
         # a request of our own that was sent back to us: whoever shares its secret with us would be us
         if key[0] in self.registry:
