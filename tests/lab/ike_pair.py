@@ -317,7 +317,7 @@ class Pair:
         self.log: list[str] = []
         self.a = Peer("a", "192.0.2.1", [a], self.flight)
         self.b = Peer("b", "192.0.2.2", [b] if isinstance(b, ConnectionConfig) else list(b), self.flight)
-        self._nat_a, self._nat_b = nat_a, nat_b
+        self.nat_a, self.nat_b = nat_a, nat_b
         for peer in (self.a, self.b):
             peer.credentials.load_shared(SharedSecret("all", KEY))
 
@@ -327,21 +327,21 @@ class Pair:
 
     # The network
 
-    def _outside(self, endpoint: Endpoint) -> Endpoint:
-        for own, nat in ((self.a.address, self._nat_a), (self.b.address, self._nat_b)):
+    def outside(self, endpoint: Endpoint) -> Endpoint:
+        for own, nat in ((self.a.address, self.nat_a), (self.b.address, self.nat_b)):
             if nat and endpoint.address == ip_address(own):
                 return Endpoint(ip_address(nat), endpoint.port + 20000 if own == self.a.address else endpoint.port)
         return endpoint
 
     def _inside(self, endpoint: Endpoint) -> Endpoint:
-        for own, nat in ((self.a.address, self._nat_a), (self.b.address, self._nat_b)):
+        for own, nat in ((self.a.address, self.nat_a), (self.b.address, self.nat_b)):
             if nat and endpoint.address == ip_address(nat):
                 return Endpoint(ip_address(own), endpoint.port - 20000 if own == self.a.address else endpoint.port)
         return endpoint
 
     def deliver(self, datagram: Datagram) -> None:
         self.log.append(str(datagram))
-        arrived = Datagram(datagram.sender, self._inside(datagram.remote), self._outside(datagram.local), datagram.data)
+        arrived = Datagram(datagram.sender, self._inside(datagram.remote), self.outside(datagram.local), datagram.data)
         (self.b if datagram.sender == "a" else self.a).arrive(arrived, self.now)
 
     def take(self) -> Datagram:
@@ -389,7 +389,7 @@ class Pair:
     # The usual beginning
 
     def connect(self, drop: Callable[[Datagram], bool] = lambda datagram: False) -> None:
-        self.a.start(self._outside(self.b.endpoint), self.now, *list(self.a.connections[0].children.values())[:1])
+        self.a.start(self.outside(self.b.endpoint), self.now, *list(self.a.connections[0].children.values())[:1])
         self.settle(drop)
 
 

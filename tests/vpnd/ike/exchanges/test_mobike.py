@@ -165,7 +165,7 @@ def test_a_path_that_fails_is_found_out_and_another_taken() -> None:
 
 def test_a_peer_behind_a_nat_keeps_its_encapsulation() -> None:
     pair = connected(nat_a="198.51.100.7")
-    pair._nat_a = None
+    pair.nat_a = None
     roam(pair, NEW)
     pair.settle()
     assert addresses(pair) == [{NEW, "192.0.2.2"}] * 2
@@ -177,7 +177,7 @@ def test_a_mapping_that_changed_is_seen_by_a_liveness_check() -> None:
     """RFC 4555 section 3.8."""
     pair = connected(nat_a="198.51.100.7")
     for mapping in ("198.51.100.7", "198.51.100.200"):
-        pair._nat_a = mapping
+        pair.nat_a = mapping
         pair.a.run(pair.a.sa, pair.a.sa.probe(pair.now), pair.now)
         pair.settle()
     assert addresses(pair)[1] == {"198.51.100.200", "192.0.2.2"}

@@ -106,7 +106,7 @@ def test_a_connection_says_whether_esp_goes_in_udp(encap: bool | None, required:
 def test_a_peer_that_moves_behind_its_nat_is_followed() -> None:
     pair = psk_pair(nat_a="198.51.100.7", mobike=False)
     pair.connect()
-    pair._nat_a = "198.51.100.200"
+    pair.nat_a = "198.51.100.200"
     pair.a.run(pair.a.sa, pair.a.sa.probe(pair.now), pair.now)
     pair.settle()
     assert str(pair.b.sa.remote.address) == "198.51.100.200"
@@ -122,7 +122,7 @@ def test_a_peer_that_moves_behind_its_nat_is_followed() -> None:
 def test_esp_from_another_mapping_moves_the_peer() -> None:
     pair = psk_pair(nat_a="198.51.100.7", mobike=False)
     pair.connect()
-    pair._nat_a = "198.51.100.200"
+    pair.nat_a = "198.51.100.200"
     pair.b.run(pair.b.sa, pair.b.sa.mapping_changed(Endpoint(ip_address("198.51.100.200"), 24500), pair.now), pair.now)
     assert {str(sa.destination) for sa in pair.b.sad.values()} == {"198.51.100.200", "192.0.2.2"}
     pair.b.run(pair.b.sa, pair.b.sa.probe(pair.now), pair.now)
