@@ -39,6 +39,7 @@ from kernel_shim.model import (
     Selector,
     SpiRequest,
 )
+from kernel_shim.mpls.encapsulation import Encapsulation
 from kernel_shim.mpls.lfib import Key
 from kernel_shim.mpls.node import LabelNode, NodeEntry
 from kernel_shim.packet import virtio
@@ -148,6 +149,11 @@ class Engine:
         """
         self._now = now
         self._inbound.take(local, remote, length, segment_size, now, traffic_class)
+
+    def labels_in_clear(self, local: Endpoint, remote: Endpoint, encapsulation: Encapsulation, packet: memoryview, now: float) -> None:
+        """Take what stood behind the IP or UDP header of a packet with labels that no SA protected; ports are 0 without UDP. Never raises."""
+        self._now = now
+        self._labels.take_clear(local, remote, encapsulation, packet, now)
 
     def send(self, frame: bytes, now: float) -> None:
         """`outbound` of a frame that is elsewhere."""

@@ -10,10 +10,10 @@ from label_pair import BLUE, RED, THERE, Pes, allowed, packet
 from scapy.layers.inet import IP, TCP
 from scapy.packet import Raw
 
-from kernel_shim.model import Action, AddressRange, Direction, Mode, Policy, ReqId, Selector, TrafficSelector
-from kernel_shim.mpls.encapsulation import Encapsulation
+from kernel_shim.model import Action, AddressRange, Direction, Endpoint, IPAddress, Mode, Policy, ReqId, Selector, TrafficSelector
+from kernel_shim.mpls.encapsulation import UDP_PORT, Encapsulation
 from kernel_shim.mpls.labels import Entry, Label, write_stack
-from kernel_shim.mpls.lfib import Nhlfe, Peer, ToPeer
+from kernel_shim.mpls.lfib import Nhlfe, Peer, ToInterface, ToPeer, TtlModel
 from kernel_shim.mpls.node import LabelBinding, Tunnel, VrfRoute
 from kernel_shim.packet import virtio
 
@@ -75,18 +75,19 @@ def test_an_sa_from_another_address_is_not_the_peers() -> None:
 
 
 def test_what_one_peer_may_send_another_may_not_even_if_it_is_remembered() -> None:
+    """The same octets out of two SAs."""
     pair = Pes()
-    pair.connect()
-    seal(pair, gre(labelled(RED)))
-    assert pair.right.landed("red") == [packet()]
     pair.right.engine.put_label_entry(Tunnel("third", ip_address(OUTER[4][1]), ip_address("192.0.2.9")), pair.now)
     pair.right.engine.put_label_entry(Peer("third", allowed(BLUE)), pair.now)
     for policy in policy_pair("192.0.2.2/32", "192.0.2.9/32", "192.0.2.2", "192.0.2.9", Mode.TRANSPORT):
         pair.right.engine.add_policy(policy, pair.now)
-    seal(pair, gre(labelled(RED)))
-    pair.right.landed("red")
-    pair.next_spis()
     into(pair, source=ip_address("192.0.2.9"))
+    pair.next_spis()
+    pair.connect()
+    for _ in range(2):
+        seal(pair, gre(labelled(RED)))
+    assert pair.right.landed("red") == [packet()] * 2
+    pair.left.engine.delete_sa(pair.sa(True, Direction.OUT).id)  # the older one is left
     for _ in range(2):
         seal(pair, gre(labelled(RED)))
     assert pair.right.landed("red") == []
@@ -178,3 +179,39 @@ def test_a_managed_network_does_not_undo_a_policy() -> None:
     engine.from_vrf("red", len(frame), pair.now)
     assert pair.left.sink.clear == []
     assert pair.left.count("drop_policy_discard") == 1
+
+
+@pytest.mark.parametrize("encapsulation", Encapsulation)
+def test_labels_in_clear_come_from_managed_peers_alone(encapsulation: Encapsulation) -> None:
+    pair = Pair(mode=Mode.TRANSPORT, policies=False)
+    engine = pair.right.engine
+    local, remote = (ip_address(address) for address in OUTER[4][::-1])
+    ports = (UDP_PORT, 50000) if encapsulation is Encapsulation.UDP else (0, 0)
+    header = b"" if encapsulation is Encapsulation.UDP else encapsulation.header(0)
+
+    def arrive(payload: bytes, source: IPAddress = remote, how: Encapsulation = encapsulation) -> None:
+        engine.labels_in_clear(Endpoint(local, ports[0]), Endpoint(source, ports[1]), how, memoryview(payload), pair.now)
+
+    engine.put_label_entry(Peer("left", allowed(RED)), pair.now)
+    for label in (RED, BLUE):
+        engine.put_label_entry(LabelBinding(Label(label), (Nhlfe(ToInterface("red"), ttl=TtlModel.PIPE),)), pair.now)
+    engine.put_label_entry(Tunnel("left", local, remote, encapsulation), pair.now)
+    arrive(header + labelled(RED))
+    engine.put_label_entry(Tunnel("left", local, remote, encapsulation, managed=True), pair.now)
+    arrive(header + labelled(RED), ip_address("192.0.2.9"))
+    arrive(header + labelled(RED), how=next(it for it in Encapsulation if it is not encapsulation))
+    assert pair.right.count("drop_mpls_peer_unknown") == 3
+    assert pair.right.landed("red") == []
+    arrive(header + labelled(RED))
+    assert pair.right.landed("red") == [packet()]
+    arrive(header + labelled(BLUE))
+    arrive(header + labelled(RED)[:3])
+    assert (pair.right.count("drop_mpls_label_forbidden"), pair.right.count("drop_mpls_no_bottom")) == (1, 1)
+    if encapsulation is Encapsulation.GRE:
+        arrive(bytes.fromhex("00000800") + labelled(RED))
+        assert pair.right.count("drop_mpls_encapsulation") == 1
+    for policy in policy_pair("192.0.2.2/32", "192.0.2.1/32", "192.0.2.2", "192.0.2.1", Mode.TRANSPORT):
+        engine.add_policy(policy, pair.now)
+    arrive(header + labelled(RED))
+    assert pair.right.landed("red") == []
+    assert pair.right.count("drop_clear_where_protected") == 1
