@@ -22,7 +22,8 @@ import structlog
 from vpnd.config.model import DaemonConfig
 from vpnd.config.tree import Section
 from vpnd.control.backend import ChildRekeyed, ChildUpDown, ControlBackend, ControlError, DaemonEvent, IkeRekeyed, IkeUpDown, LogLine
-from vpnd.control.server.commands import EVENTS, Commands, failure
+from vpnd.control.server.commands import EVENTS, Commands
+from vpnd.control.server.messages import failure
 from vpnd.control.vici import formats
 from vpnd.control.vici.codec import MalformedVici, Packet, PacketType, Segmenter, TooLong, decode_message, decode_packet, encode_message, encode_segment
 
