@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from lab.certs import KeyKind
 from lab.daemon import NegotiationFailed
 from lab.gateway import Gateway
 from lab.namespaces import Namespace
 from lab.pairing import NEWER_STRONGSWAN, OURS, Pair, carries_a_little, facing, pair, rekey_at_once, rekey_in_turn
 from lab.relay import RelaySettings
 from lab.strongswan import NewerStrongSwan
-from lab.tunnel import CHILD, CONNECTION, PPK_NAME, Side, Tunnel
+from lab.tunnel import CHILD, CONNECTION, PPK_NAME, Credentials, Side, Tunnel
 
 pytestmark = [pytest.mark.interop, pytest.mark.newer, pytest.mark.timeout(180)]
 
@@ -86,13 +88,15 @@ def test_ml_kem_alone_in_rekeying(ours: Side) -> None:
 
 @pytest.mark.parametrize("ours", OUR_SIDES)
 def test_fragments_of_key_exchanges(ours: Side) -> None:
+    """Signatures cover them, too."""
+
     def mine(namespace: Namespace, config: Path) -> Gateway:
         return Gateway(namespace, config, settings={"fragment_size": str(SIZE)})
 
     def theirs(namespace: Namespace, config: Path) -> NewerStrongSwan:
         return NewerStrongSwan(namespace, config, f"fragment_size = {SIZE}")
 
-    with facing(ours, BOTH, mine=mine, theirs=theirs) as link:
+    with facing(ours, replace(BOTH, credentials=Credentials.make(KeyKind.RSA)), mine=mine, theirs=theirs) as link:
         link.a.initiate()
         rekey_in_turn(link)
         assert used_by_child(link) == HYBRID
