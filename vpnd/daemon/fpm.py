@@ -158,7 +158,7 @@ class RoutingFeed:
             try:
                 self._links = await links()
             except OSError as error:
-                log.warning("interfaces not read", error=str(error))
+                log.warning("interfaces not read", error=explained(error))
             self._unknown = False
             self.feed.surround(self._surroundings())
             self._unknown = False  # what is not there now is looked for when it is named again, or interfaces change
