@@ -62,15 +62,15 @@ def within(answer: Selectors, offered: Selectors) -> bool:
     return bool(answer) and len(answer) <= MAX_SELECTORS and all(any(ours.contains(theirs) for ours in offered) for theirs in answer)
 
 
-def substituted(selectors: Selectors, old: IPAddress | None, new: IPAddress) -> Selectors:
+def substituted(selectors: Selectors, new: IPAddress) -> Selectors:
     """RFC 7296 section 2.23.1: in transport mode through a NAT a host's selectors carry the address as the other side of the NAT sees it.
 
-    Selectors of exactly the host `old` (None: of any one host) become those of `new`.
+    Those of any one host become those of `new`.
     """
     result = []
     for selector in selectors:
         host = selector.addresses.first == selector.addresses.last and selector.addresses.version == new.version
-        if host and old in (None, selector.addresses.first):
+        if host:
             result.append(TrafficSelector(AddressRange.host(new), selector.protocol, selector.ports))
         else:
             result.append(selector)

@@ -8,11 +8,11 @@ from ipaddress import ip_address
 
 import pytest
 from lab.ike_pair import Datagram, Pair, agree, child, connection, mirrored, psk, selectors
+from sk_messages import open_message
 
 from kernel_shim.model import AcquireSequence, Direction, Flow, Spi
 from vpnd.config.model import ChildConfig
 from vpnd.ike.context import IkeSettings, Retransmission
-from vpnd.ike.crypto.sk import open_message
 from vpnd.ike.effects import AllocateSpi, ChildClosed, ChildDenied, ChildEstablished, ChildFailed, Reason, RekeyFailed, RemoveSa
 from vpnd.ike.exchanges.create_child_sa import CREATE_RETRIES
 from vpnd.ike.iana import Exchange
