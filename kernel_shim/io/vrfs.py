@@ -182,10 +182,15 @@ class VrfDevices:
                 self._guard()
 
     def _follow(self, name: str, prefix: IPNetwork, *, through: bool) -> None:
-        known = self._through.setdefault(name, set())
+        known = self._through.get(name, set())
         if through == (prefix in known):
             return
-        (known.add if through else known.discard)(prefix)
+        if through:
+            self._through.setdefault(name, known).add(prefix)
+        else:
+            known.discard(prefix)
+            if not known:
+                del self._through[name]
         vrf, device = self._vrfs.get(name), self._devices.get(name)
         if vrf is not None and device is not None and vrf.table:
             if through:
