@@ -80,7 +80,7 @@ def test_a_wrong_ppk(ours: Side) -> None:
         assert not link.b.ike_sas()
 
 
-# Session resumption (RFC 5723): both tell their tickets apart from keys alike, but libreswan 5.2 computes AUTH from the first message alone
+# Session resumption (RFC 5723): libreswan 5.2 computes the AUTH of a resumed IKE SA from the first message alone
 
 
 def test_our_resumption_ends_in_a_full_exchange() -> None:

@@ -78,7 +78,7 @@ def initiate(session: Session, task: Task) -> Steps[None]:
         # RFC 7296 section 2.21.2: without AUTH, an error is about the IKE SA
         reason = reason_of(error_notify) if error_notify else Reason.INVALID_SYNTAX
         if reason is Reason.PEER_AUTHENTICATION_FAILED and session.resumed:
-            # it says nothing about our credentials; libreswan 5.2 computes AUTH from less than RFC 5723 section 5.1 has it
+            # it says nothing about our credentials; libreswan 5.2 computes AUTH from less than RFC 5723 section 4.3.3 says
             reason = Reason.RESUMPTION_FAILED
         elif reason is Reason.PEER_AUTHENTICATION_FAILED:
             why = f"peer {session.remote} refused our identity {own.identity}: received AUTHENTICATION_FAILED"
