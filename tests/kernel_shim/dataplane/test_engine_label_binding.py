@@ -137,6 +137,18 @@ def test_neighbours_under_other_labels_are_not_joined() -> None:
         assert pair.right.landed(name) == [item for its, item in zip(labels, flow, strict=True) if its == label]
 
 
+def test_nor_is_the_last_short_one_of_a_flow() -> None:
+    """It comes with the datagrams before it, and would end their super-packet."""
+    pair = Pes()
+    pair.connect()
+    header = IP(src="10.0.0.5", dst="10.0.1.5", flags="DF", ttl=60)
+    flow = [bytes(header / TCP(sport=5, dport=6, seq=1000 + 500 * number, flags="A") / Raw(bytes(500 if number < 7 else 200))) for number in range(8)]
+    pair.send(*[gre(write_stack([Entry(Label(RED if number < 7 else BLUE), 0, 64)]) + item) for number, item in enumerate(flow)])
+    assert len(pair.left.sink.esp) == 1
+    pair.pass_on()
+    assert (pair.right.landed("red"), pair.right.landed("blue")) == (flow[:7], flow[7:])
+
+
 def test_each_router_alert_is_counted() -> None:
     pair = Pes()
     pair.connect()
