@@ -37,13 +37,15 @@ class Sealing:
         self._padded: Final = memoryview(bytearray(65535 + TAIL_ROOM))
 
     def piece(self, bundle: Bundle, piece: bytearray | memoryview, now: float) -> bool:
-        """Seal a packet that is elsewhere, under the bundle's cover; one over the path's MTU travels in fragments. False when the SA is used up."""
+        """Seal a packet that is elsewhere, under the bundle's cover; one over the path's MTU travels in fragments.
+
+        False when the SA is used up: then nothing was sent, and nothing is counted.
+        """
         entry = bundle.entry
         assert entry is not None
         assert entry.cipher is not None
         if not entry.room(1) or not entry.usable:
             self._sad.expire_hard(entry)
-            self._traffic.drop(DropReason.TOO_BIG)
             return False
         length, cover = len(piece), b"" if bundle.cover is None else bundle.cover.before(piece, len(piece))
         whole = len(cover) + length
