@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 from kernel_shim.dataplane.mtu import PathMtus
 from kernel_shim.esp.rows import MAX_DATAGRAMS
 from kernel_shim.model import Action, Mode, Policy
-from kernel_shim.packet.ip import IPV4_HEADER, IPV6_HEADER, UDP_HEADER, Buffer
+from kernel_shim.packet.ip import IPV4_HEADER, IPV6_HEADER, LARGEST_PACKET, UDP_HEADER, Buffer
 from kernel_shim.sa.entry import SaEntry
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def inner_limit(entry: SaEntry, paths: PathMtus, inner_version: int) -> int:
     payload = payload_limit(entry, paths)
     if entry.sa.mode is Mode.TRANSPORT:
         payload += IPV4_HEADER if inner_version == 4 else IPV6_HEADER
-    return min(payload, 65535)
+    return min(payload, LARGEST_PACKET)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from kernel_shim.mpls.lfib import ToInterface, ToPeer
 from kernel_shim.mpls.node import LabelNode, Tunnel
 from kernel_shim.mpls.switch import AsIp, LabelSwitch, Sent, bring_to_light, flow_hash, onward
 from kernel_shim.packet import virtio
-from kernel_shim.packet.ip import UDP_HEADER, Buffer, Malformed, destination, layout, source
+from kernel_shim.packet.ip import LARGEST_PACKET, UDP_HEADER, Buffer, Malformed, destination, layout, source
 from kernel_shim.policy.bundle import BundleCache, Generations
 from kernel_shim.policy.flowkey import FieldMask, FlowKeys, key_of_flow
 from kernel_shim.policy.spd import SecurityPolicyDatabase
@@ -90,7 +90,7 @@ class Labels:
         self._vrfs: dict[str, VrfOrigin] = {}
         self._transits: dict[str, TransitOrigin] = {}
         self._number = 0
-        self._buffer: Final = memoryview(bytearray(virtio.LENGTH + 65535 + tail_room))
+        self._buffer: Final = memoryview(bytearray(virtio.LENGTH + LARGEST_PACKET + tail_room))
         self._switch: Final = LabelSwitch(node.forwarder, lambda peer: self._limit_to(peer, limit), address=node.address)
 
     # Where packets begin

@@ -26,7 +26,7 @@ from kernel_shim.model import Acquire, Action, Level, Unresolved
 from kernel_shim.packet import virtio
 from kernel_shim.packet.fragment import fragments
 from kernel_shim.packet.icmp import IcmpError
-from kernel_shim.packet.ip import IPV4_HEADER, IPV6_SMALLEST_MTU, Malformed, fragmented, layout
+from kernel_shim.packet.ip import IPV4_HEADER, IPV6_SMALLEST_MTU, LARGEST_PACKET, Malformed, fragmented, layout
 from kernel_shim.packet.reassembly import Reassembler
 from kernel_shim.packet.segment import SuperPacket, complete_checksum, read_super, segment, segments
 from kernel_shim.packet.virtio import VnetHeader
@@ -60,7 +60,7 @@ class Outbound:
         self._sealing: Final = Sealing(sink, traffic, sad)
         self.batches: Final = self._sealing.batches
         self.errors: Final = Errors(sink, traffic)
-        self._scratch: Final = memoryview(bytearray(_BEGIN + 65535 + TAIL_ROOM))
+        self._scratch: Final = memoryview(bytearray(_BEGIN + LARGEST_PACKET + TAIL_ROOM))
         self._apart: Final = Reassembler()
 
     # 1. Take
