@@ -198,7 +198,7 @@ def choose(session: Session, message: Message, *, key_exchange: bool, ke_group: 
         if config.action is not Action.PROTECT:
             continue
         local_ts = narrow(asked_local, resolve(config.local_ts, session.path.local.address))
-        remote_ts = narrow(asked_remote, resolve(config.remote_ts, session.path.remote.address))
+        remote_ts = narrow(asked_remote, resolve(config.remote_ts, session.path.remote.address)) if local_ts else ()
         pair = paired(local_ts, remote_ts)
         if pair is None:
             continue
