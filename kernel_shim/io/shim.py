@@ -30,15 +30,16 @@ from kernel_shim.io.clear_labels import ClearLabels
 from kernel_shim.io.counters import Counters
 from kernel_shim.io.esp_sockets import EspSocket
 from kernel_shim.io.listener import Listener
-from kernel_shim.io.logs import configure_logs
 from kernel_shim.io.privileges import drop_privileges
 from kernel_shim.io.settings import ShimSettings
 from kernel_shim.io.sink import EdgeSink
 from kernel_shim.io.sockets import GatewaySockets, raw_sockets_allowed
 from kernel_shim.io.tun import Tun
 from kernel_shim.io.vrfs import VrfDevices
+from kernel_shim.logs import configure_logs
 from kernel_shim.model import Endpoint, KernelError
 from kernel_shim.pfkey.server import ServerSession
+from kernel_shim.service import notify
 
 MAX_PATH_REPORTS: Final = 1024  # path MTUs learned in one wake-up
 LOGGED_ERRORS: Final = 100  # internal errors that are logged with their trace; all are counted
@@ -290,15 +291,6 @@ class Shim:
         self._clear.close()
         self._tun.close()
         self._poll.close()
-
-
-def notify(message: str) -> None:
-    """Tell systemd (sd_notify(3)); nothing happens outside it."""
-    path = os.environ.get("NOTIFY_SOCKET")
-    if not path:
-        return
-    with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
-        sender.sendto(message.encode(), "\0" + path[1:] if path.startswith("@") else path)
 
 
 def serve(settings: ShimSettings, log_level: str = "info") -> int:

@@ -46,6 +46,7 @@ from vpnd.ike.marking import Marking, SharedIfIds
 from vpnd.ike.proposal import parse_proposals
 from vpnd.ike.resumption import Resumption
 from vpnd.ike.sa import IkeSa
+from vpnd.telemetry.exchanges import ExchangeCounters
 
 KEY = b"a pre-shared key of the tests"
 EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
@@ -120,6 +121,7 @@ class Peer:
     resumption: Resumption = field(default_factory=lambda: Resumption(random.Random(0).randbytes))
     further_addresses: list[str] = field(default_factory=list)
     narrowest: int = 0  # path MTU that is known
+    exchanges: ExchangeCounters = field(default_factory=ExchangeCounters)
     markings: Markings = field(default_factory=Markings)
     _init: dict[tuple[bytes, Endpoint], IkeSa] = field(default_factory=dict)
     _ids: int = 0
@@ -150,6 +152,9 @@ class Peer:
 
     def utc(self, now: float) -> datetime:
         return EPOCH + timedelta(seconds=now)
+
+    def exchanged(self, connection: str, exchange: int, *, incoming: bool, response: bool) -> None:
+        self.exchanges.message(connection, exchange, incoming=incoming, response=response)
 
     def new_ike_spi(self) -> int:
         return self.random.getrandbits(63) + 1

@@ -124,6 +124,7 @@ class Carrier:
         """An IKE SA that a rekeying made."""
         entry = self._registry.enter(sa)
         self._registry.established(entry)
+        entry.endpoints = (sa.local, sa.remote)
         self.run(entry, ())
 
     def _required(self, sa: IkeSa) -> Entry:
@@ -272,6 +273,9 @@ class Carrier:
                     self._installed(entry, child_id)
                 self._counters.add("ike_moved")
                 self._news.say(f"IKE_SA {entry.sa.connection.name}[{entry.sa.unique_id}] is between {local} and {remote} now", entry)
+                before, entry.endpoints = entry.endpoints, (local, remote)
+                if self.listener and before is not None and before != (local, remote):
+                    self.listener.ike_moved(entry, *before)
             case AuthenticationRejected(connection, peer, why):
                 self._counters.add("authentication_rejected")
                 self._say_of_stranger(
@@ -326,11 +330,14 @@ class Carrier:
             case ChildDenied(reason, detail):
                 self._counters.add("child_denied")
                 self._news.say(f"peer's request for a CHILD_SA denied: {reason.value}{f' ({detail})' if detail else ''}", entry, warning=True)
+                if self.listener:
+                    self.listener.child_denied(entry, reason)
 
     def _authenticated(self, entry: Entry) -> None:
         self._registry.established(entry)
         self._counters.add("ike_established")
         sa = entry.sa
+        entry.endpoints = (sa.local, sa.remote)
         self._news.say(
             f"IKE_SA {sa.connection.name}[{sa.unique_id}] established between {sa.local.address}[{sa.local_id}]...{sa.remote.address}[{sa.remote_id}]", entry
         )

@@ -112,6 +112,7 @@ class Loading:
     async def _unload(self, name: str, connection: ConnectionConfig) -> None:
         self._manager.connections.pop(name, None)
         self._manager.redirects.forget(name)
+        self._manager.exchanges.forget(name)
         await self._interfaces.unload(name)
         for child in connection.children:
             if self._demands.traps.trapped(name, child):

@@ -40,6 +40,7 @@ from vpnd.ike.wire.header import FLAG_INITIATOR, FLAG_RESPONSE, HEADER_LENGTH
 from vpnd.peers import Connections
 from vpnd.schedule import Deadlines
 from vpnd.telemetry.counters import Counters
+from vpnd.telemetry.exchanges import ExchangeCounters
 from vpnd.telemetry.throttle import Throttle
 
 OPENING: Final = (Exchange.IKE_SA_INIT, Exchange.IKE_SESSION_RESUME)
@@ -106,6 +107,7 @@ class Manager:
         self.resolved: Final[dict[str, IPAddress]] = {}  # host names of remote_addrs
         self.registry: Final = Registry()
         self.reqids: Final = ReqIds(kernel)
+        self.exchanges: Final = ExchangeCounters()
         self.markings: Final = Markings()
         kernel.found = self.markings.standing
         self.news: Final = News()
@@ -167,6 +169,9 @@ class Manager:
 
     def utc(self, now: float) -> datetime:
         return datetime.fromtimestamp(time.time() - (asyncio.get_running_loop().time() - now), UTC)
+
+    def exchanged(self, connection: str, exchange: int, *, incoming: bool, response: bool) -> None:
+        self.exchanges.message(connection, exchange, incoming=incoming, response=response)
 
     def new_ike_spi(self) -> int:
         while True:
@@ -240,6 +245,7 @@ class Manager:
         """An IKE message without non-ESP marker."""
         if len(data) < HEADER_LENGTH:
             self.counters.add("ike_malformed")
+            self.exchanges.add("invalid")
             return
         from_initiator = data[19] & FLAG_INITIATOR
         spi = int.from_bytes(data[8:16] if from_initiator else data[0:8])
@@ -250,6 +256,7 @@ class Manager:
             self._initial(local, remote, data)
         else:
             self.counters.add("ike_unknown_spi")
+            self.exchanges.add("invalid-spi")
             self._unknown(local, remote, data)
 
     def _deliver(self, entry: Entry, local: Endpoint, remote: Endpoint, data: bytes) -> None:

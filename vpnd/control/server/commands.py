@@ -13,7 +13,7 @@ from vpnd.config.errors import ConfigErrors
 from vpnd.config.tree import Items, Scalar, Section
 from vpnd.config.validate import validate_connection
 from vpnd.control.backend import ControlBackend, ControlError, LogLine
-from vpnd.control.server import mpls
+from vpnd.control.server import mpls, queries
 from vpnd.control.server.messages import failure, flag, matched, name_list, number, required, success, terminated, timeout_of
 from vpnd.control.vici import formats
 from vpnd.control.vici.codec import TooLong
@@ -25,7 +25,7 @@ Stream = Callable[[str, Section], Awaitable[None]]
 
 Handler = Callable[[Section, Stream], Coroutine[object, object, Section]]
 
-INTERRUPTIBLE: Final = frozenset({"list-sas", "list-conns", "list-policies", "x-mpls", "initiate", "terminate", "x-wait"})
+INTERRUPTIBLE: Final = frozenset({"list-sas", "list-conns", "list-policies", "list-certs", "x-mpls", "initiate", "terminate", "x-wait"})
 """Commands that end when their client goes away; what they have set in motion goes on."""
 
 MAX_BACKGROUND: Final = 1000  # requests with `timeout = -1` that still go on
@@ -52,16 +52,11 @@ EVENTS: Final = frozenset(
 """What a client may register for. Ours are `x-events-lost`, how many events were dropped because the client did not read them, and `x-mpls-row`."""
 
 NOT_IMPLEMENTED: Final = (
-    "reload-settings",
     "load-token",
     "load-pool",
     "unload-pool",
     "load-authority",
     "unload-authority",
-    "list-certs",
-    "get-algorithms",
-    "get-counters",
-    "reset-counters",
 )
 
 _log = structlog.get_logger("vpnd.control")
@@ -80,6 +75,11 @@ class Commands:
             "list-policies": self._list_policies,
             "list-conns": self._list_conns,
             "list-authorities": self._nothing,
+            "list-certs": lambda request, stream: queries.certificates(self._backend, request, stream),
+            "get-algorithms": lambda _request, _stream: queries.algorithms(),
+            "get-counters": lambda request, _stream: queries.counters(self._backend, request.text("name"), everything=flag(request, "all")),
+            "reset-counters": lambda request, _stream: queries.reset_counters(self._backend, request.text("name"), everything=flag(request, "all")),
+            "reload-settings": self._reload_settings,
             "get-conns": self._get_conns,
             "get-pools": self._nothing,
             "get-authorities": self._get_authorities,
@@ -178,6 +178,9 @@ class Commands:
                 for event in formats.list_conn_events(connection):
                     await stream("list-conn", event)
         return Section()
+
+    async def _reload_settings(self, _request: Section, _stream: Stream) -> Section:
+        raise ControlError("options of the section 'vpnd' count after a restart; 'x-reload' (vpnctl reload) reads connections and secrets again")
 
     async def _nothing(self, _request: Section, _stream: Stream) -> Section:
         return Section()

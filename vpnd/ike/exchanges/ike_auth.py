@@ -32,7 +32,7 @@ def initiate(session: Session, task: Task) -> Steps[None]:
     if task.child is None and waiting is not None:
         session.queue.remove(waiting)
         task.child = waiting.child
-    if task.child is None:
+    if task.child is None and not session.childless:
         child = next((child for child in connection.children.values() if child.action is Action.PROTECT), None)
         task.child = ChildRequest(child) if child else None
     if not _defer_child(session, task):
