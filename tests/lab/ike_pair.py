@@ -437,11 +437,11 @@ def selectors(text: str) -> tuple[TrafficSelector, ...]:
     return found  # type: ignore[return-value]
 
 
-def psk_pair(config: ChildConfig | None = None, *, mobike: bool = True, **options: object) -> Pair:
+def psk_pair(config: ChildConfig | None = None, *, mobike: bool = True, follow_nat: bool = True, **options: object) -> Pair:
     """Two gateways with one CHILD_SA between 10.1.0.0/16 (`a`) and 10.2.0.0/16 (`b`)."""
     config = config or child()
-    a = connection("to-b", psk("a.example"), psk("b.example"), [config], mobike=mobike)
-    b = connection("to-a", psk("b.example"), psk("a.example"), [mirrored(config)], mobike=mobike)
+    a = connection("to-b", psk("a.example"), psk("b.example"), [config], mobike=mobike, follow_nat=follow_nat)
+    b = connection("to-a", psk("b.example"), psk("a.example"), [mirrored(config)], mobike=mobike, follow_nat=follow_nat)
     return Pair(a, b, **options)  # type: ignore[arg-type]
 
 

@@ -50,6 +50,7 @@ class Reason(Enum):
     NOT_UNIQUE = "another IKE SA of this peer stands"
     REDIRECTED = "redirected to another gateway"
     RESUMPTION_FAILED = "resumed IKE SA not authenticated"
+    REDIRECTION_REFUSED = "redirected once more than is followed, or to nowhere"
     PEER_RESTARTED = "peer has lost the IKE SA"
     ADDRESS_CHANGED = "its address changed"
     ADDRESS_REFUSED = "peer refuses our addresses"

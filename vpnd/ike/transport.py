@@ -333,7 +333,7 @@ class Transport(Session):
     @property
     def _follows_mappings(self) -> bool:
         """RFC 7296 section 2.23: a peer behind a NAT is where its last message came from; with MOBIKE it says so itself (RFC 4555 section 3.8)."""
-        return self.nat_remote and not self.nat_local and not self.mobike
+        return self.nat_remote and not self.nat_local and not self.mobike and self.connection.follow_nat
 
     def _revoke(self, child_id: int) -> Serving | None:
         """A CHILD_SA that our last answer gave goes: a peer that missed the answer gets a refusal instead of an SA without a twin."""

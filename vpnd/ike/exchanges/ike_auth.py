@@ -102,6 +102,10 @@ def initiate(session: Session, task: Task) -> Steps[None]:
         yield Tell(Exchange.INFORMATIONAL, (DeletePayload(ProtocolId.IKE),))
         session.close(Reason.REDIRECTED, f"{session.describe()}: to {gateway}")
         return
+    if redirect.served_nowhere(session, response):
+        yield Tell(Exchange.INFORMATIONAL, (DeletePayload(ProtocolId.IKE),))
+        session.close(Reason.REDIRECTION_REFUSED, session.describe())
+        return
     mobike.notice(session, response)
     postquantum.apply(session, ppk)
     crash_detection.keep_token(session, response)

@@ -69,7 +69,7 @@ def test_both_sides_must_want_it(at_a: bool, at_b: bool) -> None:
 def test_a_new_address_moves_everything_and_renews_nothing() -> None:
     pair = connected()
     before, ike = keys(pair), pair.a.sa
-    # HDR, SK { N(UPDATE_SA_ADDRESSES), N(NAT_DETECTION_*), N(NO_ADDITIONAL_ADDRESSES) } -->   <-- HDR, SK { N(NAT_DETECTION_*) }
+    # HDR, SK { N(UPDATE_SA_ADDRESSES), N(NAT_DETECTION_*), N(NO_ADDITIONAL_ADDRESSES), N(COOKIE2) } -->   <-- HDR, SK { N(COOKIE2), N(NAT_DETECTION_*) }
     # <-- HDR, SK { N(COOKIE2) }   HDR, SK { N(COOKIE2) } -->
     pair.log.clear()
     roam(pair, NEW)
@@ -104,6 +104,24 @@ def test_a_cookie_that_does_not_come_back_closes(echo: list[NotifyPayload], monk
     pair.settle()
     assert pair.b.closed is Reason.INVALID_SYNTAX
     assert not pair.b.sad
+
+
+@pytest.mark.parametrize("echo", [[], [NotifyPayload(NotifyType.COOKIE2, bytes(32))]], ids=["none", "other"])
+def test_an_update_whose_cookie_does_not_come_back_moves_nothing(echo: list[NotifyPayload], monkeypatch: pytest.MonkeyPatch) -> None:
+    """RFC 4555 section 3.7: the peer could have written such an answer without having got the update."""
+    pair = connected()
+    answer = mobike.answer
+    monkeypatch.setattr(
+        mobike,
+        "answer",
+        lambda session, request: (
+            answer(session, request) if session.initiator else [*(payload for payload in answer(session, request) if payload.type != NotifyType.COOKIE2), *echo]  # type: ignore[attr-defined]
+        ),
+    )
+    roam(pair, NEW)
+    pair.settle()
+    assert pair.a.closed is Reason.INVALID_SYNTAX
+    assert not pair.a.sad
 
 
 def test_addresses_that_change_while_the_update_is_under_way() -> None:

@@ -134,9 +134,9 @@ def test_esp_from_another_mapping_moves_the_peer() -> None:
     assert pair.b.sa.tasks_active == ()
 
 
-@pytest.mark.parametrize("options", [{"mobike": False}, {"nat_a": "198.51.100.7"}])
+@pytest.mark.parametrize("options", [{"mobike": False}, {"nat_a": "198.51.100.7"}, {"nat_a": "198.51.100.7", "mobike": False, "follow_nat": False}])
 def test_a_mapping_that_there_cannot_be_is_not_followed(options: dict[str, Any]) -> None:
-    """Without a NAT, and with MOBIKE, where the peer says so itself (RFC 4555 section 3.8)."""
+    """Without a NAT, where it is forbidden, and with MOBIKE, where the peer says so itself (RFC 4555 section 3.8)."""
     pair = psk_pair(**options)
     pair.connect()
     before = pair.b.sa.remote, set(pair.b.sad)
