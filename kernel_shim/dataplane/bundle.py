@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import Final, Protocol
 
 from kernel_shim.dataplane.mtu import PathMtus
+from kernel_shim.dataplane.origin import Origin
 from kernel_shim.esp.rows import MAX_DATAGRAMS
 from kernel_shim.model import Action, Mode, Policy
 from kernel_shim.packet.ip import IPV4_HEADER, IPV6_HEADER, LARGEST_PACKET, UDP_HEADER, Buffer
 from kernel_shim.sa.entry import SaEntry
-
-if TYPE_CHECKING:
-    from kernel_shim.dataplane.origin import Origin
 
 
 class Cover(Protocol):
