@@ -257,7 +257,7 @@ class Peer:
                         continue
                     self.sad.pop(sa_id, None)
                     self.larval.discard(sa_id)
-                case IkeOpened(new):
+                case IkeOpened(IkeSa() as new):
                     self.sas[new.spi_local] = new
                     self.events.append(effect)
                 case _:

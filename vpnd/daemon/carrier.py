@@ -37,6 +37,7 @@ from vpnd.ike.effects import (
     IkeOpened,
     InitialContact,
     InstallSa,
+    MadeIkeSa,
     MigrateSa,
     Reason,
     ReauthenticationDue,
@@ -120,14 +121,15 @@ class Carrier:
             entry.heir.awaits = None
             self.run(entry.heir, ())
 
-    def _open(self, sa: IkeSa) -> None:
+    def _open(self, sa: MadeIkeSa) -> None:
         """An IKE SA that a rekeying made."""
+        assert isinstance(sa, IkeSa)
         entry = self._registry.enter(sa)
         self._registry.established(entry)
         entry.endpoints = (sa.local, sa.remote)
         self.run(entry, ())
 
-    def _required(self, sa: IkeSa) -> Entry:
+    def _required(self, sa: MadeIkeSa) -> Entry:
         entry = self._registry.by_spi(sa.spi_local)
         assert entry is not None, "an IKE SA hands over to one that was not opened"
         return entry

@@ -325,7 +325,7 @@ class Session:
                 heir.queue.append(task)
         self.queue = deque(task for task in self.queue if task.name == "IKE_DELETE")
         self.postponed.clear()
-        self.emit(IkeHandedOver(heir))  # type: ignore[arg-type]
+        self.emit(IkeHandedOver(heir))
 
     def postpone(self, task: Task, limit: int = RETRIES) -> bool:
         """Begin the exchange anew after a while; False when it has been tried often enough."""
