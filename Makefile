@@ -30,7 +30,7 @@ $(STAMP): pyproject.toml
 
 venv: $(STAMP)
 
-# Foreign peers and the lab's tools; installs only what is missing, and starts no service.
+# Foreign peers and the lab's tools; installs only what is missing, and starts no service. Peers of a newer Debian go into build/peers.
 peers:
 	@.ci/provide peers
 

@@ -43,6 +43,7 @@ class DropReason(Enum):
     OFFLOAD_INVALID = "offload_invalid"  # a virtio_net_hdr that does not fit its packet
     TRANSPORT_FRAGMENT = "transport_fragment"  # transport mode takes whole datagrams (RFC 4303 section 3.1.1), and not all of this one came
     TTL_EXPIRED = "ttl_expired"  # from one tunnel into another
+    SA_EXHAUSTED = "sa_exhausted"  # its SA reached a hard lifetime between the pieces of a packet
 
     # Inbound, on the way out of an SA.
     KEEPALIVE = "keepalive"  # RFC 3948 section 2.3

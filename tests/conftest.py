@@ -12,7 +12,7 @@ import lab.process
 import pytest
 from lab import strongswan
 from lab.forks import fork_servers
-from lab.root import HOST, NEWER
+from lab.root import HOST, NEWER, newer_peers
 from realkernel import guest
 from realkernel.guest import Guest
 
@@ -52,6 +52,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "newer: meets the strongSwan of a newer Debian")
     config.addinivalue_line("markers", "root: needs root, /dev/net/tun, iproute2 and nftables, but no second gateway")
+
+
+def pytest_report_header() -> str:
+    return f"peers of a newer Debian: {newer_peers()}"
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives import serialization
 
 from kernel_shim.model import AddressRange, Endpoint, IPAddress, Mode, TrafficSelector
 from kernel_shim.mpls.labels import Label
+from vpnd.auth.credentials import CredentialStore, LoadedCertificate
 from vpnd.config.credentials import load_private_key
 from vpnd.config.model import ConnectionConfig, DaemonConfig, PrivateKeySource, SharedSecret
 from vpnd.control.backend import (
@@ -38,6 +39,7 @@ from vpnd.ike.iana import ProtocolId
 from vpnd.ike.identity import Identity
 from vpnd.ike.proposal import parse_proposals
 from vpnd.mpls.trace import Step
+from vpnd.telemetry.exchanges import ExchangeCounters
 
 T = TypeVar("T")
 
@@ -104,6 +106,7 @@ class FakeBackend:
         self.shared: dict[str, SharedSecret] = {}
         self.keys: dict[str, PrivateKeySource] = {}
         self.certificates: list[tuple[bytes, bool]] = []
+        self.exchanges = ExchangeCounters()
         self.listeners: list[Callable[[DaemonEvent], None]] = []
         self.called: list[str] = []
         self.never = asyncio.Event()
@@ -183,6 +186,15 @@ class FakeBackend:
 
     def load_certificate(self, der: bytes, *, authority: bool) -> None:
         self.certificates.append((der, authority))
+
+    def loaded_certificates(self) -> Sequence[LoadedCertificate]:
+        store = CredentialStore()
+        for der, authority in self.certificates:
+            store.load_certificate(der, authority=authority)
+        return store.listed()
+
+    def exchange_counters(self) -> ExchangeCounters:
+        return self.exchanges
 
     def clear_credentials(self) -> None:
         self.shared.clear()

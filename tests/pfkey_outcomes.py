@@ -146,13 +146,6 @@ LINUX: Final[Mapping[str, str]] = {
     "MIGRATE of none": "ENOENT",
 }
 
-# What a message of Linux holds and one of ours does not; the rest of it is the same.
-UNTOLD: Final[Mapping[str, str]] = {
-    "key": "keys do not leave the shim",
-    "address:proxy": "an SA of ours has no selector beside its policies' but those of X_SA_SOURCES and X_SA_DESTINATIONS",
-    "lifetime of a policy": "ours tells of the lifetimes that a policy has, Linux of all three with zeros",
-}
-
 OURS: Final[Mapping[str, tuple[str, str]]] = {
     "UPDATE that takes the encapsulation away": ("EPROTONOSUPPORT", "the userspace kernel knows ESP in UDP only, and says so"),
     "UPDATE without keys": ("ESRCH", "ours moves lifetimes and ports of an SA without having its keys repeated"),
@@ -178,7 +171,11 @@ _HEARD: Final = re.compile(r"([A-Z][A-Z0-9_]*[#!0-9]*)\(([^)]*)\)")
 
 
 def without_untold(outcome: str) -> str:
-    """`outcome` without what only Linux tells."""
+    """`outcome` without what only Linux tells.
+
+    Those are keys, which do not leave the shim; ADDRESS_PROXY, for an SA of ours has no selector beside those of its policies but X_SA_SOURCES
+    and X_SA_DESTINATIONS; and lifetimes of a policy that it has not: Linux tells of all three, with zeros.
+    """
 
     def one(heard: re.Match[str]) -> str:
         name, groups = heard[1], heard[2].split()

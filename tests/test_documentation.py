@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 
 from kernel_shim.io import main as shim_cli
-from kernel_shim.pfkey.constants import ExtensionType, MessageType
+from kernel_shim.pfkey.constants import MAX_MESSAGE, ExtensionType, MessageType
+from kernel_shim.pfkey.outbox import MAX_PENDING_ACQUIRES, MAX_QUEUED_NOTICES, MAX_QUEUED_REPLIES
+from kernel_shim.pfkey.server import MAX_REMEMBERED_REPLIES
+from kernel_shim.pfkey.watch import MAX_WATCHED_MESSAGES
 from kernel_shim.reasons import DropReason
 from vpnd.cli import control as vpnctl_cli
 from vpnd.cli import daemon as vpnd_cli
@@ -168,8 +171,9 @@ def test_reasons_of_drops() -> None:
 
 def test_counters() -> None:
     """Those with a name of their own in the source, where they are added to."""
-    added = re.compile(r'counters\.add\(\s*"([a-z][a-z0-9_.-]+)"')
-    names = {name for package in ("vpnd", "kernel_shim") for path in (ROOT / package).rglob("*.py") for name in added.findall(path.read_text())}
+    added = re.compile(r'counters\.add\(\s*"([a-z][a-z0-9_.-]+)"(?: if .*? else "([a-z][a-z0-9_.-]+)")?')
+    found = (pair for package in ("vpnd", "kernel_shim") for path in (ROOT / package).rglob("*.py") for pair in added.findall(path.read_text()))
+    names = {name for pair in found for name in pair if name}
     assert len(names) > 30
     documented = {name for name, _ in rows(DOCUMENTS["counters.md"])}
     assert not names - documented
@@ -202,3 +206,9 @@ def test_private_messages_and_extensions_of_pf_key() -> None:
     assert len(numbered) > 20
     for name, number in numbered.items():
         assert re.search(rf"\b{name} \({number}\)", DOCUMENTS["pfkey-extensions.md"]), name
+
+
+def test_bounds_of_pf_key() -> None:
+    bounds = (MAX_MESSAGE, MAX_QUEUED_REPLIES, MAX_PENDING_ACQUIRES, MAX_QUEUED_NOTICES, MAX_WATCHED_MESSAGES, MAX_REMEMBERED_REPLIES)
+    numbers = set(re.findall(r"\b[0-9][0-9,]*\b", DOCUMENTS["pfkey-extensions.md"]))
+    assert {f"{bound:,}" for bound in bounds} <= numbers

@@ -13,6 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # The edges: where sockets, files, timers and processes may be. Everything else is a core.
 EDGES = (
     "kernel_shim.core_dumps",
+    "kernel_shim.logs",
+    "kernel_shim.service",
     "kernel_shim.io",
     "kernel_shim.channel",
     "kernel_shim.tool",
@@ -130,6 +132,8 @@ def test_vpnd_sees_a_kernel_only_through_the_channel_and_the_shared_words() -> N
         "kernel_shim.algorithms",
         "kernel_shim.secret",
         "kernel_shim.core_dumps",
+        "kernel_shim.logs",
+        "kernel_shim.service",
         "kernel_shim.reasons",
         "kernel_shim.mpls",
         "kernel_shim.channel",

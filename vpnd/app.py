@@ -23,7 +23,9 @@ from kernel_shim.channel.pfkey import PfKeyChannel
 from kernel_shim.channel.sysctl import Sysctls
 from kernel_shim.channel.xfrm import XfrmChannel
 from kernel_shim.core_dumps import forbid_core_dumps
+from kernel_shim.logs import configure_logs
 from kernel_shim.model import SOCKET_MARK, Endpoint, KernelError
+from kernel_shim.service import notify
 from vpnd.auth.credentials import CredentialError, CredentialStore
 from vpnd.config import load
 from vpnd.config.capabilities import beyond_labels
@@ -48,9 +50,7 @@ from vpnd.io.kernel_choice import Verdict, choose
 from vpnd.io.listening import HostView, Listening, SocketTable
 from vpnd.io.shim import ShimStartError, shim_listens, start_shim
 from vpnd.io.state import kept_secret
-from vpnd.io.systemd import notify
 from vpnd.telemetry.counters import Counters
-from vpnd.telemetry.logging import configure_logging
 from vpnd.telemetry.wording import explained
 
 MINIMUM_ACQUIRE: Final = 30  # s, what the kernel does by itself
@@ -290,7 +290,7 @@ def run(config_path: Path) -> int:
     except ConfigErrors as error:
         print(error, file=sys.stderr)
         return 1
-    configure_logging(loaded.daemon.log_level, loaded.daemon.log_format.value)
+    configure_logs(loaded.daemon.log_level, loaded.daemon.log_format.value)
     for warning in (*loaded.warnings, *map(str, unprotected(loaded.configuration, loaded.tree))):
         log.warning(warning)
     return asyncio.run(_serve(loaded, config_path.absolute()))

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import Final, Protocol
 
 from kernel_shim.dataplane.mtu import PathMtus
+from kernel_shim.dataplane.origin import Origin
 from kernel_shim.esp.rows import MAX_DATAGRAMS
 from kernel_shim.model import Action, Mode, Policy
-from kernel_shim.packet.ip import IPV4_HEADER, IPV6_HEADER, UDP_HEADER, Buffer
+from kernel_shim.packet.ip import IPV4_HEADER, IPV6_HEADER, LARGEST_PACKET, UDP_HEADER, Buffer
 from kernel_shim.sa.entry import SaEntry
-
-if TYPE_CHECKING:
-    from kernel_shim.dataplane.origin import Origin
 
 
 class Cover(Protocol):
@@ -83,7 +81,7 @@ def inner_limit(entry: SaEntry, paths: PathMtus, inner_version: int) -> int:
     payload = payload_limit(entry, paths)
     if entry.sa.mode is Mode.TRANSPORT:
         payload += IPV4_HEADER if inner_version == 4 else IPV6_HEADER
-    return min(payload, 65535)
+    return min(payload, LARGEST_PACKET)
 
 
 @dataclass(frozen=True, slots=True)

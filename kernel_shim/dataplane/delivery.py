@@ -27,6 +27,7 @@ from kernel_shim.packet.coalesce import Format, Joiner, format_of, runs, verifie
 from kernel_shim.packet.ip import (
     IPV4_HEADER,
     IPV6_HEADER,
+    LARGEST_PACKET,
     NO_NEXT_HEADER,
     PROTOCOL_IPIP,
     PROTOCOL_IPV6,
@@ -92,8 +93,8 @@ class Delivery:
         self._sink, self._traffic, self._spd = sink, traffic, spd
         self._keys, self._cache, self._outbound, self._labels = keys, cache, outbound, labels
         self._udp_segmentation = udp_segmentation
-        self.single: Final = memoryview(bytearray(PACKET + 65535 + TAIL_ROOM))
-        self._row: Final = memoryview(bytearray(PACKET + 65535 + TAIL_ROOM))
+        self.single: Final = memoryview(bytearray(PACKET + LARGEST_PACKET + TAIL_ROOM))
+        self._row: Final = memoryview(bytearray(PACKET + LARGEST_PACKET + TAIL_ROOM))
         self._joiner: Final = Joiner(TAIL_ROOM)
         self._open: tuple[SaEntry, Admission] | None = None  # whose packets the joiner holds
         self.outer = 0  # traffic class of the outer header of what is delivered; who opened it sets it

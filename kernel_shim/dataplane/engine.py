@@ -39,9 +39,11 @@ from kernel_shim.model import (
     Selector,
     SpiRequest,
 )
+from kernel_shim.mpls.encapsulation import Encapsulation
 from kernel_shim.mpls.lfib import Key
 from kernel_shim.mpls.node import LabelNode, NodeEntry
 from kernel_shim.packet import virtio
+from kernel_shim.packet.ip import LARGEST_PACKET
 from kernel_shim.policy.acquire import AcquireTable
 from kernel_shim.policy.bundle import BundleCache, Generations
 from kernel_shim.policy.flowkey import FieldUsage, FlowKeys, fields_of_traffic_selectors
@@ -51,7 +53,7 @@ from kernel_shim.reasons import DropReason
 from kernel_shim.sa.database import Sad, covers
 from kernel_shim.sa.entry import SaEntry
 
-FRAME_CAPACITY: Final = virtio.LENGTH + 65535  # a virtio_net_hdr and the largest IP packet
+FRAME_CAPACITY: Final = virtio.LENGTH + LARGEST_PACKET
 DATAGRAM_CAPACITY: Final = 65535  # the most that one UDP_GRO receive yields
 
 DRAIN_SLICES: Final = 4  # slices of waiting packets sent between two looks at the sockets; about a millisecond
@@ -148,6 +150,11 @@ class Engine:
         """
         self._now = now
         self._inbound.take(local, remote, length, segment_size, now, traffic_class)
+
+    def labels_in_clear(self, local: Endpoint, remote: Endpoint, encapsulation: Encapsulation, packet: memoryview, now: float) -> None:
+        """Take what stood behind the IP or UDP header of a packet with labels that no SA protected; ports are 0 without UDP. Never raises."""
+        self._now = now
+        self._labels.take_clear(local, remote, encapsulation, packet, now)
 
     def send(self, frame: bytes, now: float) -> None:
         """`outbound` of a frame that is elsewhere."""

@@ -13,16 +13,16 @@ from typing import Final, NamedTuple
 from kernel_shim.dataplane.origin import TAG, Carried, Origin, TransitOrigin, VrfOrigin
 from kernel_shim.dataplane.output import Sink
 from kernel_shim.dataplane.traffic import Traffic
-from kernel_shim.model import Action, Direction, Mode, SecurityAssociation
-from kernel_shim.mpls.encapsulation import Encapsulation, begin_of_stack
+from kernel_shim.model import Action, Direction, Endpoint, Flow, Mode, SecurityAssociation
+from kernel_shim.mpls.encapsulation import Encapsulation, NotLabels, begin_of_stack
 from kernel_shim.mpls.labels import ENTRY, MAX_DEPTH, read_stack
 from kernel_shim.mpls.lfib import ToInterface, ToPeer
 from kernel_shim.mpls.node import LabelNode, Tunnel
 from kernel_shim.mpls.switch import AsIp, LabelSwitch, Sent, bring_to_light, flow_hash, onward
 from kernel_shim.packet import virtio
-from kernel_shim.packet.ip import UDP_HEADER, Buffer, Malformed, destination, layout, source
+from kernel_shim.packet.ip import LARGEST_PACKET, UDP_HEADER, Buffer, Malformed, destination, layout, source
 from kernel_shim.policy.bundle import BundleCache, Generations
-from kernel_shim.policy.flowkey import FieldMask, FlowKeys
+from kernel_shim.policy.flowkey import FieldMask, FlowKeys, key_of_flow
 from kernel_shim.policy.spd import SecurityPolicyDatabase
 from kernel_shim.reasons import DropReason
 
@@ -90,7 +90,7 @@ class Labels:
         self._vrfs: dict[str, VrfOrigin] = {}
         self._transits: dict[str, TransitOrigin] = {}
         self._number = 0
-        self._buffer: Final = memoryview(bytearray(virtio.LENGTH + 65535 + tail_room))
+        self._buffer: Final = memoryview(bytearray(virtio.LENGTH + LARGEST_PACKET + tail_room))
         self._switch: Final = LabelSwitch(node.forwarder, lambda peer: self._limit_to(peer, limit), address=node.address)
 
     # Where packets begin
@@ -174,6 +174,23 @@ class Labels:
 
     def finish(self, landing: Landing, packet: memoryview) -> None:
         bring_to_light(self._node.forwarder.classes, packet, landing.ttl, landing.traffic_class)
+
+    def take_clear(self, local: Endpoint, remote: Endpoint, encapsulation: Encapsulation, packet: memoryview, now: float) -> None:
+        """What came without protection: only from a peer whose network is managed, and where no policy asks for more."""
+        tunnel = self._node.between(local.address, remote.address)
+        if tunnel is None or not tunnel.managed or tunnel.encapsulation is not encapsulation:
+            return self._traffic.drop(DropReason.MPLS_PEER_UNKNOWN)
+        flow = Flow(remote.address, local.address, encapsulation, remote.port, local.port)
+        policy = self._spd.lookup_key(Direction.IN, key_of_flow(flow))
+        if policy is not None and policy.action is not Action.BYPASS:
+            return self._traffic.drop(DropReason.CLEAR_WHERE_PROTECTED)
+        begin, end = 0, len(packet)
+        if encapsulation is not Encapsulation.UDP:
+            try:
+                begin, end = begin_of_stack(encapsulation, packet)
+            except NotLabels:
+                return self._traffic.drop(DropReason.MPLS_ENCAPSULATION)
+        self.take(tunnel, packet[begin:end], now)
 
     def take(self, tunnel: Tunnel, labelled: memoryview, now: float) -> None:
         """The long way of stack and payload that came through `tunnel`."""

@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from kernel_shim.dataplane.bundle import Bundle, Cover, Held
@@ -26,7 +26,7 @@ from kernel_shim.model import Acquire, Action, Level, Unresolved
 from kernel_shim.packet import virtio
 from kernel_shim.packet.fragment import fragments
 from kernel_shim.packet.icmp import IcmpError
-from kernel_shim.packet.ip import IPV4_HEADER, IPV6_SMALLEST_MTU, Malformed, fragmented, layout
+from kernel_shim.packet.ip import IPV4_HEADER, IPV6_SMALLEST_MTU, LARGEST_PACKET, Malformed, fragmented, layout
 from kernel_shim.packet.reassembly import Reassembler
 from kernel_shim.packet.segment import SuperPacket, complete_checksum, read_super, segment, segments
 from kernel_shim.packet.virtio import VnetHeader
@@ -60,7 +60,7 @@ class Outbound:
         self._sealing: Final = Sealing(sink, traffic, sad)
         self.batches: Final = self._sealing.batches
         self.errors: Final = Errors(sink, traffic)
-        self._scratch: Final = memoryview(bytearray(_BEGIN + 65535 + TAIL_ROOM))
+        self._scratch: Final = memoryview(bytearray(_BEGIN + LARGEST_PACKET + TAIL_ROOM))
         self._apart: Final = Reassembler()
 
     # 1. Take
@@ -172,9 +172,7 @@ class Outbound:
             # RFC 4303 section 3.1.1: transport mode takes whole datagrams.
             whole = self._apart.take(frame[_BEGIN:length], layout(frame[_BEGIN:length]), now)
             self.count_fragments_lost()
-            if whole is not None:
-                self._sealing.piece(bundle, whole, now)
-            return
+            return self._seal(bundle, (whole,), now) if whole is not None else None
         size = big.segment_length if big else length - _BEGIN
         if size > bundle.limit:
             return self._too_big(bundle, frame, length, big, now, origin)
@@ -182,15 +180,18 @@ class Outbound:
             self._sad.expire_hard(entry)
             return self.take(frame, length, now, origin)
         if big and bundle.padded > big.segment_length:
-            for piece in segments(big):
-                if not self._sealing.piece(bundle, piece, now):
-                    return
+            self._seal(bundle, tuple(segments(big)), now)
         elif big:
             self._sealing.big(bundle, entry, big, now)
         elif bundle.cover is not None:
-            self._sealing.piece(bundle, frame[_BEGIN:length], now)
+            self._seal(bundle, (frame[_BEGIN:length],), now)
         else:
             self._sealing.one(bundle, entry, frame, _BEGIN, length, now)
+
+    def _seal(self, bundle: Bundle, pieces: Sequence[bytearray | memoryview], now: float) -> None:
+        for done, piece in enumerate(pieces):
+            if not self._sealing.piece(bundle, piece, now):
+                return self._traffic.drop(DropReason.SA_EXHAUSTED, len(pieces) - done)
 
     def _too_big(self, bundle: Bundle, frame: memoryview, length: int, big: SuperPacket | None, now: float, origin: Origin | None) -> None:
         """RFC 4301 section 8.2: tell the sender, or fragment what may be fragmented: before sealing, or the sealed packet."""
@@ -208,10 +209,12 @@ class Outbound:
             self._traffic.drop(DropReason.TOO_BIG, big.segments if big else 1)
             return self.errors.tell(IcmpError.TOO_BIG, packet, now, bundle.limit if parsed.version == 4 else max(bundle.limit, IPV6_SMALLEST_MTU), origin)
         for datagram in segments(big) if big else (packet,):
-            for piece in (datagram,) if sealed_whole else fragments(datagram, layout(datagram), bundle.limit):
-                self._traffic.fragments_made += not sealed_whole
-                if not self._sealing.piece(bundle, piece, now):
-                    return
+            if sealed_whole:
+                self._seal(bundle, (datagram,), now)
+                continue
+            pieces = tuple(fragments(datagram, layout(datagram), bundle.limit))
+            self._traffic.fragments_made += len(pieces)
+            self._seal(bundle, pieces, now)
 
     # Fragments in transport mode
 

@@ -12,6 +12,7 @@ from kernel_shim.model import Action, Direction, Flow, Mode, Policy, SaState, Te
 from kernel_shim.mpls.lfib import ToInterface
 from kernel_shim.mpls.node import LabelNode
 from kernel_shim.packet import virtio
+from kernel_shim.packet.ip import LARGEST_PACKET
 from kernel_shim.policy.bundle import BundleCache
 from kernel_shim.policy.flowkey import FlowKeys, flow_of_key, key_of_flow
 from kernel_shim.policy.peer import PeerKey, peer_of
@@ -78,7 +79,7 @@ class Resolution:
             if entry is not None:
                 assert policy is not None
                 cover = LabelCover(self._node.forwarder, carried.tunnel, carried.path, carried.number, entry.sa.mode)
-                limit = min(payload_limit(entry, self._paths) - cover.length, 65535 - cover.length)
+                limit = min(payload_limit(entry, self._paths) - cover.length, LARGEST_PACKET - cover.length)
                 bundle = Bundle(Action.PROTECT, policy, entry, limit, cover)
             elif carried.tunnel.managed and (policy is None or policy.action is Action.BYPASS):
                 cover = LabelCover(self._node.forwarder, carried.tunnel, carried.path, carried.number, Mode.TUNNEL)

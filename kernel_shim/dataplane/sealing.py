@@ -13,7 +13,7 @@ from kernel_shim.dataplane.output import Sink
 from kernel_shim.dataplane.traffic import Traffic
 from kernel_shim.esp.rows import MAX_DATAGRAMS, MAX_ROWS, Workspace
 from kernel_shim.esp.wire import trailer
-from kernel_shim.packet.ip import IPV6_HEADER, PROTOCOL_IPIP, PROTOCOL_IPV6
+from kernel_shim.packet.ip import IPV6_HEADER, LARGEST_PACKET, PROTOCOL_IPIP, PROTOCOL_IPV6
 from kernel_shim.packet.segment import SuperPacket, fill_rows, segment
 from kernel_shim.packet.traffic_class import DSCP, traffic_class
 from kernel_shim.reasons import DropReason
@@ -33,17 +33,19 @@ class Sealing:
         self._sink, self._traffic, self._sad = sink, traffic, sad
         self.batches: Final = Batches(sink, traffic)
         self._workspace: Final = Workspace()
-        self._piece: Final = memoryview(bytearray(65535 + LARGEST_COVER + TAIL_ROOM))
-        self._padded: Final = memoryview(bytearray(65535 + TAIL_ROOM))
+        self._piece: Final = memoryview(bytearray(LARGEST_PACKET + LARGEST_COVER + TAIL_ROOM))
+        self._padded: Final = memoryview(bytearray(LARGEST_PACKET + TAIL_ROOM))
 
     def piece(self, bundle: Bundle, piece: bytearray | memoryview, now: float) -> bool:
-        """Seal a packet that is elsewhere, under the bundle's cover; one over the path's MTU travels in fragments. False when the SA is used up."""
+        """Seal a packet that is elsewhere, under the bundle's cover; one over the path's MTU travels in fragments.
+
+        False when the SA is used up: then nothing was sent, and nothing is counted.
+        """
         entry = bundle.entry
         assert entry is not None
         assert entry.cipher is not None
         if not entry.room(1) or not entry.usable:
             self._sad.expire_hard(entry)
-            self._traffic.drop(DropReason.TOO_BIG)
             return False
         length, cover = len(piece), b"" if bundle.cover is None else bundle.cover.before(piece, len(piece))
         whole = len(cover) + length

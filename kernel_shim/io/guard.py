@@ -55,6 +55,8 @@ class GuardPlan:
             # A VRF's packets are routed by its own table: the host's policies say nothing of them. What the host answers bears their mark (fwmark_reflect).
             f"meta mark set iifname map @{VRF_MARKS}",
             f"iifname @{VRF_INTERFACES} accept",
+            # The VRF device of a routing daemon: its packets came here by their port before.
+            'meta iifkind "vrf" accept',
             # IKE and ESP to our own sockets. Marked, for a strict reverse path check would else be told of the TUN (src_valid_mark).
             f"ip daddr @local4 udp dport {{ 500, 4500 }} meta mark set {mark} accept",
             f"ip6 daddr @local6 udp dport {{ 500, 4500 }} meta mark set {mark} accept",

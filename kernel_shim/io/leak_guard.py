@@ -57,7 +57,7 @@ class LeakGuardPlan:
                 "jump leaving_inside",
                 "jump captured",
             ],
-            "forward": [f"iifname @{VRF_INTERFACES} accept", f'iifname "{self._clear_tun}" accept', "jump leaving"],
+            "forward": [f"iifname @{VRF_INTERFACES} accept", f"meta sdifname @{VRF_INTERFACES} accept", f'iifname "{self._clear_tun}" accept', "jump leaving"],
             "output": [
                 # An answer to a customer goes back within its VRF, by the mark of what it answers. One without it took the main table, where a customer's
                 # address may be that of another customer.

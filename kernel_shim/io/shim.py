@@ -26,18 +26,20 @@ from kernel_shim.dataplane.engine import Engine, EngineConfig
 from kernel_shim.io import settings as bounds
 from kernel_shim.io.capture import Capture
 from kernel_shim.io.captured import CapturedKernel, CapturedSockets
+from kernel_shim.io.clear_labels import ClearLabels
 from kernel_shim.io.counters import Counters
 from kernel_shim.io.esp_sockets import EspSocket
 from kernel_shim.io.listener import Listener
-from kernel_shim.io.logs import configure_logs
 from kernel_shim.io.privileges import drop_privileges
 from kernel_shim.io.settings import ShimSettings
 from kernel_shim.io.sink import EdgeSink
 from kernel_shim.io.sockets import GatewaySockets, raw_sockets_allowed
 from kernel_shim.io.tun import Tun
 from kernel_shim.io.vrfs import VrfDevices
+from kernel_shim.logs import configure_logs
 from kernel_shim.model import Endpoint, KernelError
 from kernel_shim.pfkey.server import ServerSession
+from kernel_shim.service import notify
 
 MAX_PATH_REPORTS: Final = 1024  # path MTUs learned in one wake-up
 LOGGED_ERRORS: Final = 100  # internal errors that are logged with their trace; all are counted
@@ -82,7 +84,8 @@ class Shim:
             config = EngineConfig(epoch=epoch, path_mtu=settings.egress_mtu, udp_segmentation=self._tun.segmentation, plain_esp=plain_esp)
             self._engine: Final = Engine(config, os.urandom, sink)
             self._kernel: Final = CapturedKernel(self._engine, self._capture, self._statistics, self._sockets.bind_raw)
-            self._vrfs: Final = VrfDevices(self._engine, self._capture.routes, self._capture.set_vrfs, sink.vrfs, self._serve_vrf, self._leave_vrf)
+            clear = ClearLabels(self._engine.labels_in_clear, self._inside, self._counters, self._serve_labels, lambda descriptor: self._watch(descriptor, 0))
+            self._vrfs: Final = VrfDevices(self._engine, self._capture.routes, self._capture.set_vrfs, sink.vrfs, self._serve_vrf, self._leave_vrf, clear)
             undo.append(self._vrfs.close)
             self._capture.on_host(self._vrfs.set_host)
             provider = CapturedSockets(self._sockets.bind, self._sockets.unbind, self._capture)
@@ -123,6 +126,13 @@ class Shim:
         engine = self._engine
         self._handlers[device.fileno()] = lambda _events, now: self._read(device, now, lambda length: engine.from_vrf(vrf, length, now))
         self._watch(device.fileno(), select.EPOLLIN)
+
+    def _inside(self) -> frozenset[str]:
+        return self._vrfs.interfaces() | {self._settings.tun, self._settings.clear_tun}
+
+    def _serve_labels(self, descriptor: int, read: Callable[[float], None]) -> None:
+        self._handlers[descriptor] = lambda _events, now: read(now)
+        self._watch(descriptor, select.EPOLLIN)
 
     def _leave_vrf(self, device: Tun) -> None:
         self._watch(device.fileno(), 0)
@@ -281,15 +291,6 @@ class Shim:
         self._clear.close()
         self._tun.close()
         self._poll.close()
-
-
-def notify(message: str) -> None:
-    """Tell systemd (sd_notify(3)); nothing happens outside it."""
-    path = os.environ.get("NOTIFY_SOCKET")
-    if not path:
-        return
-    with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
-        sender.sendto(message.encode(), "\0" + path[1:] if path.startswith("@") else path)
 
 
 def serve(settings: ShimSettings, log_level: str = "info") -> int:

@@ -17,12 +17,13 @@ from itertools import count
 from typing import Final
 
 from kernel_shim.dataplane.engine import Engine
+from kernel_shim.io.clear_labels import ClearLabels
 from kernel_shim.io.connected import HostAddress
 from kernel_shim.io.routes import HostRoutes
 from kernel_shim.io.tun import Tun
 from kernel_shim.model import IPAddress, IPNetwork, KernelError
 from kernel_shim.mpls.lfib import Key, ToInterface
-from kernel_shim.mpls.node import NodeEntry, Vrf, VrfRoute
+from kernel_shim.mpls.node import NodeEntry, Tunnel, Vrf, VrfRoute
 
 # The host never finds a packet too big for this interface: its errors know no VRF, and the data plane's go back by the interface.
 VRF_MTU: Final = 65535
@@ -42,10 +43,12 @@ class VrfDevices:
         devices: dict[str, Tun],
         opened: Callable[[str, Tun], None],
         closed: Callable[[Tun], None],
+        clear: ClearLabels,
     ) -> None:
         self._engine, self._routes, self._keep_apart = engine, routes, keep_apart
         self._devices = devices  # by the VRF's name
         self._opened, self._closed = opened, closed
+        self._clear = clear
         self._vrfs: dict[str, Vrf] = {}
         self._through: dict[str, set[IPNetwork]] = {}  # prefixes of a VRF that lie elsewhere
         self._local: dict[str, frozenset[tuple[int, IPNetwork]]] = {}
@@ -61,6 +64,8 @@ class VrfDevices:
         """A VRF's interface is up and closed to others before the engine knows of it."""
         if isinstance(entry, Vrf):
             return self._put_vrf(entry, now)
+        if isinstance(entry, Tunnel):
+            return self._put_tunnel(entry, now)
         self._engine.put_label_entry(entry, now)
         if isinstance(entry, VrfRoute):
             self._follow(entry.vrf, entry.prefix, through=any(path.next_hop != ToInterface(entry.vrf) for path in entry.paths))
@@ -69,6 +74,8 @@ class VrfDevices:
         self._engine.remove_label_entry(key, now)
         if key.kind == "vrf":
             self._close(str(key.name[0]))
+        elif key.kind == "tunnel":
+            self._clear.remove(str(key.name[0]))
         elif key.kind == "route":
             vrf, prefix = key.name
             assert isinstance(prefix, IPNetwork)
@@ -91,11 +98,24 @@ class VrfDevices:
                 lost += int(file.read())
         return {"io.vrf.queue-full": lost} if self._devices else {}
 
+    def interfaces(self) -> frozenset[str]:
+        """All that belong to a VRF."""
+        return frozenset(name for vrf in self._vrfs.values() for name in (vrf.interface, *vrf.members))
+
     def close(self) -> None:
+        self._clear.close()
         for name in list(self._vrfs):
             self._close(name)
 
     # Inside
+
+    def _put_tunnel(self, tunnel: Tunnel, now: float) -> None:
+        self._clear.put(tunnel)
+        try:
+            self._engine.put_label_entry(tunnel, now)
+        except KernelError:
+            self._clear.remove(tunnel.peer)
+            raise
 
     def _put_vrf(self, vrf: Vrf, now: float) -> None:
         old = self._vrfs.get(vrf.name)
@@ -162,10 +182,15 @@ class VrfDevices:
                 self._guard()
 
     def _follow(self, name: str, prefix: IPNetwork, *, through: bool) -> None:
-        known = self._through.setdefault(name, set())
+        known = self._through.get(name, set())
         if through == (prefix in known):
             return
-        (known.add if through else known.discard)(prefix)
+        if through:
+            self._through.setdefault(name, known).add(prefix)
+        else:
+            known.discard(prefix)
+            if not known:
+                del self._through[name]
         vrf, device = self._vrfs.get(name), self._devices.get(name)
         if vrf is not None and device is not None and vrf.table:
             if through:

@@ -115,6 +115,11 @@ class FpmDecoder:
     def __init__(self) -> None:
         self._rest = b""
 
+    @property
+    def amid(self) -> bool:
+        """A frame has begun that is not complete."""
+        return bool(self._rest)
+
     def feed(self, data: bytes) -> list[FpmChange]:
         """What `data` completes. Raises FpmError; the decoder is then of no more use."""
         data = self._rest + data
@@ -242,10 +247,12 @@ def _prefix(family: int, data: bytes, length: int) -> IPNetwork:
 
 
 def _address(data: bytes) -> IPAddress:
+    """bgpd's IPv6 routes of an IPv4 next hop have it as ::ffff:a.b.c.d (RFC 4659 section 3.2.1.2)."""
     if len(data) == 4:
         return IPv4Address(data)
     if len(data) == 16:
-        return IPv6Address(data)
+        address = IPv6Address(data)
+        return address.ipv4_mapped or address
     raise FpmError(f"address of {len(data)} octets")
 
 

@@ -28,12 +28,17 @@ class RibFull(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What numbers and addresses mean on this host; None means nothing to labels."""
+    """What numbers and addresses mean on this host; None means nothing to labels.
+
+    `complete`: VRFs of whose own prefixes there are entries. Of the others the host's table knows them: zebra 8.4 says that connected
+    subnets are gone when bgpd ends, though they are not.
+    """
 
     vrf_of_table: Callable[[int], str | None]
     vrf_of_interface: Callable[[int], str | None]
     peer_of: Callable[[IPAddress], str | None]
     ttl: TtlModel = TtlModel.PIPE
+    complete: frozenset[str] = frozenset()
 
 
 _Name = tuple[int, IPNetwork] | Label  # of a route: table and prefix; of a label: itself
@@ -164,7 +169,7 @@ class FpmRib:
         if isinstance(name, tuple):
             table, prefix = name
             vrf = self._surroundings.vrf_of_table(table)
-            if vrf is None:
+            if vrf is None or prefix.is_link_local:
                 return self._set_entry(name, None)
             paths = self._paths(hops, lambda hop: self._path_of_route(vrf, hop))
             return self._set_entry(name, VrfRoute(vrf, prefix, paths) if paths else None)
@@ -190,14 +195,17 @@ class FpmRib:
         if peer is not None:
             return None  # without a label it could not tell the VRF
         other = self._surroundings.vrf_of_interface(hop.interface) if hop.gateway is None else None
-        return Nhlfe(ToVrf(other)) if other is not None and other != vrf else Nhlfe(ToInterface(vrf))
+        return Nhlfe(self._into(other)) if other is not None and other != vrf else Nhlfe(ToInterface(vrf))
 
     def _path_of_label(self, hop: Hop) -> Nhlfe | None:
         peer = self._surroundings.peer_of(hop.gateway) if hop.gateway is not None else None
         if peer is not None:
             return Nhlfe(ToPeer(peer), hop.labels, self._surroundings.ttl)
         vrf = self._surroundings.vrf_of_interface(hop.interface)
-        return Nhlfe(ToVrf(vrf), ttl=self._surroundings.ttl) if vrf is not None and not hop.labels else None
+        return Nhlfe(self._into(vrf), ttl=self._surroundings.ttl) if vrf is not None and not hop.labels else None
+
+    def _into(self, vrf: str) -> ToVrf | ToInterface:
+        return ToVrf(vrf) if vrf in self._surroundings.complete else ToInterface(vrf)
 
     def _set_entry(self, name: _Name, entry: NodeEntry | None) -> None:
         old = self._entries.pop(name, None)

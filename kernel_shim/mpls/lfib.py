@@ -13,13 +13,12 @@ from typing import Final, NamedTuple
 
 from kernel_shim.model import IPAddress, IPNetwork
 from kernel_shim.mpls.labels import FIRST_LABEL, IMPLICIT_NULL, LAST_LABEL, MAX_DEPTH, Label, LabelSet
+from kernel_shim.mpls.tables import LabelTable, RouteTable, SharedPaths
 
 # Limits of this implementation
 MAX_LABELS: Final = 1 << 20  # in all label spaces together
 MAX_ROUTES: Final = 4 << 20  # in all VRFs together
 MAX_PATHS: Final = 64  # of one group
-_PAGE_BITS: Final = 7
-_PAGE: Final = 1 << _PAGE_BITS  # labels
 
 PLATFORM: Final = ""  # the label space of the whole node (RFC 3031 section 3.14); any other is a peer's or an interface's own
 
@@ -134,102 +133,15 @@ class Peer:
         return Key("peer", (self.name,))
 
 
-class _Labels:
-    """One label space: pages of neighbouring labels, so that a lookup touches little memory however many labels there are."""
-
-    __slots__ = ("_pages",)
-
-    def __init__(self) -> None:
-        self._pages: dict[int, list[Paths]] = {}
-
-    def put(self, label: int, paths: Paths) -> Paths:
-        """What was there, or (); nothing is put as ()."""
-        page = self._pages.get(label >> _PAGE_BITS)
-        if page is None:
-            page = self._pages[label >> _PAGE_BITS] = [()] * _PAGE
-        at = label & _PAGE - 1
-        replaced, page[at] = page[at], paths
-        if not paths and not any(page):
-            del self._pages[label >> _PAGE_BITS]
-        return replaced
-
-    def find(self, label: int) -> Paths:
-        page = self._pages.get(label >> _PAGE_BITS)
-        return page[label & _PAGE - 1] if page is not None else ()
-
-    def items(self) -> Iterator[tuple[int, Paths]]:
-        for number, page in self._pages.items():
-            for at, paths in enumerate(page):
-                if paths:
-                    yield number << _PAGE_BITS | at, paths
-
-    def __bool__(self) -> bool:
-        return bool(self._pages)
-
-
-class _Routes:
-    """One VRF, one family: a table for each prefix length, longest first."""
-
-    __slots__ = ("_bits", "_lengths", "_tables")
-
-    def __init__(self, bits: int) -> None:
-        self._bits: Final = bits
-        self._tables: dict[int, dict[int, Paths]] = {}
-        self._lengths: tuple[int, ...] = ()
-
-    def put(self, prefix: IPNetwork, paths: Paths) -> Paths:
-        """What was there, or ()."""
-        table = self._tables.get(prefix.prefixlen)
-        if table is None:
-            table = self._tables[prefix.prefixlen] = {}
-            self._lengths = tuple(sorted(self._tables, reverse=True))
-        key = int(prefix.network_address) >> (self._bits - prefix.prefixlen)
-        replaced = table.get(key, ())
-        table[key] = paths
-        return replaced
-
-    def take(self, prefix: IPNetwork) -> Paths:
-        """What was there, or ()."""
-        table = self._tables.get(prefix.prefixlen, {})
-        paths = table.pop(int(prefix.network_address) >> (self._bits - prefix.prefixlen), ())
-        if paths and not table:
-            del self._tables[prefix.prefixlen]
-            self._lengths = tuple(sorted(self._tables, reverse=True))
-        return paths
-
-    def __contains__(self, prefix: IPNetwork) -> bool:
-        return int(prefix.network_address) >> (self._bits - prefix.prefixlen) in self._tables.get(prefix.prefixlen, ())
-
-    def find(self, address: int) -> Paths | None:
-        bits, tables = self._bits, self._tables
-        for length in self._lengths:
-            paths = tables[length].get(address >> (bits - length))
-            if paths is not None:
-                return paths
-        return None
-
-    @property
-    def lengths(self) -> int:
-        return len(self._lengths)
-
-    def items(self) -> Iterator[tuple[int, int, Paths]]:
-        """Prefix length, its bits from the left, paths."""
-        for length in self._lengths:
-            for key, paths in self._tables[length].items():
-                yield length, key << (self._bits - length), paths
-
-    def __len__(self) -> int:
-        return sum(map(len, self._tables.values()))
-
-
 class Lfib:
     """All of a node's label state. `generation` grows with every change."""
 
     def __init__(self) -> None:
         self.generation = 0
-        self._ilm: dict[str, _Labels] = {}
+        self._shared: Final = SharedPaths[Nhlfe]()
+        self._ilm: dict[str, LabelTable[Nhlfe]] = {}
         self._label_count = 0
-        self._routes: dict[tuple[str, int], _Routes] = {}
+        self._routes: dict[tuple[str, int], RouteTable[Nhlfe]] = {}
         self._route_count = 0
         self.spread = 0  # entries that ask for a flow's hash: equal paths and entropy labels
         self._peers: dict[str, Peer] = {}
@@ -243,7 +155,10 @@ class Lfib:
         if self._label_count >= MAX_LABELS and self.incoming(label, space) is None:
             raise ValueError(f"more than {MAX_LABELS} labels")
         _checked(paths)
-        replaced = self._ilm.setdefault(space, _Labels()).put(label, paths)
+        labels = self._ilm.get(space)
+        if labels is None:
+            labels = self._ilm[space] = LabelTable(self._shared)
+        replaced = labels.put(label, paths)
         self._label_count += not replaced
         self.spread += _spreads(paths) - _spreads(replaced)
         self.generation += 1
@@ -251,9 +166,9 @@ class Lfib:
     def unbind(self, label: Label, space: str = PLATFORM) -> bool:
         """Whether it was bound."""
         labels = self._ilm.get(space)
-        if labels is None or not (paths := labels.find(label)):
+        paths = labels.put(label, ()) if labels is not None else ()
+        if labels is None or not paths:
             return False
-        labels.put(label, ())
         if not labels:
             del self._ilm[space]
         self._label_count -= 1
@@ -263,7 +178,7 @@ class Lfib:
 
     def incoming(self, label: Label, space: str = PLATFORM) -> Paths | None:
         labels = self._ilm.get(space)
-        return (labels.find(label) or None) if labels is not None else None
+        return labels.find(label) if labels is not None else None
 
     def labels(self) -> Iterator[tuple[str, Label, Paths]]:
         for space, labels in self._ilm.items():
@@ -283,7 +198,7 @@ class Lfib:
         if self._route_count >= MAX_ROUTES and (routes is None or prefix not in routes):
             raise ValueError(f"more than {MAX_ROUTES} routes")
         if routes is None:
-            routes = self._routes[vrf, prefix.version] = _Routes(prefix.max_prefixlen)
+            routes = self._routes[vrf, prefix.version] = RouteTable(prefix.max_prefixlen, self._shared)
         replaced = routes.put(prefix, paths)
         self._route_count += not replaced
         self.spread += _spreads(paths) - _spreads(replaced)

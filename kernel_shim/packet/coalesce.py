@@ -15,12 +15,21 @@ import numpy.typing as npt
 
 from kernel_shim.packet import virtio
 from kernel_shim.packet.checksum import Rows, Words, partial_sum, pseudo_header_sum, row_sums, rows_verify
-from kernel_shim.packet.ip import IPV4_HEADER, IPV6_HEADER, PROTOCOL_TCP, PROTOCOL_UDP, UDP_HEADER, Buffer, address_bytes, refresh_header_checksum
+from kernel_shim.packet.ip import (
+    IPV4_HEADER,
+    IPV6_HEADER,
+    LARGEST_PACKET,
+    PROTOCOL_TCP,
+    PROTOCOL_UDP,
+    UDP_HEADER,
+    Buffer,
+    address_bytes,
+    refresh_header_checksum,
+)
 from kernel_shim.packet.segment import TCP_CHECKSUM, TCP_FIN, TCP_HEADER, TCP_PSH, UDP_CHECKSUM
 
 _UNMERGEABLE_FLAGS: Final = 0x02 | 0x04 | 0x20 | 0x80  # SYN, RST, URG, CWR
 _ENDING: Final = TCP_FIN | TCP_PSH
-_LARGEST: Final = 65535
 _COUNTING: Final = np.arange(1 << 12, dtype=np.int64)
 _FAMILY: Final = {
     (PROTOCOL_TCP, 4): virtio.GSO_TCPV4,
@@ -141,7 +150,7 @@ class Joiner:
     """Builds super-packets in one buffer of its own: `begin`, then `extend` and `append` while they fit, then `frame`."""
 
     def __init__(self, tail_room: int) -> None:
-        self.buffer: Final = memoryview(bytearray(virtio.LENGTH + _LARGEST + 1 + tail_room))
+        self.buffer: Final = memoryview(bytearray(virtio.LENGTH + LARGEST_PACKET + 1 + tail_room))
         self._bytes: Final = np.frombuffer(self.buffer, np.uint8)
         self._end = 0
         self._shortened = False
@@ -200,7 +209,7 @@ class Joiner:
     def _continues(self, header: bytearray, size: int) -> bool:
         """Whether `size` bytes behind `header` come next in this flow. Uses `header` up."""
         form, upper = self._form, self._form.upper
-        if self.complete or self._end - virtio.LENGTH + size > _LARGEST:
+        if self.complete or self._end - virtio.LENGTH + size > LARGEST_PACKET:
             return False
         mine = bytearray(self.buffer[virtio.LENGTH + len(form.prefix) : self._head])
         if form.protocol == PROTOCOL_TCP:

@@ -13,6 +13,7 @@ Buffer = bytes | bytearray | memoryview
 
 IPV4_HEADER: Final = 20
 IPV6_HEADER: Final = 40
+LARGEST_PACKET: Final = 65535  # octets that the total length of IPv4 can say, and no larger IPv6 packet is made or taken
 IPV6_SMALLEST_MTU: Final = 1280  # RFC 8200 section 5: every path carries this
 UDP_HEADER: Final = 8
 PROTOCOL_IPIP: Final = 4

@@ -12,6 +12,7 @@ from kernel_shim.packet.ip import (
     FRAGMENT,
     HOP_BY_HOP,
     IPV6_HEADER,
+    LARGEST_PACKET,
     ROUTING,
     Buffer,
     Layout,
@@ -20,7 +21,6 @@ from kernel_shim.packet.ip import (
 )
 
 # Specifications
-_LARGEST: Final = 65535
 _UNFRAGMENTABLE: Final = frozenset({HOP_BY_HOP, ROUTING, DESTINATION_OPTIONS})  # RFC 8200 section 4.5: what may stand before the fragment header
 
 # Limits of this implementation
@@ -94,7 +94,7 @@ class Reassembler:
 
     def _fits(self, datagram: _Datagram, offset: int, length: int, more: bool) -> bool:
         end = offset + length
-        if not length or end > _LARGEST or (more and length % 8) or (not more and datagram.total >= 0):
+        if not length or end > LARGEST_PACKET or (more and length % 8) or (not more and datagram.total >= 0):
             return False
         if datagram.total >= 0 and end > datagram.total:
             return False
@@ -136,7 +136,7 @@ def _join(datagram: _Datagram, version: int) -> bytearray | None:
     whole = bytearray(datagram.head)
     for _, piece in sorted(datagram.pieces.items()):
         whole += piece
-    if len(whole) > _LARGEST:
+    if len(whole) > LARGEST_PACKET:
         return None  # a first header longer than those of the other fragments
     if version == 4:
         whole[2:4] = len(whole).to_bytes(2, "big")

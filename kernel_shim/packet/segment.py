@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from kernel_shim.packet import virtio
 from kernel_shim.packet.checksum import Rows, Words, checksum, partial_sum, pseudo_header_sum, row_checksums, row_sums, udp_checksum
-from kernel_shim.packet.ip import IPV6_HEADER, PROTOCOL_TCP, PROTOCOL_UDP, UDP_HEADER, Malformed, address_bytes, layout, refresh_header_checksum
+from kernel_shim.packet.ip import IPV6_HEADER, LARGEST_PACKET, PROTOCOL_TCP, PROTOCOL_UDP, UDP_HEADER, Malformed, address_bytes, layout, refresh_header_checksum
 
 TCP_FIN: Final = 0x01
 TCP_PSH: Final = 0x08
@@ -61,7 +61,7 @@ def read_super(vnet: virtio.VnetHeader, packet: memoryview) -> SuperPacket:
     if parsed.upper + minimum > parsed.length or parsed.upper % 4:
         raise Malformed("super-packet without a transport header")
     header = parsed.upper + (packet[parsed.upper + 12] >> 4 << 2 if protocol == PROTOCOL_TCP else UDP_HEADER)
-    if header < parsed.upper + minimum or header >= parsed.length or header + vnet.gso_size > 65535:
+    if header < parsed.upper + minimum or header >= parsed.length or header + vnet.gso_size > LARGEST_PACKET:
         raise Malformed("super-packet without payload")
     return SuperPacket(packet[: parsed.length], parsed.version, protocol, parsed.upper, header, vnet.gso_size, parsed.dont_fragment)
 

@@ -1,6 +1,7 @@
 """Rows `lfib-scale`: what a lookup costs as labels and VRF routes grow from ten to a million.
 
-A label costs one hash probe however many there are; a route one for each prefix length in use, of which there are the same few.
+A label costs one hash probe however many there are; a route one for each prefix length in use, of which there are the same few. What grows is what
+is fetched from memory instead of the caches: the number of a label's paths, and paths that no other entry has.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ CEILING: Final = 4.0  # times that at 10
 AIM: Final = 3.0
 VRF_COUNT: Final = 5  # at the smallest size each has one route of each length
 LENGTHS: Final = (16, 24)
+LABELS: Final = 1_000_003  # a prime below all that there are
 PATHS: Final = tuple((Nhlfe(ToPeer(f"pe{number}"), (Label(100 + number),)),) for number in range(64))
 
 
@@ -40,7 +42,9 @@ def _network(number: int) -> tuple[str, IPv4Network]:
 def _build(size: int) -> Lfib:
     lfib = Lfib()
     for number in range(size):
-        lfib.bind(Label(FIRST_LABEL + number), PATHS[number % 64] if number % 2 else (Nhlfe(ToVrf(f"vrf{number % VRF_COUNT}")),))
+        # Half of them are swapped, each for a label of its own, as in a core: what is fetched for them is nobody else's.
+        swapped = Nhlfe(ToPeer(f"pe{number % 64}"), (Label(FIRST_LABEL + number * 7 % LABELS),))
+        lfib.bind(Label(FIRST_LABEL + number), (swapped,) if number % 2 else (Nhlfe(ToVrf(f"vrf{number % VRF_COUNT}")),))
     for number in range(size):
         vrf, prefix = _network(number)
         lfib.route(vrf, prefix, PATHS[number % 64])

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from lab.certs import KeyKind
 from lab.daemon import NegotiationFailed
 from lab.gateway import Gateway
 from lab.namespaces import Namespace
-from lab.pairing import NEWER_STRONGSWAN, Pair, carries_a_little, facing, rekey_at_once, rekey_in_turn
+from lab.pairing import NEWER_STRONGSWAN, OURS, Pair, carries_a_little, facing, pair, rekey_at_once, rekey_in_turn
+from lab.relay import RelaySettings
 from lab.strongswan import NewerStrongSwan
-from lab.tunnel import CHILD, CONNECTION, PPK_NAME, Side, Tunnel
+from lab.tunnel import CHILD, CONNECTION, PPK_NAME, Credentials, Side, Tunnel
 
 pytestmark = [pytest.mark.interop, pytest.mark.newer, pytest.mark.timeout(180)]
 
@@ -85,13 +88,15 @@ def test_ml_kem_alone_in_rekeying(ours: Side) -> None:
 
 @pytest.mark.parametrize("ours", OUR_SIDES)
 def test_fragments_of_key_exchanges(ours: Side) -> None:
+    """Signatures cover them, too."""
+
     def mine(namespace: Namespace, config: Path) -> Gateway:
         return Gateway(namespace, config, settings={"fragment_size": str(SIZE)})
 
     def theirs(namespace: Namespace, config: Path) -> NewerStrongSwan:
         return NewerStrongSwan(namespace, config, f"fragment_size = {SIZE}")
 
-    with facing(ours, BOTH, mine=mine, theirs=theirs) as link:
+    with facing(ours, replace(BOTH, credentials=Credentials.make(KeyKind.RSA)), mine=mine, theirs=theirs) as link:
         link.a.initiate()
         rekey_in_turn(link)
         assert used_by_child(link) == HYBRID
@@ -136,6 +141,23 @@ def test_we_insist_on_ml_kem(ours: Side) -> None:
             link.a.initiate()
         link.a.wait_gone()
         link.b.wait_gone()
+
+
+@pytest.mark.parametrize("ours", OUR_SIDES)
+def test_who_takes_ml_kem_out_of_an_offer_on_its_way_is_found_out(ours: Side) -> None:
+    """An additional key exchange becomes a transform of a type that nobody knows, so the responder chooses the proposal without it."""
+    relay = RelaySettings(genuine="000806000024", forged="0008f0000024")
+    makers = (OURS, NEWER_STRONGSWAN) if ours is Side.A else (NEWER_STRONGSWAN, OURS)
+    with pair(*makers, Tunnel(proposals=f"{BOTH.proposals},aes256gcm16-prfsha384-x25519"), relay=relay) as link:
+        with pytest.raises(NegotiationFailed):
+            link.a.initiate()
+        assert "selected proposal: IKE:AES_GCM_16_256/PRF_HMAC_SHA2_384/CURVE_25519\n" in link.daemon(Side.B if ours is Side.A else Side.A).log()
+        assert not link.a.ike_sas()
+        assert not link.b.ike_sas()
+        assert link.sites.relay is not None
+        link.sites.relay.change(RelaySettings())
+        link.a.initiate()
+        assert used(link) == HYBRID
 
 
 @pytest.mark.parametrize("by", [pytest.param(Side.A, id="ours asks"), pytest.param(Side.B, id="the peer asks")])

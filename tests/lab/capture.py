@@ -27,6 +27,7 @@ PACKET_STATISTICS: Final = 6
 ETH_P_ALL: Final = 3
 ETH_P_IP: Final = 0x0800
 ETH_P_IPV6: Final = 0x86DD
+ETH_P_MPLS: Final = (b"\x88\x47", b"\x88\x48")
 SO_RCVBUFFORCE: Final = 33
 SO_TIMESTAMPNS: Final = 35  # struct timespec of CLOCK_REALTIME
 
@@ -196,6 +197,11 @@ class Capture:
         """Packets on the wire with a source or destination within the protected `selectors`: leaks."""
         networks = [_network(selector) for selector in selectors]
         return [packet for packet in self.packets() if any(_within(packet, network) for network in networks)]
+
+    def labelled(self) -> int:
+        """Frames with a label stack in clear; of IP packets only `packets` tells."""
+        self.packets()
+        return sum(frame[12:14] in ETH_P_MPLS for frame, _ in list(self._frames))
 
     def esp(self) -> list[WirePacket]:
         return [packet for packet in self.packets() if packet.is_esp]

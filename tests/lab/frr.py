@@ -96,9 +96,6 @@ class Frr:
         """SIGKILL: routes that it told others of are not taken back."""
         self._daemons.pop(daemon).kill()
 
-    def stop_daemon(self, daemon: str) -> None:
-        self._daemons.pop(daemon).stop()
-
     def tell(self, *lines: str, daemon: str = "zebra") -> str:
         """Lines of configuration; LabError when one is refused."""
         return self.ask("configure terminal", *lines, daemon=daemon)

@@ -46,6 +46,7 @@ from vpnd.ike.marking import Marking, SharedIfIds
 from vpnd.ike.proposal import parse_proposals
 from vpnd.ike.resumption import Resumption
 from vpnd.ike.sa import IkeSa
+from vpnd.telemetry.exchanges import ExchangeCounters
 
 KEY = b"a pre-shared key of the tests"
 EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
@@ -120,6 +121,7 @@ class Peer:
     resumption: Resumption = field(default_factory=lambda: Resumption(random.Random(0).randbytes))
     further_addresses: list[str] = field(default_factory=list)
     narrowest: int = 0  # path MTU that is known
+    exchanges: ExchangeCounters = field(default_factory=ExchangeCounters)
     markings: Markings = field(default_factory=Markings)
     _init: dict[tuple[bytes, Endpoint], IkeSa] = field(default_factory=dict)
     _ids: int = 0
@@ -150,6 +152,9 @@ class Peer:
 
     def utc(self, now: float) -> datetime:
         return EPOCH + timedelta(seconds=now)
+
+    def exchanged(self, connection: str, exchange: int, *, incoming: bool, response: bool) -> None:
+        self.exchanges.message(connection, exchange, incoming=incoming, response=response)
 
     def new_ike_spi(self) -> int:
         return self.random.getrandbits(63) + 1
@@ -252,7 +257,7 @@ class Peer:
                         continue
                     self.sad.pop(sa_id, None)
                     self.larval.discard(sa_id)
-                case IkeOpened(new):
+                case IkeOpened(IkeSa() as new):
                     self.sas[new.spi_local] = new
                     self.events.append(effect)
                 case _:
@@ -317,7 +322,7 @@ class Pair:
         self.log: list[str] = []
         self.a = Peer("a", "192.0.2.1", [a], self.flight)
         self.b = Peer("b", "192.0.2.2", [b] if isinstance(b, ConnectionConfig) else list(b), self.flight)
-        self._nat_a, self._nat_b = nat_a, nat_b
+        self.nat_a, self.nat_b = nat_a, nat_b
         for peer in (self.a, self.b):
             peer.credentials.load_shared(SharedSecret("all", KEY))
 
@@ -327,21 +332,21 @@ class Pair:
 
     # The network
 
-    def _outside(self, endpoint: Endpoint) -> Endpoint:
-        for own, nat in ((self.a.address, self._nat_a), (self.b.address, self._nat_b)):
+    def outside(self, endpoint: Endpoint) -> Endpoint:
+        for own, nat in ((self.a.address, self.nat_a), (self.b.address, self.nat_b)):
             if nat and endpoint.address == ip_address(own):
                 return Endpoint(ip_address(nat), endpoint.port + 20000 if own == self.a.address else endpoint.port)
         return endpoint
 
     def _inside(self, endpoint: Endpoint) -> Endpoint:
-        for own, nat in ((self.a.address, self._nat_a), (self.b.address, self._nat_b)):
+        for own, nat in ((self.a.address, self.nat_a), (self.b.address, self.nat_b)):
             if nat and endpoint.address == ip_address(nat):
                 return Endpoint(ip_address(own), endpoint.port - 20000 if own == self.a.address else endpoint.port)
         return endpoint
 
     def deliver(self, datagram: Datagram) -> None:
         self.log.append(str(datagram))
-        arrived = Datagram(datagram.sender, self._inside(datagram.remote), self._outside(datagram.local), datagram.data)
+        arrived = Datagram(datagram.sender, self._inside(datagram.remote), self.outside(datagram.local), datagram.data)
         (self.b if datagram.sender == "a" else self.a).arrive(arrived, self.now)
 
     def take(self) -> Datagram:
@@ -389,7 +394,7 @@ class Pair:
     # The usual beginning
 
     def connect(self, drop: Callable[[Datagram], bool] = lambda datagram: False) -> None:
-        self.a.start(self._outside(self.b.endpoint), self.now, *list(self.a.connections[0].children.values())[:1])
+        self.a.start(self.outside(self.b.endpoint), self.now, *list(self.a.connections[0].children.values())[:1])
         self.settle(drop)
 
 
@@ -432,11 +437,11 @@ def selectors(text: str) -> tuple[TrafficSelector, ...]:
     return found  # type: ignore[return-value]
 
 
-def psk_pair(config: ChildConfig | None = None, *, mobike: bool = True, **options: object) -> Pair:
+def psk_pair(config: ChildConfig | None = None, *, mobike: bool = True, follow_nat: bool = True, **options: object) -> Pair:
     """Two gateways with one CHILD_SA between 10.1.0.0/16 (`a`) and 10.2.0.0/16 (`b`)."""
     config = config or child()
-    a = connection("to-b", psk("a.example"), psk("b.example"), [config], mobike=mobike)
-    b = connection("to-a", psk("b.example"), psk("a.example"), [mirrored(config)], mobike=mobike)
+    a = connection("to-b", psk("a.example"), psk("b.example"), [config], mobike=mobike, follow_nat=follow_nat)
+    b = connection("to-a", psk("b.example"), psk("a.example"), [mirrored(config)], mobike=mobike, follow_nat=follow_nat)
     return Pair(a, b, **options)  # type: ignore[arg-type]
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self, TypeVar
 
-from lab.process import LabError, Process, run
+from lab.process import Process, run
 
 T = TypeVar("T")
 
@@ -165,10 +165,6 @@ class Lab:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self._stack.close()
 
-    def cleanup(self, function: Callable[[], object]) -> None:
-        """Call `function` at the end, before what was made earlier goes."""
-        self._stack.callback(function)
-
     def enter(self, manager: contextlib.AbstractContextManager[T]) -> T:
         return self._stack.enter_context(manager)
 
@@ -203,9 +199,3 @@ def stopping(process: Process) -> Iterator[Process]:
     finally:
         if process.running:
             process.kill()
-
-
-def require_tools(*names: str) -> None:
-    missing = [name for name in names if shutil.which(name) is None]
-    if missing:
-        raise LabError(f"missing: {', '.join(missing)} (make peers installs them)")

@@ -32,13 +32,18 @@ SO_SNDBUFFORCE: Final = 32
 
 VNET_HDR_BYTES: Final = 10
 FRAME_BYTES: Final = 65536 + 64
+UDP_CHECKSUM: Final = slice(VNET_HDR_BYTES + 14 + 20 + 6, VNET_HDR_BYTES + 14 + 20 + 8)
+NEEDS_CHECKSUM: Final = 1  # in the first octet of a virtio_net_hdr: it is still to be computed
 QUEUE_FRAMES: Final = 20000  # what a long fat path holds; beyond it frames are dropped and counted
 BUFFER_BYTES: Final = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class RelaySettings:
-    """`delay` and `jitter` in seconds one way (jitter reorders), probabilities per frame from 0 to 1, `cut` drops everything."""
+    """`delay` and `jitter` in seconds one way (jitter reorders), probabilities per frame from 0 to 1, `cut` drops everything.
+
+    `forged`: hexadecimal octets that stand in place of `genuine` ones, as many, wherever these are in IPv4 datagrams of UDP.
+    """
 
     delay: float = 0.0
     jitter: float = 0.0
@@ -46,6 +51,8 @@ class RelaySettings:
     duplicate: float = 0.0
     cut: bool = False
     seed: int = 1
+    genuine: str = ""
+    forged: str = ""
 
 
 @dataclass(slots=True)
@@ -103,6 +110,16 @@ def _packet_socket(interface: str) -> socket.socket:
     return sock
 
 
+def _forge(frame: bytes, settings: RelaySettings) -> bytes:
+    genuine = bytes.fromhex(settings.genuine)
+    if not genuine or genuine not in frame:
+        return frame
+    altered = bytearray(frame.replace(genuine, bytes.fromhex(settings.forged)))
+    if not altered[0] & NEEDS_CHECKSUM:
+        altered[UDP_CHECKSUM] = bytes(2)  # none
+    return bytes(altered)
+
+
 def _forward(a: int, b: int, control: int, settings: RelaySettings) -> None:
     counters = RelayCounters()
     chance = random.Random(settings.seed)
@@ -121,6 +138,7 @@ def _forward(a: int, b: int, control: int, settings: RelaySettings) -> None:
         if settings.cut or (settings.loss and chance.random() < settings.loss):
             counters.lost += 1
             return
+        frame = _forge(frame, settings)
         copies = 1
         if settings.duplicate and chance.random() < settings.duplicate:
             copies = 2

@@ -44,3 +44,13 @@ class Root:
 
 HOST: Final = Root(Path("/"))
 NEWER: Final = Root(Path(__file__).resolve().parents[2] / "build" / "peers" / "root")
+
+
+def newer_peers() -> str:
+    """What the newer Debian's peers are, for a head line: that Debian moves on, and so may their conduct."""
+    try:
+        lines = (NEWER.path.parent / "versions").read_text().splitlines()
+    except OSError:
+        return "none"
+    versions = dict(line.split("\t") for line in lines)
+    return ", ".join(f"{name} {versions[name]}" for name in ("strongswan-charon", "libreswan") if name in versions)

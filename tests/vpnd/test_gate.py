@@ -20,7 +20,7 @@ from vpnd.ike.iana import Payload as PayloadType
 from vpnd.ike.proposal import parse_proposals
 from vpnd.ike.transport import MAX_REPEATS_OF_STRANGERS
 from vpnd.ike.wire.header import CRITICAL, FLAG_INITIATOR, FLAG_RESPONSE
-from vpnd.ike.wire.message import decode_message
+from vpnd.ike.wire.message import decode_message, encode_message
 from vpnd.ike.wire.payloads import NotifyPayload
 
 
@@ -115,3 +115,40 @@ def test_an_unknown_critical_payload_is_named_and_costs_nothing() -> None:
     assert gate.judge(preceded(CRITICAL, FLAG_INITIATOR | FLAG_RESPONSE), remote, 5, 5, 1.0) == Refused("ike_malformed")
     assert gate.judge(preceded(CRITICAL, 0), remote, 5, 5, 1.0) == Refused("ike_malformed")
     assert isinstance(gate.judge(preceded(0), remote, 0, 0, 1.0), Admitted)
+
+
+def returned(data: bytes, cookie: bytes) -> bytes:
+    """The request again, with the cookie before everything else (RFC 7296 section 2.6)."""
+    message = decode_message(data)
+    return encode_message(replace(message, payloads=(NotifyPayload(NotifyType.COOKIE, cookie), *message.payloads)))
+
+
+def test_only_the_cookie_of_this_very_initiator_lets_it_in() -> None:
+    gate, data = Gate(GateSettings(cookie_threshold=10), random.Random(1).randbytes), first_request()
+    remote, other = Endpoint(ip_address("192.0.2.9"), 500), Endpoint(ip_address("192.0.2.10"), 500)
+    asked = gate.judge(data, remote, 10, 0, 1.0)
+    assert isinstance(asked, Reply)
+    notify = decode_message(asked.answer).notify(NotifyType.COOKIE)
+    assert notify is not None
+    cookie = notify.data
+    # HDR, N(COOKIE), SAi1, KEi, Ni -->
+    assert isinstance(gate.judge(returned(data, cookie), remote, 10, 0, 2.0), Admitted)
+    # from elsewhere, with another one, by another initiator, much later
+    for wrong, who, now in (
+        (returned(data, cookie), other, 2.0),
+        (returned(data, cookie[:-1] + bytes((cookie[-1] ^ 1,))), remote, 2.0),
+        (returned(data, b"made up"), remote, 2.0),
+        (b"otherspi" + returned(data, cookie)[8:], remote, 2.0),
+        (returned(data, cookie), remote, 1000.0),
+    ):
+        verdict = gate.judge(wrong, who, 10, 0, now)
+        assert isinstance(verdict, Reply)
+        assert verdict.counter == "ike_cookies_sent"
+    # below the threshold nobody is asked
+    assert isinstance(gate.judge(data, other, 9, 0, 2.0), Admitted)
+
+
+def test_beyond_the_limit_nobody_gets_in() -> None:
+    gate, remote, data = Gate(GateSettings(cookie_threshold=0, limit=10), random.Random(1).randbytes), Endpoint(ip_address("192.0.2.9"), 500), first_request()
+    assert isinstance(gate.judge(data, remote, 9, 0, 1.0), Admitted)
+    assert gate.judge(data, remote, 10, 0, 1.0) == Refused("ike_half_open_limit")

@@ -15,6 +15,7 @@ import pytest
 import structlog
 from vpnd_nodes import A, B, Network, Node, config, mirrored, until
 
+from kernel_shim.logs import configure_logs
 from kernel_shim.secret import Secret
 from vpnd.config.model import DaemonConfig
 from vpnd.control.backend import ControlError
@@ -22,7 +23,6 @@ from vpnd.control.client import ViciClient
 from vpnd.control.server import ControlServer
 from vpnd.ike.effects import Reason
 from vpnd.ike.session import Session
-from vpnd.telemetry.logging import configure_logging
 
 SHORTEST = 8  # octets of a secret that nothing else looks like by chance
 PSK = "a secret between us"
@@ -110,7 +110,7 @@ def sessions(*nodes: Node) -> list[Session]:
 async def test_in_no_log_line_no_listing_and_no_object(
     secrets: set[bytes], tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    configure_logging("debug")
+    configure_logs("debug")
     caplog.set_level(logging.DEBUG)
     asyncio.get_running_loop().set_debug(True)
     network = Network()

@@ -42,6 +42,15 @@ class OwnCertificate:
     key: PrivateKey = field(repr=False)
 
 
+@dataclass(frozen=True, slots=True)
+class LoadedCertificate:
+    """As a listing shows it. `has_key`: we have its private key."""
+
+    certificate: Certificate
+    authority: bool
+    has_key: bool
+
+
 class CredentialStore:
     """Mutable; one a daemon."""
 
@@ -118,6 +127,12 @@ class CredentialStore:
     @property
     def certificates(self) -> Collection[Certificate]:
         return self._certificates.values()
+
+    def listed(self) -> Sequence[LoadedCertificate]:
+        """Certificates first, then authorities that are not among them."""
+        further = {der: certificate for der, certificate in self._authorities.items() if der not in self._certificates}
+        found = [*self._certificates.values(), *further.values()]
+        return [LoadedCertificate(each, each.is_authority, each.key_id in self._keys) for each in found]
 
     def shared_secret(self, local: Identity, remote: Identity) -> Secret | None:
         """The best match of both identities; the peer's counts more.

@@ -131,6 +131,14 @@ class Certificate:
             pass
         self._check_critical()
 
+    @property
+    def is_authority(self) -> bool:
+        try:
+            self.check_authority()
+        except CertificateRefused:
+            return False
+        return True
+
     def check_end_entity(self) -> None:
         # RFC 4945 section 5.1.3.2: with keyUsage, digitalSignature or nonRepudiation must be set
         try:

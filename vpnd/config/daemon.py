@@ -11,14 +11,13 @@ from kernel_shim.model import IPAddress
 from vpnd.config import options
 from vpnd.config.errors import ConfigError
 from vpnd.config.model import DaemonConfig, KernelChoice, LogFormat
-from vpnd.config.reader import Reader, integer, shown
+from vpnd.config.reader import Reader, account, integer, shown
 from vpnd.config.tree import Section
 from vpnd.ike.fragments import SMALLEST_PACKET
 
 MAX_SOCKET_PATH: Final = 107  # bytes of sun_path without its NUL (unix(7))
 MAX_LISTEN: Final = 1024
 _LEVELS: Final = ("debug", "info", "warning", "error")
-_OWNER: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}\$?|[0-9]{1,10}")
 
 
 def validate_daemon(section: Section, errors: list[ConfigError], path: str = "vpnd") -> DaemonConfig:
@@ -32,8 +31,8 @@ def validate_daemon(section: Section, errors: list[ConfigError], path: str = "vp
         start_shim=reader.boolean("start_shim", defaults.start_shim),
         control_socket=reader.convert("control_socket", defaults.control_socket, _socket),
         control_mode=reader.convert("control_mode", defaults.control_mode, _mode),
-        control_owner=reader.convert("control_owner", None, _owner),
-        control_group=reader.convert("control_group", None, _owner),
+        control_owner=reader.convert("control_owner", None, account),
+        control_group=reader.convert("control_group", None, account),
         listen=tuple(dict.fromkeys(reader.convert_all("listen", _listen))),
         log_level=reader.choice("log_level", defaults.log_level, {level: level for level in _LEVELS}),
         log_format=reader.choice("log_format", defaults.log_format, {form.value: form for form in LogFormat}),
@@ -79,12 +78,6 @@ def _mode(text: str) -> int:
     if not re.fullmatch(r"0?[0-7]{3}", text):
         raise ValueError(f"'{shown(text)}' is not a file mode, such as 0660")
     return int(text, 8)
-
-
-def _owner(text: str) -> str:
-    if not _OWNER.fullmatch(text):
-        raise ValueError(f"'{shown(text)}' is neither a user's or group's name nor a number")
-    return text
 
 
 def _listen(text: str) -> IPAddress:

@@ -176,6 +176,7 @@ class ConnectionConfig:
     over_time: float = 1440.0  # the IKE SA is closed this long after `rekey_time`, or `reauth_time` should that come first
     rand_time: float = 1440.0
     fragmentation: Fragmentation = Fragmentation.YES
+    follow_nat: bool = True  # our own option: whether a peer behind a NAT that gives it another address or port is followed there
     mobike: bool = True
     redirect: GatewayId | None = None  # our own option: clients that follow are sent there
     redirect_in: RedirectIn = RedirectIn.AUTH

@@ -17,7 +17,7 @@ from kernel_shim.mpls.lfib import MAX_PATHS, TtlModel
 from kernel_shim.mpls.node import MAX_TUNNELS, MAX_VRFS
 from vpnd.config.children import interface_name
 from vpnd.config.errors import ConfigError
-from vpnd.config.reader import Reader, boolean, integer, shown
+from vpnd.config.reader import Reader, account, boolean, integer, shown
 from vpnd.config.tree import Section
 from vpnd.mpls.model import DEFAULT_RANGE, FpmConfig, LabelMode, LspConfig, MplsConfig, PeerConfig, RemoteVrf, RouteTarget, VrfConfig, own_target
 
@@ -80,9 +80,10 @@ def _each(reader: Reader, option: str, read: Callable[[Reader, str], T]) -> Iter
 def _fpm(reader: Reader) -> FpmConfig | None:
     place = reader.convert("fpm", None, _place)
     settle, grace = reader.seconds("fpm_settle", None), reader.seconds("fpm_grace", None)
+    users = reader.convert_all("fpm_users", account)
     if place is None:
         return None
-    return replace(place, settle=place.settle if settle is None else settle, grace=place.grace if grace is None else grace)
+    return replace(place, settle=place.settle if settle is None else settle, grace=place.grace if grace is None else grace, users=users or place.users)
 
 
 def _vrf(reader: Reader, name: str, ttl: TtlModel) -> VrfConfig:

@@ -17,6 +17,7 @@ MAX_SHOWN: Final = 80  # characters of a bad value that a complaint repeats
 _INTEGER: Final = re.compile(r"(0[xX][0-9a-fA-F]{1,16}|[0-9]{1,20})")
 _SECONDS: Final = re.compile(_INTEGER.pattern + r" *([sSmMhHdD]?)")
 _OCTETS: Final = re.compile(_INTEGER.pattern + r" *([kKmMgG]?)")
+_ACCOUNT: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}\$?|[0-9]{1,10}")
 _SECONDS_OF: Final = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 _OCTETS_OF: Final = {"": 1, "k": 1024, "m": 1024**2, "g": 1024**3}
 _BOOLEANS: Final = {"yes": True, "true": True, "enabled": True, "1": True, "no": False, "false": False, "disabled": False, "0": False}
@@ -180,6 +181,13 @@ def integer(text: str, minimum: int = 0, maximum: int = 2**32 - 1) -> int:
     if not minimum <= value <= maximum:
         raise ValueError(f"{value} is not within {minimum} to {maximum}")
     return value
+
+
+def account(text: str) -> str:
+    """A user or a group."""
+    if not _ACCOUNT.fullmatch(text):
+        raise ValueError(f"'{shown(text)}' is neither a user's or group's name nor a number")
+    return text
 
 
 def seconds(text: str) -> float:

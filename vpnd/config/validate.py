@@ -75,6 +75,7 @@ def _connection(reader: Reader, name: str) -> ConnectionConfig:
         redirect=reader.convert("redirect", None, GatewayId.parse),
         redirect_in=reader.choice("redirect_in", RedirectIn.AUTH, {when.value: when for when in RedirectIn}),
         mobike=reader.boolean("mobike", True),
+        follow_nat=reader.boolean("follow_nat", True),
         childless=reader.choice("childless", Childless.ALLOW, {policy.value: policy for policy in Childless}),
         resumption=reader.boolean("resumption", False),
         ppk_id=reader.convert("ppk_id", None, _ppk_id),

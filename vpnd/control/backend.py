@@ -12,12 +12,14 @@ from typing import Protocol
 
 from kernel_shim.model import Endpoint, IPAddress, Mode, TrafficSelector
 from kernel_shim.mpls.labels import Label
+from vpnd.auth.credentials import LoadedCertificate
 from vpnd.config.model import ConnectionConfig, PrivateKeySource, SharedSecret
 from vpnd.ike.gateway_id import GatewayId
 from vpnd.ike.identity import Identity
 from vpnd.ike.marking import NO_MARKING, Marking
 from vpnd.ike.proposal import Proposal
 from vpnd.mpls.trace import Step
+from vpnd.telemetry.exchanges import ExchangeCounters
 
 
 class ControlError(Exception):
@@ -146,7 +148,24 @@ class ChildRekeyed:
     new: ChildStatus
 
 
-DaemonEvent = LogLine | IkeUpDown | ChildUpDown | IkeRekeyed | ChildRekeyed
+@dataclass(frozen=True, slots=True)
+class IkeUpdated:
+    """`ike` has the addresses from before, `local` and `remote` are the new ones."""
+
+    ike: IkeStatus
+    local: Endpoint
+    remote: Endpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Alert:
+    """`kind`: one of `vpnd.daemon.alerts`."""
+
+    kind: str
+    ike: IkeStatus | None = None
+
+
+DaemonEvent = LogLine | IkeUpdated | Alert | IkeUpDown | ChildUpDown | IkeRekeyed | ChildRekeyed
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +185,7 @@ class ControlBackend(Protocol):
         """`listener` gets every event until the returned function is called. It must not block."""
 
     def stats(self) -> DaemonStats: ...
+    def exchange_counters(self) -> ExchangeCounters: ...
     async def list_sas(
         self, *, ike: str | None = None, ike_id: int | None = None, child: str | None = None, child_id: int | None = None
     ) -> Sequence[IkeStatus]:
@@ -199,10 +219,11 @@ class ControlBackend(Protocol):
     def unload_key(self, identifier: str) -> None: ...
     def key_ids(self) -> Sequence[str]: ...
     def load_certificate(self, der: bytes, *, authority: bool) -> None: ...
+    def loaded_certificates(self) -> Sequence[LoadedCertificate]: ...
     def clear_credentials(self) -> None: ...
 
     def initiate(self, *, child: str | None, ike: str | None, timeout: float) -> AsyncIterator[LogLine]:
-        """Lines of progress until the CHILD_SA stands; ends with ControlError when it fails or `timeout` (s, 0 none) passes."""
+        """Lines of progress until the CHILD_SA stands, or without `child` the IKE SA; ends with ControlError when it fails or `timeout` (s, 0 none) passes."""
 
     def terminate(
         self,

@@ -37,6 +37,7 @@ from vpnd.ike.effects import (
     IkeOpened,
     InitialContact,
     InstallSa,
+    MadeIkeSa,
     MigrateSa,
     Reason,
     ReauthenticationDue,
@@ -120,13 +121,15 @@ class Carrier:
             entry.heir.awaits = None
             self.run(entry.heir, ())
 
-    def _open(self, sa: IkeSa) -> None:
+    def _open(self, sa: MadeIkeSa) -> None:
         """An IKE SA that a rekeying made."""
+        assert isinstance(sa, IkeSa)
         entry = self._registry.enter(sa)
         self._registry.established(entry)
+        entry.endpoints = (sa.local, sa.remote)
         self.run(entry, ())
 
-    def _required(self, sa: IkeSa) -> Entry:
+    def _required(self, sa: MadeIkeSa) -> Entry:
         entry = self._registry.by_spi(sa.spi_local)
         assert entry is not None, "an IKE SA hands over to one that was not opened"
         return entry
@@ -264,6 +267,33 @@ class Carrier:
                 self._closed(entry, effect)
             case IkeOpened() | IkeHandedOver():
                 pass  # at once, in `run`
+            case Redirected(gateway):
+                self.redirected(entry.current, gateway)
+            case IkeMoved(local, remote):
+                entry = entry.current
+                for child_id in list(entry.installing):  # of one that sends not yet, the SA out did not move
+                    self._installed(entry, child_id)
+                self._counters.add("ike_moved")
+                self._news.say(f"IKE_SA {entry.sa.connection.name}[{entry.sa.unique_id}] is between {local} and {remote} now", entry)
+                before, entry.endpoints = entry.endpoints, (local, remote)
+                if self.listener and before is not None and before != (local, remote):
+                    self.listener.ike_moved(entry, *before)
+            case AuthenticationRejected(connection, peer, why):
+                self._counters.add("authentication_rejected")
+                self._say_of_stranger(
+                    f"authentication of peer '{peer or '%any'}' at {entry.sa.remote} for connection '{connection or '?'}' failed: {why}", entry, warning=True
+                )
+            case InitialContact(local_id, remote_id):
+                for other in uniqueness.after_initial_contact(self._registry, entry, (local_id, remote_id)):
+                    other.superseded = True
+                    self.run(other, other.sa.abort(asyncio.get_running_loop().time(), Reason.REPLACED))
+            case ChildEstablished() | ChildClosed() | ChildFailed() | ChildDenied() | RekeyFailed():
+                self._tell_of_child(entry, effect)
+            case _:
+                raise AssertionError(f"{effect} needs the kernel")
+
+    def _tell_of_child(self, entry: Entry, effect: ChildEstablished | ChildClosed | ChildFailed | ChildDenied | RekeyFailed) -> None:
+        match effect:
             case ChildEstablished(child, replaces):
                 entry = entry.current
                 self._installed(entry, child.id)  # of one that the peer rekeys, the SA out comes only when the old one goes
@@ -279,14 +309,6 @@ class Carrier:
                         self.listener.child_established(entry, child)
                     else:
                         self.listener.child_rekeyed(entry, replaces, child)
-            case Redirected(gateway):
-                self.redirected(entry.current, gateway)
-            case IkeMoved(local, remote):
-                entry = entry.current
-                for child_id in list(entry.installing):  # of one that sends not yet, the SA out did not move
-                    self._installed(entry, child_id)
-                self._counters.add("ike_moved")
-                self._news.say(f"IKE_SA {entry.sa.connection.name}[{entry.sa.unique_id}] is between {local} and {remote} now", entry)
             case RekeyFailed(child_id, reason, detail):
                 entry = entry.current
                 self._counters.add("rekey_failed")
@@ -310,22 +332,14 @@ class Carrier:
             case ChildDenied(reason, detail):
                 self._counters.add("child_denied")
                 self._news.say(f"peer's request for a CHILD_SA denied: {reason.value}{f' ({detail})' if detail else ''}", entry, warning=True)
-            case AuthenticationRejected(connection, peer, why):
-                self._counters.add("authentication_rejected")
-                self._say_of_stranger(
-                    f"authentication of peer '{peer or '%any'}' at {entry.sa.remote} for connection '{connection or '?'}' failed: {why}", entry, warning=True
-                )
-            case InitialContact(local_id, remote_id):
-                for other in uniqueness.after_initial_contact(self._registry, entry, (local_id, remote_id)):
-                    other.superseded = True
-                    self.run(other, other.sa.abort(asyncio.get_running_loop().time(), Reason.REPLACED))
-            case _:
-                raise AssertionError(f"{effect} needs the kernel")
+                if self.listener:
+                    self.listener.child_denied(entry, reason)
 
     def _authenticated(self, entry: Entry) -> None:
         self._registry.established(entry)
         self._counters.add("ike_established")
         sa = entry.sa
+        entry.endpoints = (sa.local, sa.remote)
         self._news.say(
             f"IKE_SA {sa.connection.name}[{sa.unique_id}] established between {sa.local.address}[{sa.local_id}]...{sa.remote.address}[{sa.remote_id}]", entry
         )

@@ -17,7 +17,6 @@ import structlog
 from kernel_shim.model import (
     Acquire,
     AcquireSequence,
-    Endpoint,
     Expire,
     Flow,
     IPAddress,
@@ -32,6 +31,7 @@ from vpnd.daemon.crossings import SETTLE, doubled_child, standing_child, superfl
 from vpnd.daemon.endpoints import Endpoints, backoff
 from vpnd.daemon.ends import Ends
 from vpnd.daemon.entry import ChildKey, Entry
+from vpnd.daemon.ike_demands import IkeDemands, NoWay, begin
 from vpnd.daemon.manager import Manager
 from vpnd.daemon.traps import Traps
 from vpnd.ike.effects import NO_ACQUIRE, ChildFailed, ChildSa, IkeClosed, Reason
@@ -70,6 +70,7 @@ class Demands:
         self._endpoints = Endpoints(manager, mark)
         self.traps: Final = Traps(manager, self._endpoints)
         self.ends: Final = Ends(manager, self.traps, self.demand)
+        self.ike_sas: Final = IkeDemands(manager, self._endpoints)
         self._demands: dict[ChildKey, Demand] = {}
         self._waiting: dict[ChildKey, list[asyncio.Future[None]]] = {}  # `wait` of the control socket
         self._retries: dict[ChildKey, asyncio.TimerHandle] = {}
@@ -119,19 +120,11 @@ class Demands:
         entry = self._manager.established(name)  # another demand may have made one meanwhile
         fresh = entry is None
         if entry is None:
-            local = self._endpoints.local(demand.connection, remote)
-            if remote is None or local is None:
-                detail = f"no address for {', '.join(demand.connection.remote_addrs)}" if remote is None else f"no route to {remote}"
-                self._failed(key, demand, Reason.PEER_SILENT, detail)
+            try:
+                entry = begin(self._manager, self._endpoints, demand.connection, remote)
+            except NoWay as error:
+                self._failed(key, demand, Reason.PEER_SILENT, str(error))
                 return
-            entry = self._manager.add_initiator(
-                demand.connection, Endpoint(local, demand.connection.local_port), Endpoint(remote, demand.connection.remote_port)
-            )
-            redirection = self._manager.redirects.take(name)
-            entry.sa.redirected_from = redirection.origin if redirection is not None else None
-            self._manager.say(f"initiating IKE_SA {name}[{entry.sa.unique_id}] to {remote}", entry)
-            if (ours := self._manager.addresses()) and local not in ours:
-                self._manager.say(f"{local} (local_addrs of {name}) is no address that we listen on: nothing can be sent from it", entry, warning=True)
         elif not demand.acquires and not self.ends.succession_of(key) and (child := standing_child(entry.sa, demand.child)) is not None:
             self._manager.say(f"CHILD_SA {child.sa.name}{{{child.sa.id}}} stands already", entry)
             self._settle(key, demand, child.sa)

@@ -42,6 +42,10 @@ class Ends:
         """Whether a successor is sought for a CHILD_SA of that child."""
         return key in self._recovering or key in self._outgoing
 
+    def forget(self, key: ChildKey) -> None:
+        """It is configured no more."""
+        self._restarted.pop(key, None)
+
     # The successor
 
     def established(self, entry: Entry, child: ChildSa) -> None:

@@ -10,7 +10,7 @@ import structlog
 
 from kernel_shim.model import IPAddress
 from kernel_shim.mpls.fpm_rib import Surroundings
-from kernel_shim.mpls.node import NodeEntry
+from kernel_shim.mpls.node import MAX_VRFS, NodeEntry
 from vpnd.daemon.label_synchroniser import FPM, LabelSynchroniser
 from vpnd.io.fpm import FpmServer, Link, links
 from vpnd.mpls.fpm_feed import FpmFeed
@@ -19,6 +19,7 @@ from vpnd.telemetry.counters import Counters
 from vpnd.telemetry.wording import explained
 
 LISTEN_RETRY: Final = 5.0  # s
+HOST_TABLES: Final = frozenset({0, 253, 254, 255})  # none said, default, main, local (linux/rtnetlink.h)
 LINKS_PAUSE: Final = 1.0  # s between two readings of the host's interfaces
 
 log = structlog.get_logger("fpm")
@@ -46,7 +47,7 @@ class RoutingFeed:
         self.feed.surround(self._surroundings())
         if config.fpm is not None:
             self.feed.settle, self.feed.grace = config.fpm.settle, config.fpm.grace
-        if config.fpm is None or old.fpm is None or (config.fpm.address, config.fpm.port) != (old.fpm.address, old.fpm.port):
+        if config.fpm is None or old.fpm is None or _listening(config.fpm) != _listening(old.fpm):
             previous, self._serving = self._serving, None
             if previous is not None or config.fpm is not None:
                 self._serving = asyncio.get_running_loop().create_task(self._serve(previous, config.fpm), name="fpm")
@@ -85,7 +86,7 @@ class RoutingFeed:
             await self._server.close()
             self._server = None
         while config is not None:
-            server = FpmServer(self.feed, self._changed, self._counters)
+            server = FpmServer(self.feed, self._changed, self._counters, config.users)
             try:
                 await server.open(config.address, config.port)
             except OSError as error:
@@ -125,30 +126,46 @@ class RoutingFeed:
 
     def _surroundings(self) -> Surroundings:
         config = self._config
-        tables = {vrf.table: vrf.name for vrf in config.vrfs.values() if vrf.table}
         names = {name: vrf.name for vrf in config.vrfs.values() for name in (vrf.name, vrf.interface, *vrf.members)}
+        # What is said of a VRF's own table, the daemon has read there: it is what became of its routes, and no route of its own.
+        echoes = HOST_TABLES | {vrf.table for vrf in config.vrfs.values()}
+        tables = {link.table: names[link.name] for link in self._links.values() if link.table not in echoes and link.name in names}
+        strange: set[int] = set()
         peers: dict[IPAddress, str] = {}
         for peer in config.peers.values():
             for address in (*((peer.remote,) if peer.remote is not None else ()), *peer.next_hops):
                 peers.setdefault(address, peer.name)
+
+        def vrf_of_table(table: int) -> str | None:
+            vrf = tables.get(table)
+            if vrf is None and table not in echoes and table not in strange and len(strange) < MAX_VRFS:
+                strange.add(table)  # looked for once
+                self._unknown = True
+            return vrf
 
         def vrf_of_interface(index: int) -> str | None:
             link = self._links.get(index)
             if link is None:
                 self._unknown |= bool(index)
                 return None
-            return tables.get(link.table) or names.get(link.name)
+            return names.get(link.name) or tables.get(link.table)
 
-        return Surroundings(tables.get, vrf_of_interface, peers.get)
+        complete = frozenset(vrf.name for vrf in config.vrfs.values() if vrf.prefixes)
+        return Surroundings(vrf_of_table, vrf_of_interface, peers.get, complete=complete)
 
     async def _read_links(self) -> None:
         while self._unknown:
             try:
                 self._links = await links()
             except OSError as error:
-                log.warning("interfaces not read", error=str(error))
+                log.warning("interfaces not read", error=explained(error))
             self._unknown = False
             self.feed.surround(self._surroundings())
             self._unknown = False  # what is not there now is looked for when it is named again, or interfaces change
             self._changed()
             await asyncio.sleep(LINKS_PAUSE)
+
+
+def _listening(config: FpmConfig) -> tuple[object, ...]:
+    """What cannot change while it listens."""
+    return config.address, config.port, config.users

@@ -58,7 +58,7 @@ class Loading:
             raise
         for name, child in before.items():
             if name not in connection.children:
-                self._close_started(connection.name, child)
+                self._unconfigured(connection.name, child)
 
     def _claim_reqids(self, connection: ConnectionConfig) -> None:
         """A reqid leads from a policy to its SAs, and from an ACQUIRE to its child: two children must not share one."""
@@ -107,17 +107,20 @@ class Loading:
             raise ControlError(f"connection '{name}' not found")
         await self._unload(name, connection)
         for child in connection.children.values():
-            self._close_started(name, child)
+            self._unconfigured(name, child)
 
     async def _unload(self, name: str, connection: ConnectionConfig) -> None:
         self._manager.connections.pop(name, None)
+        self._manager.redirects.forget(name)
+        self._manager.exchanges.forget(name)
         await self._interfaces.unload(name)
         for child in connection.children:
             if self._demands.traps.trapped(name, child):
                 await self._demands.traps.uninstall(name, child)
 
-    def _close_started(self, connection: str, child: ChildConfig) -> None:
-        """Delete its CHILD_SAs, and IKE SAs that have no other."""
+    def _unconfigured(self, connection: str, child: ChildConfig) -> None:
+        """A child that is configured no more. When it was started, its CHILD_SAs are deleted, and IKE SAs that have no other."""
+        self._demands.ends.forget((connection, child.name))
         if StartAction.START in child.start_action:
             self._demands.ends.close_all(connection, child.name)
 

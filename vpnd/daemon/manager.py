@@ -23,7 +23,7 @@ from vpnd.daemon.kernel_side import KernelSide
 from vpnd.daemon.markings import Markings
 from vpnd.daemon.news import News
 from vpnd.daemon.redirects import Redirection, Redirects
-from vpnd.daemon.registry import Registry
+from vpnd.daemon.registry import InitKey, Registry
 from vpnd.daemon.reqids import ReqIds
 from vpnd.gate import Admitted, Gate, GateSettings, Refused, Reply, origin_of
 from vpnd.ike.context import IkeSettings
@@ -40,11 +40,13 @@ from vpnd.ike.wire.header import FLAG_INITIATOR, FLAG_RESPONSE, HEADER_LENGTH
 from vpnd.peers import Connections
 from vpnd.schedule import Deadlines
 from vpnd.telemetry.counters import Counters
+from vpnd.telemetry.exchanges import ExchangeCounters
 from vpnd.telemetry.throttle import Throttle
 
 OPENING: Final = (Exchange.IKE_SA_INIT, Exchange.IKE_SESSION_RESUME)
 
 MAXIMUM_IKE_SAS: Final = 100_000  # with peers that ask; some 25 kB each
+MAX_STEPS: Final = 1024  # of one IKE SA that wait for the kernel, beyond which its peer is not heard
 TIMERS_AT_ONCE: Final = 64  # IKE SAs whose deadline has come, before datagrams get their turn
 REFUSALS_AT_ONCE: Final = 20  # log lines about IKE_SA_INITs that were refused; anybody can cause them
 REFUSALS_A_SECOND: Final = 1.0
@@ -105,6 +107,7 @@ class Manager:
         self.resolved: Final[dict[str, IPAddress]] = {}  # host names of remote_addrs
         self.registry: Final = Registry()
         self.reqids: Final = ReqIds(kernel)
+        self.exchanges: Final = ExchangeCounters()
         self.markings: Final = Markings()
         kernel.found = self.markings.standing
         self.news: Final = News()
@@ -166,6 +169,9 @@ class Manager:
 
     def utc(self, now: float) -> datetime:
         return datetime.fromtimestamp(time.time() - (asyncio.get_running_loop().time() - now), UTC)
+
+    def exchanged(self, connection: str, exchange: int, *, incoming: bool, response: bool) -> None:
+        self.exchanges.message(connection, exchange, incoming=incoming, response=response)
 
     def new_ike_spi(self) -> int:
         while True:
@@ -239,17 +245,26 @@ class Manager:
         """An IKE message without non-ESP marker."""
         if len(data) < HEADER_LENGTH:
             self.counters.add("ike_malformed")
+            self.exchanges.add("invalid")
             return
         from_initiator = data[19] & FLAG_INITIATOR
         spi = int.from_bytes(data[8:16] if from_initiator else data[0:8])
         entry = self.registry.by_spi(spi)
         if entry is not None:
-            self.run(entry, entry.sa.receive(data, local, remote, self._now()))
+            self._deliver(entry, local, remote, data)
         elif spi == 0 and from_initiator and data[18] in OPENING and not data[19] & FLAG_RESPONSE:
             self._initial(local, remote, data)
         else:
             self.counters.add("ike_unknown_spi")
+            self.exchanges.add("invalid-spi")
             self._unknown(local, remote, data)
+
+    def _deliver(self, entry: Entry, local: Endpoint, remote: Endpoint, data: bytes) -> None:
+        # a peer that does not wait for our answers, while these wait for the kernel; one that does sends it again
+        if len(entry.steps) >= MAX_STEPS:
+            self.counters.add("ike_overloaded")
+            return
+        self.run(entry, entry.sa.receive(data, local, remote, self._now()))
 
     def _unknown(self, local: Endpoint, remote: Endpoint, data: bytes) -> None:
         """RFC 6290 section 4.2, but not for an IKE SA that stands: with one of its SPIs in the wrong place a stranger would get its token."""
@@ -279,7 +294,7 @@ class Manager:
         key = (int.from_bytes(data[0:8]), remote)
         entry = self.registry.by_init(key)
         if entry is not None:
-            self.run(entry, entry.sa.receive(data, local, remote, now))
+            self._deliver(entry, local, remote, data)
             return
         # a request of our own that was sent back to us: whoever shares its secret with us would be us
         if key[0] in self.registry:
@@ -295,24 +310,28 @@ class Manager:
             case Refused(counter):
                 self.counters.add(counter)
             case Admitted():
-                if len(self.registry) >= MAXIMUM_IKE_SAS:
-                    self.counters.add("ike_sa_limit")
-                    return
-                if not self.kernel.connected:
-                    self.counters.add("ike_refused_no_kernel")
-                    return
-                sa, effects = IkeSa.respond(self, data, local, remote, now)
-                if sa is None:
-                    for effect in effects:
-                        if isinstance(effect, Send):
-                            self._sockets.send(effect.local, effect.remote, effect.data)
-                        elif isinstance(effect, AuthenticationRejected):
-                            self.counters.add("ike_init_refused")
-                            if (unsaid := self._refusals.admit(now)) is not None:
-                                also = f" ({unsaid} more like it were not logged)" if unsaid else ""
-                                self.say(f"IKE_SA_INIT from {remote} refused: {effect.why}{also}", warning=True)
-                    return
-                self.run(self.registry.enter_half_open(sa, key), effects)
+                self._respond(key, local, remote, data, now)
+
+    def _respond(self, key: InitKey, local: Endpoint, remote: Endpoint, data: bytes, now: float) -> None:
+        """Answer an IKE_SA_INIT request that the gate let in."""
+        if len(self.registry) >= MAXIMUM_IKE_SAS:
+            self.counters.add("ike_sa_limit")
+            return
+        if not self.kernel.connected:
+            self.counters.add("ike_refused_no_kernel")
+            return
+        sa, effects = IkeSa.respond(self, data, local, remote, now)
+        if sa is not None:
+            self.run(self.registry.enter_half_open(sa, key), effects)
+            return
+        for effect in effects:
+            if isinstance(effect, Send):
+                self._sockets.send(effect.local, effect.remote, effect.data)
+            elif isinstance(effect, AuthenticationRejected):
+                self.counters.add("ike_init_refused")
+                if (unsaid := self._refusals.admit(now)) is not None:
+                    also = f" ({unsaid} more like it were not logged)" if unsaid else ""
+                    self.say(f"IKE_SA_INIT from {remote} refused: {effect.why}{also}", warning=True)
 
     def drain(self) -> None:
         """Take no new IKE SA of a peer from now on: it would be left without us."""

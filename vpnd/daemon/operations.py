@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from kernel_shim.model import Action, IPAddress
 from kernel_shim.mpls.labels import Label
-from vpnd.auth.credentials import CredentialError
+from vpnd.auth.credentials import CredentialError, LoadedCertificate
 from vpnd.config.model import ChildConfig, Configuration, ConnectionConfig, DaemonConfig, LoadedConfiguration, PrivateKeySource, SharedSecret
 from vpnd.control.backend import ControlError, DaemonEvent, DaemonStats, IkeStatus, LogLine, PolicyStatus
 from vpnd.daemon.demands import Demands
@@ -30,6 +30,7 @@ from vpnd.ike.identity import Identity
 from vpnd.ike.sa import ChildSaState, IkeSaState
 from vpnd.mpls.trace import Step
 from vpnd.peers import NOT, match
+from vpnd.telemetry.exchanges import ExchangeCounters
 
 QUEUED_LINES: Final = 1000  # log lines kept for one slow control client
 
@@ -76,6 +77,9 @@ class Operations:
             kernel=self._manager.capabilities.name,
             kernel_reasons=self._kernel_reasons,
         )
+
+    def exchange_counters(self) -> ExchangeCounters:
+        return self._manager.exchanges
 
     async def list_sas(
         self, *, ike: str | None = None, ike_id: int | None = None, child: str | None = None, child_id: int | None = None
@@ -171,6 +175,9 @@ class Operations:
         except CredentialError as error:
             raise ControlError(str(error)) from error
 
+    def loaded_certificates(self) -> Sequence[LoadedCertificate]:
+        return self._manager.credentials.listed()
+
     def clear_credentials(self) -> None:
         self._manager.credentials.clear()
 
@@ -210,17 +217,19 @@ class Operations:
             await asyncio.gather(work, return_exceptions=True)
 
     async def initiate(self, *, child: str | None, ike: str | None, timeout: float) -> AsyncIterator[LogLine]:
-        if child is None:
-            raise ControlError("missing child configuration name")
-        connection, config = self._find(child, ike)
-        if config.action is not Action.PROTECT:
-            raise ControlError(f"'{child}' is a shunt: it can be installed, not initiated")
-
-        async def up() -> None:
-            await self._demands.up(connection, config)
-
-        async for line in self._with_log(asyncio.ensure_future(up()), timeout):
+        async for line in self._with_log(asyncio.ensure_future(self._up(child, ike)), timeout):
             yield line
+
+    async def _up(self, child: str | None, ike: str | None) -> None:
+        if child is not None:
+            connection, config = self._find(child, ike)
+            if config.action is not Action.PROTECT:
+                raise ControlError(f"'{child}' is a shunt: it can be installed, not initiated")
+            await self._demands.up(connection, config)
+        elif ike is None or (known := self._manager.connections.get(ike)) is None:
+            raise ControlError(f"IKE_SA config '{ike}' not found")
+        else:
+            await self._demands.ike_sas.up(known)
 
     def rekey(self, *, child: str | None = None, ike: str | None = None, child_id: int | None = None, ike_id: int | None = None, reauth: bool = False) -> int:
         now, found = self._monotonic(), 0

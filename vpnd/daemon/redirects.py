@@ -39,6 +39,11 @@ class Redirects:
     def next(self, connection: str) -> Redirection | None:
         return self._next.get(connection)
 
+    def forget(self, connection: str) -> None:
+        """It is configured no more."""
+        self._next.pop(connection, None)
+        self._recent.pop(connection, None)
+
     def take(self, connection: str) -> Redirection | None:
         """For an IKE SA that begins now; should that fail, the next one goes to the configured gateway again."""
         return self._next.pop(connection, None)

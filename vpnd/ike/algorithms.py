@@ -94,6 +94,7 @@ _IKE: Final[dict[str, Transform]] = {
     "prfsha384": _prf(PrfId.HMAC_SHA2_384),
     "prfsha512": _prf(PrfId.HMAC_SHA2_512),
 }
+IKE_TRANSFORMS: Final = tuple(dict.fromkeys(_IKE.values()))
 _ESP: Final[dict[str, Transform]] = {
     **_COMMON,
     "null": _encryption(Encryption.NULL),

@@ -178,7 +178,7 @@ def expected_identity(connection: ConnectionConfig) -> Identity | None:
 
 
 def _resumed_auth(keys: IkeCrypto, octets: bytes, *, initiator: bool) -> bytes:
-    """RFC 5723 section 5.1: AUTH = prf(SK_px, octets)."""
+    """RFC 5723 section 4.3.3: AUTH = prf(SK_px, octets)."""
     return keys.suite.prf((keys.keys.pi if initiator else keys.keys.pr).reveal(), octets)
 
 

@@ -13,7 +13,6 @@ from kernel_shim.model import (
     Action,
     AddressRange,
     Direction,
-    IPAddress,
     Lifetime,
     Mode,
     ReqId,
@@ -156,11 +155,12 @@ def read_answer(session: Session, offer: Offer, message: Message) -> Agreed:
     chosen = accept(offer.proposals, sa.proposals)
     if chosen is None:
         raise ChildRefused(Reason.NO_PROPOSAL_CHOSEN, NotifyType.NO_PROPOSAL_CHOSEN, detail="the peer chose what was not proposed")
-    # RFC 7296 section 2.9: an answer narrows, it never widens
-    pair = paired(tsi.selectors, tsr.selectors)
-    if pair is None or not only_narrows(tsi.selectors, offer.local_ts) or not only_narrows(tsr.selectors, offer.remote_ts):
-        raise ChildRefused(Reason.TS_UNACCEPTABLE, NotifyType.TS_UNACCEPTABLE, detail="the peer's selectors are not within ours")
     mode = Mode.TRANSPORT if message.notify(NotifyType.USE_TRANSPORT_MODE) else Mode.TUNNEL
+    local_ts, remote_ts = _seen_from_here(session, tsi.selectors, tsr.selectors) if mode is Mode.TRANSPORT else (tsi.selectors, tsr.selectors)
+    # RFC 7296 section 2.9: an answer narrows, it never widens
+    pair = paired(local_ts, remote_ts)
+    if pair is None or not only_narrows(local_ts, offer.local_ts) or not only_narrows(remote_ts, offer.remote_ts):
+        raise ChildRefused(Reason.TS_UNACCEPTABLE, NotifyType.TS_UNACCEPTABLE, detail="the peer's selectors are not within ours")
     # RFC 7296 section 1.3.1: a responder may decline transport mode; our policies ask for exactly one mode
     if mode is not offer.request.child.mode:
         raise ChildRefused(Reason.NO_PROPOSAL_CHOSEN, NotifyType.NO_PROPOSAL_CHOSEN, detail="the peer declined the mode")
@@ -198,7 +198,7 @@ def choose(session: Session, message: Message, *, key_exchange: bool, ke_group: 
         if config.action is not Action.PROTECT:
             continue
         local_ts = narrow(asked_local, resolve(config.local_ts, session.path.local.address))
-        remote_ts = narrow(asked_remote, resolve(config.remote_ts, session.path.remote.address))
+        remote_ts = narrow(asked_remote, resolve(config.remote_ts, session.path.remote.address)) if local_ts else ()
         pair = paired(local_ts, remote_ts)
         if pair is None:
             continue
@@ -218,8 +218,7 @@ def choose(session: Session, message: Message, *, key_exchange: bool, ke_group: 
         score = (first, whole)
         if best is None or score > best[0]:
             agreed = Agreed(config, chosen, _algorithm(chosen), 0, mode, pair[0], pair[1], _peer_spi(chosen), padding=_takes_padding(message))
-            back_local, back_remote = _seen_from_there(session, pair, tsr.selectors, tsi.selectors) if mode is Mode.TRANSPORT else pair
-            best = score, Asked(agreed, back_remote, back_local, session.context.capabilities.tfc_padding)
+            best = score, Asked(agreed, pair[1], pair[0], session.context.capabilities.tfc_padding)
     if best is None:
         raise refusal
     asked = best[1]
@@ -345,26 +344,12 @@ def _between_hosts(session: Session, pair: tuple[Selectors, Selectors]) -> bool:
 
 
 def _seen_from_here(session: Session, local_ts: Selectors, remote_ts: Selectors) -> tuple[Selectors, Selectors]:
-    # RFC 7296 section 2.23.1: addresses that a NAT changed become those that we see
+    # RFC 7296 section 2.23.1: addresses that a NAT changed become those that we see; each side says them as it sees them
     if session.nat_local:
-        local_ts = substituted(local_ts, None, session.path.local.address)
+        local_ts = substituted(local_ts, session.path.local.address)
     if session.nat_remote:
-        remote_ts = substituted(remote_ts, None, session.path.remote.address)
+        remote_ts = substituted(remote_ts, session.path.remote.address)
     return local_ts, remote_ts
-
-
-def _seen_from_there(session: Session, pair: tuple[Selectors, Selectors], local_ts: Selectors, remote_ts: Selectors) -> tuple[Selectors, Selectors]:
-    # RFC 7296 section 2.23.1: the answer carries the peer's view again
-    local, remote = pair
-    if session.nat_local and (theirs := _host(local_ts)) is not None:
-        local = substituted(local, session.path.local.address, theirs)
-    if session.nat_remote and (theirs := _host(remote_ts)) is not None:
-        remote = substituted(remote, session.path.remote.address, theirs)
-    return local, remote
-
-
-def _host(selectors: Selectors) -> IPAddress | None:
-    return next((selector.addresses.first for selector in selectors if selector.addresses.first == selector.addresses.last), None)
 
 
 def _show(selectors: Selectors) -> str:

@@ -72,6 +72,9 @@ class IkeContext(Protocol):
     def utc(self, now: float) -> datetime:
         """The wall clock (aware, UTC) at the monotonic time `now`; certificates are checked against it."""
 
+    def exchanged(self, connection: str, exchange: int, *, incoming: bool, response: bool) -> None:
+        """An IKE message of that connection went out, or came in and is the peer's; for counters."""
+
     def new_ike_spi(self) -> int:
         """An SPI of 64 bits, not 0, that no other IKE SA of this daemon uses."""
 

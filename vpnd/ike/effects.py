@@ -8,15 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Final
+from typing import Final, Protocol
 
 from kernel_shim.model import AcquireSequence, Endpoint, Mode, SaId, SecurityAssociation, TrafficSelector
 from vpnd.ike.gateway_id import GatewayId
 from vpnd.ike.identity import Identity
 from vpnd.ike.marking import NO_MARKING, Marking
-
-if TYPE_CHECKING:
-    from vpnd.ike.sa import IkeSa
 
 NO_ACQUIRE: Final = AcquireSequence(0)  # no packet asked
 
@@ -50,6 +47,7 @@ class Reason(Enum):
     NOT_UNIQUE = "another IKE SA of this peer stands"
     REDIRECTED = "redirected to another gateway"
     RESUMPTION_FAILED = "resumed IKE SA not authenticated"
+    REDIRECTION_REFUSED = "redirected once more than is followed, or to nowhere"
     PEER_RESTARTED = "peer has lost the IKE SA"
     ADDRESS_CHANGED = "its address changed"
     ADDRESS_REFUSED = "peer refuses our addresses"
@@ -144,6 +142,13 @@ class IkeClosed:
     detail: str = ""
 
 
+class MadeIkeSa(Protocol):
+    """An IKE SA that another one made: always a `vpnd.ike.sa.IkeSa`, of which the effects know no more than its name."""
+
+    @property
+    def spi_local(self) -> int: ...
+
+
 @dataclass(frozen=True, slots=True)
 class IkeOpened:
     """A rekeying made this IKE SA, which needs no introduction: datagrams for it may come right away. Carry it out before the rest of its step.
@@ -151,14 +156,14 @@ class IkeOpened:
     Ask its `next_deadline` at once. Whether it takes over anything, IkeHandedOver tells.
     """
 
-    sa: IkeSa
+    sa: MadeIkeSa
 
 
 @dataclass(frozen=True, slots=True)
 class IkeHandedOver:
     """The CHILD_SAs and the waiting exchanges of this IKE SA are those of `sa` now. Carry it out before the rest of its step."""
 
-    sa: IkeSa
+    sa: MadeIkeSa
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from kernel_shim.secret import Secret
-
-if TYPE_CHECKING:
-    from vpnd.ike.effects import AllocateSpi
-    from vpnd.ike.steps import Ask, KeepWaiting, Response, Tell
+from vpnd.ike.steps import Response, Steps
 
 MAX_FOLLOWUPS: Final = 4  # at once of one IKE SA; each holds an SPI
 FOLLOWUP_SECONDS: Final = 20.0  # RFC 9370 section 2.2.4 advises 5 to 20 s for the next request
@@ -27,7 +24,7 @@ class Followup:
 
     pending: deque[int]
     shared: list[Secret] = field(repr=False)
-    finish: Callable[[tuple[Secret, ...]], Generator[AllocateSpi | Ask | KeepWaiting | Tell, object, Response]] = field(repr=False)
+    finish: Callable[[tuple[Secret, ...]], Steps[Response]] = field(repr=False)
     give_up: Callable[[], None] = field(repr=False)
     of_ike: bool = False
     link: bytes = b""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from typing import Final
 
 from kernel_shim.model import ANY_PROTOCOL, PROTOCOL_ICMP, PROTOCOL_ICMPV6, AddressRange, Flow, IPAddress, PortRange, TrafficSelector
@@ -38,16 +39,18 @@ def of_flow(flow: Flow, selectors_local: Selectors, selectors_remote: Selectors)
 
 
 def narrow(offered: Selectors, configured: Selectors) -> Selectors:
-    """What both allow, in the order of the offer; a selector within another one is left out."""
+    """What both allow, in the order of the offer; a selector within another one is left out. Once there are as many as may be, no more are looked for."""
     common: list[TrafficSelector] = []
-    for theirs in offered[:MAX_SELECTORS]:
-        for ours in configured[:MAX_SELECTORS]:
-            both = theirs.intersection(ours)
-            if both is None or any(known.contains(both) for known in common):
-                continue
-            common = [known for known in common if not both.contains(known)]
-            common.append(both)
-    return tuple(common[: min(MAX_SELECTORS, max(MAX_SPLINTERS, len(configured)))])
+    limit = min(MAX_SELECTORS, max(MAX_SPLINTERS, len(configured)))
+    for theirs, ours in product(offered[:MAX_SELECTORS], configured[:MAX_SELECTORS]):
+        both = theirs.intersection(ours)
+        if both is None or any(known.contains(both) for known in common):
+            continue
+        common = [known for known in common if not both.contains(known)]
+        common.append(both)
+        if len(common) == limit:
+            break
+    return tuple(common)
 
 
 def paired(local: Selectors, remote: Selectors) -> tuple[Selectors, Selectors] | None:
@@ -62,15 +65,15 @@ def within(answer: Selectors, offered: Selectors) -> bool:
     return bool(answer) and len(answer) <= MAX_SELECTORS and all(any(ours.contains(theirs) for ours in offered) for theirs in answer)
 
 
-def substituted(selectors: Selectors, old: IPAddress | None, new: IPAddress) -> Selectors:
+def substituted(selectors: Selectors, new: IPAddress) -> Selectors:
     """RFC 7296 section 2.23.1: in transport mode through a NAT a host's selectors carry the address as the other side of the NAT sees it.
 
-    Selectors of exactly the host `old` (None: of any one host) become those of `new`.
+    Those of any one host become those of `new`.
     """
     result = []
     for selector in selectors:
         host = selector.addresses.first == selector.addresses.last and selector.addresses.version == new.version
-        if host and old in (None, selector.addresses.first):
+        if host:
             result.append(TrafficSelector(AddressRange.host(new), selector.protocol, selector.ports))
         else:
             result.append(selector)

@@ -79,16 +79,19 @@ class IkeSa(Transport):
         sa, effects = (ike_session_resume if resumes else ike_sa_init).respond(make, context, datagram, local, remote, now)
         if sa is not None:
             sa._inbox.answered(datagram, Outgoing((sa.init_response,)))
+            for incoming in (True, False):
+                sa._count(datagram[18], incoming=incoming, response=not incoming)
         return sa, effects
 
     # Inputs
 
-    def initiate(self, now: float, *, resume: bool = True) -> list[Effect]:
-        """Send IKE_SA_INIT. IKE_AUTH carries the first CHILD_SA asked for, or else the connection's first child.
+    def initiate(self, now: float, *, resume: bool = True, childless: bool = False) -> list[Effect]:
+        """Send IKE_SA_INIT. IKE_AUTH carries the first CHILD_SA asked for, or else the connection's first child, or none if it is to be `childless`.
 
         `resume`: a ticket of an earlier IKE SA will do (RFC 5723); not where the peers are to prove anew who they are.
         """
         self.now = now
+        self.childless = childless
         task = Task("IKE_INIT", _resume if resume else _connect)
         task.steps = task.begin(self, task)
         self.active = task

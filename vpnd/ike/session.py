@@ -110,6 +110,7 @@ class Session:
         self.resumed: Resumable | None = None  # what it was made of, without a key exchange (RFC 5723)
         self.proof_ends = NEVER  # when the certificate that the peer proved itself with is no longer valid
         self.ticket_id = b""  # of the ticket that we gave the peer
+        self.childless = False  # no CHILD_SA is wanted of IKE_AUTH
         self.peer_childless = False  # it takes an IKE_AUTH without a CHILD_SA (RFC 6023)
         self.peer_hashes: tuple[int, ...] = ()  # the peer's SIGNATURE_HASH_ALGORITHMS
         self.peer_asks_certificate = False
@@ -324,7 +325,7 @@ class Session:
                 heir.queue.append(task)
         self.queue = deque(task for task in self.queue if task.name == "IKE_DELETE")
         self.postponed.clear()
-        self.emit(IkeHandedOver(heir))  # type: ignore[arg-type]
+        self.emit(IkeHandedOver(heir))
 
     def postpone(self, task: Task, limit: int = RETRIES) -> bool:
         """Begin the exchange anew after a while; False when it has been tried often enough."""

@@ -115,6 +115,7 @@ class Transport(Session):
             except StopIteration:
                 break
             if isinstance(wait, Tell):
+                self._count(wait.exchange, incoming=False, response=False)
                 self._send(self._seal(wait.exchange, self._next_id, wait.payloads, response=False), self.local, self.remote)
                 self._next_id += 1
                 answer = None
@@ -139,6 +140,7 @@ class Transport(Session):
             message_id = self._next_id
             message = self._seal(request.exchange, message_id, request.payloads, response=False)
             self._next_id += 1
+        self._count(request.exchange, incoming=False, response=False)
         schedule = self.context.settings.retransmission
         plain = request.plain is not None
         self._outstanding = Outstanding.sent(
@@ -190,6 +192,7 @@ class Transport(Session):
         self.received = datagram
         if outstanding.plain:
             if message.encrypted is None:
+                self._count(header.exchange, incoming=True, response=True)
                 self._run(task, message)
                 self._start_next()
             return
@@ -199,6 +202,7 @@ class Transport(Session):
             self.close(Reason.INVALID_SYNTAX, f"{self.describe()}: {error}")
             return
         if opened is not None:
+            self._count(header.exchange, incoming=True, response=True)
             self._heard(local, remote)
             probed = self.mobike and self.original_initiator and outstanding.copies >= mobike.PROBE_COPY
             if probed and (local, remote) != (self.local, self.remote) and mobike.is_candidate(self, local, remote):
@@ -244,6 +248,7 @@ class Transport(Session):
         if self.undecided is not None and not any(payload.protocol == ProtocolId.IKE for payload in opened.all(DeletePayload)):
             self.undecided.overtaken = True
             return
+        self._count(header.exchange, incoming=True, response=False)
         self._heard(local, remote)
         self._go_on()
         if responder is None:
@@ -328,7 +333,7 @@ class Transport(Session):
     @property
     def _follows_mappings(self) -> bool:
         """RFC 7296 section 2.23: a peer behind a NAT is where its last message came from; with MOBIKE it says so itself (RFC 4555 section 3.8)."""
-        return self.nat_remote and not self.nat_local and not self.mobike
+        return self.nat_remote and not self.nat_local and not self.mobike and self.connection.follow_nat
 
     def _revoke(self, child_id: int) -> Serving | None:
         """A CHILD_SA that our last answer gave goes: a peer that missed the answer gets a refusal instead of an SA without a twin."""
@@ -357,6 +362,7 @@ class Transport(Session):
 
     def _finish(self, serving: Serving, response: Response) -> None:
         self._serving = self._answering = None
+        self._count(serving.exchange, incoming=False, response=True)
         message = self._seal_answer(serving, response.payloads)
         self._inbox.answered(serving.datagram, message)
         self._answered_with, self.crypto = self.crypto, response.keys or self.crypto
@@ -398,6 +404,9 @@ class Transport(Session):
         known = self.context.path_mtu(local.address, remote.address)
         limit = packet_limit(local, max(min(packet, known), smallest) if known else packet)
         return max(min(limit, piece), packet_limit(local, smallest)) if piece else limit
+
+    def _count(self, exchange: int, *, incoming: bool, response: bool) -> None:
+        self.context.exchanged(self.connection.name, exchange, incoming=incoming, response=response)
 
     def _send(self, message: Outgoing, local: Endpoint, remote: Endpoint) -> None:
         self._sent_at = self.now

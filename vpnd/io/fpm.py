@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+import os
+import pwd
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
@@ -14,20 +16,26 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from kernel_shim.model import IPAddress
 from kernel_shim.mpls.fpm import FpmError
+from vpnd.io.tcp_owner import Place, owner, place
 from vpnd.mpls.fpm_feed import FpmFeed
 from vpnd.telemetry.counters import Counters
 from vpnd.telemetry.throttle import Throttle
 
 READ_AT_ONCE: Final = 16384  # octets: some 250 routes, a few milliseconds of the event loop
+MAX_ASKED: Final = 8  # connections of which it is not known yet whose they are
 
 log = structlog.get_logger("fpm")
 
 
 class FpmServer:
-    """Listens for one routing daemon at a time; a newer connection takes the place of an older one. `changed` is called when there is something to take."""
+    """Listens for one routing daemon at a time; a newer connection takes the place of an older one. `changed` is called when there is something to take.
 
-    def __init__(self, feed: FpmFeed, changed: Callable[[], None], counters: Counters) -> None:
-        self._feed, self._changed, self._counters = feed, changed, counters
+    From this host only root, the user of this process and `users` (names, or numbers) may connect.
+    """
+
+    def __init__(self, feed: FpmFeed, changed: Callable[[], None], counters: Counters, users: Sequence[str] = ()) -> None:
+        self._feed, self._changed, self._counters, self._users = feed, changed, counters, users
+        self._asked = 0
         self._server: asyncio.Server | None = None
         self._current: asyncio.StreamWriter | None = None
         self._complaints = Throttle(burst=5, rate=0.1)
@@ -49,7 +57,7 @@ class FpmServer:
             self._current.transport.abort()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self._server is None:
+        if not await self._may_speak(writer) or self._server is None:
             writer.transport.abort()
             return
         older, self._current = self._current, writer
@@ -76,13 +84,42 @@ class FpmServer:
             writer.transport.abort()
             if self._current is writer:
                 self._current = None
-                self._feed.end(now())
+                if self._feed.end(now()):
+                    self._counters.add("fpm_cut_off")
                 self._say("the routing daemon is gone", routes=len(self._feed))
                 self._changed()
+
+    async def _may_speak(self, writer: asyncio.StreamWriter) -> bool:
+        if self._asked == MAX_ASKED:
+            self._counters.add("fpm_refused")
+            return False
+        self._asked += 1
+        try:
+            refused = await asyncio.to_thread(_refusal, place(writer.get_extra_info("peername")), place(writer.get_extra_info("sockname")), self._users)
+        except (OSError, TypeError, ValueError) as error:  # a connection that is gone has no name
+            refused = str(error)
+        finally:
+            self._asked -= 1
+        if refused:
+            self._counters.add("fpm_refused")
+            self._say("a connection of no routing daemon is refused", reason=refused)
+        return not refused
 
     def _say(self, what: str, **details: object) -> None:
         if (untold := self._complaints.admit(asyncio.get_running_loop().time())) is not None:
             log.info(what, untold=untold, **details)
+
+
+def _refusal(theirs: Place, ours: Place, users: Sequence[str]) -> str:
+    """Why a peer may not say routes; empty when it may. One of another host got past the firewall that such an address needs."""
+    uid = owner(theirs, ours)
+    if uid is None:
+        return f"nobody here holds {theirs[0]} port {theirs[1]}" if theirs[0].is_loopback or theirs[0] == ours[0] else ""
+    allowed = {0, os.geteuid()}
+    for user in users:
+        with suppress(KeyError):  # its package is not installed
+            allowed.add(int(user) if user.isdecimal() else pwd.getpwnam(user).pw_uid)
+    return "" if uid in allowed else f"user {uid} is none of fpm_users"
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,9 +85,12 @@ class FpmFeed:
                 self.refused += 1
         return len(changes)
 
-    def end(self, now: float) -> None:
+    def end(self, now: float) -> bool:
+        """The connection is over; whether that was in the middle of a message, which is then lost."""
+        amid = self._decoder is not None and self._decoder.amid
         self._decoder = None
         self._ended_at = now
+        return amid
 
     # Time
 

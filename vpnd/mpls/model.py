@@ -104,18 +104,20 @@ DEFAULT_RANGE: Final = LabelSet([LabelRange(Label(1 << 19), LAST_LABEL)])  # the
 
 FPM_ADDRESS: Final = IPv4Address("127.0.0.1")
 FPM_PORT: Final = 2620  # FRR: fpm/fpm.h
+FPM_USERS: Final = ("frr",)  # zebra's in FRR's own and in Debian's packages
 
 
 @dataclass(frozen=True, slots=True)
 class FpmConfig:
     """Where a routing daemon connects to say its routes. `fpm` gives address and port, `fpm_settle` and `fpm_grace` the seconds after
-    which what it did not say again goes: since it fell silent, and since its connection began or ended.
+    which what it did not say again goes: since it fell silent, and since its connection began or ended. `fpm_users`: who may connect from this host.
     """
 
     address: IPAddress = FPM_ADDRESS
     port: int = FPM_PORT
     settle: float = 30.0
     grace: float = 300.0
+    users: tuple[str, ...] = FPM_USERS
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from scapy.layers.inet6 import ICMPv6PacketTooBig, IPv6
 from scapy.packet import Raw
 
 from kernel_shim.dataplane.engine import EngineConfig
-from kernel_shim.model import Mode
+from kernel_shim.model import Lifetime, Mode
 
 FAMILIES = [(4, 4), (4, 6), (6, 4), (6, 6)]
 
@@ -127,3 +127,14 @@ def test_fragments_pass_through_a_policy_without_ports() -> None:
     pair.send(*fragments)
     pair.pass_on()
     assert pair.right.received() == fragments
+
+
+def test_fragments_that_their_sa_no_longer_takes_are_counted() -> None:
+    pair = Pair()
+    pair.connect(hard=Lifetime(packets=2))
+    source, destination = pair.hosts(9)
+    pair.send(bytes(IP(src=source, dst=destination, id=5) / UDP(sport=1, dport=2) / Raw(bytes(6000))))
+    assert sum(len(sent.datagrams()) for sent in pair.left.sent()) == 2
+    assert pair.left.count("fragments_made") == 5
+    assert pair.left.count("drop_sa_exhausted") == 3
+    assert pair.left.count("drop_too_big") == 0

@@ -81,6 +81,17 @@ def test_bad_frames_end_the_connection(frame: str) -> None:
         FpmDecoder().feed(bytes.fromhex(frame))
 
 
+def test_an_ipv6_route_of_an_ipv4_next_hop_leads_there() -> None:
+    """bgpd's VPNv6 over an IPv4 session."""
+    hop = (
+        bytes.fromhex("01010038" + "34000000680001050000000000000000" + "0a00000000000000" + "0800010009000000" + "14000600")
+        + bytes(10)
+        + b"\xff\xff"
+        + GATEWAY.packed
+    )
+    assert FpmDecoder().feed(hop) == [GroupChange(9, Hop(GATEWAY))]
+
+
 def test_other_frames_and_messages_are_passed_over() -> None:
     assert FpmDecoder().feed(bytes.fromhex("0102000812345678") + bytes.fromhex("01010014" + "10000000030000000000000000000000") + CAPTURED) == SAID
 
@@ -88,7 +99,7 @@ def test_other_frames_and_messages_are_passed_over() -> None:
 # ---------------------------------------------------------------- entries
 
 PE2, PE3 = ip_address("192.0.2.2"), ip_address("192.0.2.3")
-AROUND = Surroundings({101: "red", 102: "blue"}.get, {11: "red", 12: "blue"}.get, {PE2: "pe2", PE3: "pe3"}.get)
+AROUND = Surroundings({101: "red", 102: "blue"}.get, {11: "red", 12: "blue"}.get, {PE2: "pe2", PE3: "pe3"}.get, complete=frozenset({"red"}))
 NET = ip_network("10.0.1.0/24")
 
 
@@ -136,11 +147,13 @@ def test_labels_lead_on_or_into_a_vrf() -> None:
     rib.apply(LabelChange(Label(101), (Hop(PE2, 3),)))
     rib.apply(LabelChange(Label(102), (Hop(None, 11),)))
     rib.apply(LabelChange(Label(103), (Hop(None, 99),)))
+    rib.apply(LabelChange(Label(104), (Hop(None, 12),)))
     rib.apply(LabelChange(Label(3), (Hop(PE2, 3),)))
     assert list(rib.entries()) == [
         LabelBinding(Label(100), (Nhlfe(ToPeer("pe2"), labels(200), TtlModel.PIPE),)),
         LabelBinding(Label(101), (Nhlfe(ToPeer("pe2"), ttl=TtlModel.PIPE),)),
         LabelBinding(Label(102), (Nhlfe(ToVrf("red"), ttl=TtlModel.PIPE),)),
+        LabelBinding(Label(104), (Nhlfe(ToInterface("blue"), ttl=TtlModel.PIPE),)),
     ]
     assert rib.unresolved == 1
 
@@ -151,11 +164,12 @@ def test_own_and_leaked_routes_of_a_vrf() -> None:
     rib.apply(RouteChange(101, ip_network("10.2.0.0/16"), (Hop(ip_address("10.0.1.9"), 5),)))
     rib.apply(RouteChange(101, ip_network("10.3.0.0/16"), (Hop(None, 12),)))
     rib.apply(RouteChange(101, ip_network("10.4.0.0/16"), (Hop(PE2, 3),)))  # a peer could not tell whose it is
+    rib.apply(RouteChange(101, ip_network("fe80::/64"), (Hop(None, 5),)))  # of one link
     rib.apply(RouteChange(254, ip_network("10.5.0.0/16"), (Hop(PE2, 3, labels(100)),)))  # no VRF's table
     assert {str(entry.prefix): entry.paths[0].next_hop for entry in rib.entries() if isinstance(entry, VrfRoute)} == {
         "10.0.1.0/24": ToInterface("red"),
         "10.2.0.0/16": ToInterface("red"),
-        "10.3.0.0/16": ToVrf("blue"),
+        "10.3.0.0/16": ToInterface("blue"),
     }
 
 

@@ -439,6 +439,22 @@ def test_bad_packets_end_under_a_reason(node: Node, packet: bytes, reason: DropR
     assert node.refused(packet) is reason
 
 
+def test_what_stands_behind_the_ip_packet_is_left_out(node: Node) -> None:
+    node.bind(100, Nhlfe(ToInterface("red"), ttl=PIPE))
+    assert node.one(stack((100, 0, 64)) + ip4() + b"more") == (ToInterface("red"), ip4())
+
+
+@pytest.mark.parametrize("ttl", [5, 35])
+def test_a_header_that_was_changed_has_its_checksum(node: Node, ttl: int) -> None:
+    node.bind(100, Nhlfe(ToInterface("red")))
+    _, out = node.one(stack((100, 7, ttl)) + ip4(ttl=20, dscp=3))
+    seen = IP(out)
+    assert (seen.ttl, seen.tos) == (min(20, ttl), 56 << 2 | 1)
+    again = IP(out)
+    del again.chksum
+    assert IP(bytes(again)).chksum == seen.chksum
+
+
 def test_scapy_reads_a_stack_of_ours(node: Node) -> None:
     node.bind(100, path("p2", 400, 200))
     _, packet = node.one(stack((100, 5, 64)) + ip4())

@@ -78,6 +78,8 @@ def is_error(found: tuple[object, Stack, bytes], hop: NextHop, labels: Stack, de
         quoted = 0 if mtu else body[4] * 8
     shown = body[8 + quoted + 8 :] if quoted else b""
     expected = b"" if kind == (2, 0) else write_stack([Entry(Label(label), tc, ttl) for label, tc, ttl in came])
+    if quoted and quoted < 128:  # RFC 4884 section 4
+        return False
     return to and tuple(body[:2]) == kind and checksum(partial_sum(body) + pseudo) == 0 and mtu == dead.mtu and shown == expected
 
 

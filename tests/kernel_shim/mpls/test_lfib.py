@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from kernel_shim.model import IPAddress, IPNetwork
 from kernel_shim.mpls.forward import Departure, Forwarder, choose, entropy_label
 from kernel_shim.mpls.labels import FIRST_LABEL, IMPLICIT_NULL, LAST_LABEL, Label
-from kernel_shim.mpls.lfib import MAX_PATHS, Lfib, Nhlfe, ToInterface, ToPeer, ToStack, ToVrf
+from kernel_shim.mpls.lfib import MAX_PATHS, PLATFORM, Lfib, Nhlfe, ToInterface, ToPeer, ToStack, ToVrf
+from kernel_shim.mpls.switch import flow_hash
 
 
 def to(peer: str, *labels: int) -> Nhlfe:
@@ -123,6 +124,18 @@ def test_departures_take_equal_paths_by_flow() -> None:
     assert hops == {ToPeer("a"), ToPeer("b")}
 
 
+def test_all_fragments_of_a_datagram_are_one_flow() -> None:
+    def fragment(offset: int, more: bool, data: bytes) -> memoryview:
+        header = bytearray.fromhex("4500001c0007000040110000c0000201c0000202")
+        header[6:8] = (offset // 8 | more << 13).to_bytes(2, "big")
+        return memoryview(header + data)
+
+    first, second = fragment(0, True, b"\x10\x00\x20\x00abcd"), fragment(8, False, b"other!!!")
+    assert flow_hash(first) == flow_hash(second)
+    whole = [fragment(0, False, port.to_bytes(2, "big") + b"\x20\x00abcd") for port in range(8)]
+    assert len(set(map(flow_hash, whole))) == 8
+
+
 @given(st.integers(0, 2**32 - 1))
 def test_an_entropy_label_is_no_special_label(flow: int) -> None:
     assert FIRST_LABEL <= entropy_label(flow) <= LAST_LABEL
@@ -138,3 +151,30 @@ def test_many_labels_and_routes_are_found() -> None:
     assert len(lfib) == 20000
     assert lfib.incoming(Label(20015)) is path
     assert lfib.outgoing("red", IPv6Address(1)) is None
+
+
+def test_a_route_of_a_vrf_to_a_peer_needs_a_label() -> None:
+    """Else the peer could not tell whose packet it is."""
+    for path in (to("a"), to("a", IMPLICIT_NULL)):
+        with pytest.raises(ValueError, match="label"):
+            Lfib().route("red", ip_network("10.0.0.0/8"), (path,))
+        Lfib().route(PLATFORM, ip_network("10.0.0.0/8"), (path,))
+
+
+def test_labels_and_routes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kernel_shim.mpls.lfib.MAX_LABELS", 2)
+    monkeypatch.setattr("kernel_shim.mpls.lfib.MAX_ROUTES", 2)
+    lfib, path = Lfib(), (to("a", 100),)
+    for _ in range(2):  # replacing adds nothing
+        lfib.bind(Label(100), path)
+        lfib.bind(Label(100), path, "p5")
+        lfib.route("red", ip_network("10.0.0.0/8"), path)
+        lfib.route("blue", ip_network("2001:db8::/32"), path)
+    with pytest.raises(ValueError, match="more than 2 labels"):
+        lfib.bind(Label(101), path)
+    with pytest.raises(ValueError, match="more than 2 routes"):
+        lfib.route("red", ip_network("10.0.0.0/24"), path)
+    lfib.unbind(Label(100))
+    lfib.unroute("red", ip_network("10.0.0.0/8"))
+    lfib.bind(Label(101), path)
+    lfib.route("red", ip_network("10.0.0.0/24"), path)

@@ -16,10 +16,11 @@ COMMANDS = (
     *("version", "stats", "list-sas", "list-policies", "list-conns", "list-authorities", "get-conns", "get-pools", "get-authorities", "get-keys"),
     *("get-shared", "load-conn", "unload-conn", "load-cert", "load-key", "unload-key", "load-shared", "unload-shared", "clear-creds", "flush-certs"),
     *("initiate", "terminate", "install", "uninstall", "x-wait", "x-stats", "x-mpls", "x-mpls-trace"),
+    *("list-certs", "get-algorithms", "get-counters", "reset-counters", "reload-settings"),
 )
 KEYS = (
     *("child", "ike", "child-id", "ike-id", "timeout", "loglevel", "name", "id", "type", "flag", "data", "owners", "trap", "pass", "drop", "noblock"),
-    *("force", "gw"),
+    *("force", "gw", "subject", "all"),
 )
 
 values = st.sampled_from(["net", "gw", "yes", "no", "0", "-1", "5", "ike", "x509", "any", "", "%any"]) | st.binary(max_size=12)

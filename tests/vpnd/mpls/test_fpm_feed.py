@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from ipaddress import IPv4Address, ip_address
 from struct import pack
 
@@ -20,6 +21,9 @@ from vpnd.telemetry.counters import Counters
 GATEWAY = IPv4Address("192.0.2.2")
 AROUND = Surroundings({101: "red"}.get, {11: "red"}.get, {GATEWAY: "pe"}.get)
 SETTLE, GRACE = 10.0, 100.0
+ZEBRA, STRANGER = 64101, 64102  # users
+# Says one thing and lives until it is told to go.
+SPEAK = "exec 3<>/dev/tcp/127.0.0.1/$0; printf $1 >&3; read"
 
 
 def said(label: int, out: int, *, gone: bool = False) -> bytes:
@@ -120,6 +124,16 @@ def test_other_surroundings_count_from_then_on(feed: FpmFeed) -> None:
     assert feed.take().gone == (key(100),)
 
 
+def test_a_message_that_is_cut_off_counts_for_nothing_and_is_told(feed: FpmFeed) -> None:
+    feed.begin(0.0)
+    feed.hear(said(100, 200) + said(100, 0, gone=True)[:-1], 0.0)
+    assert feed.end(1.0)
+    assert len(feed) == 1
+    feed.begin(2.0)
+    feed.hear(said(100, 200), 2.0)
+    assert not feed.end(3.0)
+
+
 # ---------------------------------------------------------------- the server
 
 
@@ -147,6 +161,31 @@ async def test_the_newest_connection_wins_and_garbage_ends_one(feed: FpmFeed) ->
         assert len(feed) == 2 * READ_AT_ONCE // 68
         for writer in (first_writer, second_writer):
             writer.close()
+    finally:
+        await server.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be others")
+async def test_only_its_user_may_say_routes(feed: FpmFeed) -> None:
+    """A stranger neither says one nor takes the place of who may."""
+    counters, heard = Counters(), asyncio.Event()
+    server = FpmServer(feed, heard.set, counters, ["no-such-user", str(ZEBRA)])
+    await server.open(IPv4Address("127.0.0.1"), 0)
+    try:
+        for user, label, refused in ((ZEBRA, 100, 0), (STRANGER, 101, 1)):
+            peer = await asyncio.create_subprocess_exec(
+                *("bash", "-c", SPEAK, str(server.port), "".join(f"\\x{octet:02x}" for octet in said(label, 200))),
+                user=user,
+                group=user,
+                stdin=asyncio.subprocess.PIPE,
+            )
+            while len(feed) != 1 or counters.snapshot().get("fpm_refused", 0) != refused:
+                await asyncio.sleep(0.01)
+            assert peer.stdin is not None
+            peer.stdin.close()
+            await peer.wait()
+        assert counters.snapshot()["fpm_connections"] == 1
+        assert [change.key for change in feed.take().put] == [key(100)]
     finally:
         await server.close()
 

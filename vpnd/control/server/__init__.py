@@ -21,8 +21,9 @@ import structlog
 
 from vpnd.config.model import DaemonConfig
 from vpnd.config.tree import Section
-from vpnd.control.backend import ChildRekeyed, ChildUpDown, ControlBackend, ControlError, DaemonEvent, IkeRekeyed, IkeUpDown, LogLine
-from vpnd.control.server.commands import EVENTS, Commands, failure
+from vpnd.control.backend import Alert, ChildRekeyed, ChildUpDown, ControlBackend, ControlError, DaemonEvent, IkeRekeyed, IkeUpdated, IkeUpDown, LogLine
+from vpnd.control.server.commands import EVENTS, Commands
+from vpnd.control.server.messages import failure
 from vpnd.control.vici import formats
 from vpnd.control.vici.codec import MalformedVici, Packet, PacketType, Segmenter, TooLong, decode_message, decode_packet, encode_message, encode_segment
 
@@ -119,6 +120,10 @@ class ControlServer:
                 self._publish("ike-updown", lambda: formats.updown_event(event.up, event.ike, with_children=False))
             case ChildUpDown():
                 self._publish("child-updown", lambda: formats.updown_event(event.up, event.ike, with_children=True))
+            case IkeUpdated():
+                self._publish("ike-update", lambda: formats.ike_update_event(event.ike, event.local, event.remote))
+            case Alert():
+                self._publish("alert", lambda: formats.alert_event(event.kind, event.ike))
             case IkeRekeyed():
                 self._publish("ike-rekey", lambda: formats.ike_rekey_event(event.old, event.new))
             case ChildRekeyed():

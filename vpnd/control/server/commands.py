@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Final
 
 import structlog
 
 from vpnd.config.credentials import validate_certificate, validate_key, validate_shared
 from vpnd.config.errors import ConfigErrors
-from vpnd.config.reader import integer, is_no, shown
 from vpnd.config.tree import Items, Scalar, Section
 from vpnd.config.validate import validate_connection
 from vpnd.control.backend import ControlBackend, ControlError, LogLine
-from vpnd.control.server import mpls
+from vpnd.control.server import mpls, queries
+from vpnd.control.server.messages import failure, flag, matched, name_list, number, required, success, terminated, timeout_of
 from vpnd.control.vici import formats
 from vpnd.control.vici.codec import TooLong
 from vpnd.ike.gateway_id import GatewayId
@@ -25,11 +25,10 @@ Stream = Callable[[str, Section], Awaitable[None]]
 
 Handler = Callable[[Section, Stream], Coroutine[object, object, Section]]
 
-INTERRUPTIBLE: Final = frozenset({"list-sas", "list-conns", "list-policies", "x-mpls", "initiate", "terminate", "x-wait"})
+INTERRUPTIBLE: Final = frozenset({"list-sas", "list-conns", "list-policies", "list-certs", "x-mpls", "initiate", "terminate", "x-wait"})
 """Commands that end when their client goes away; what they have set in motion goes on."""
 
 MAX_BACKGROUND: Final = 1000  # requests with `timeout = -1` that still go on
-MAX_MESSAGE: Final = 4096  # characters of an errmsg
 
 EVENTS: Final = frozenset(
     {
@@ -53,16 +52,11 @@ EVENTS: Final = frozenset(
 """What a client may register for. Ours are `x-events-lost`, how many events were dropped because the client did not read them, and `x-mpls-row`."""
 
 NOT_IMPLEMENTED: Final = (
-    "reload-settings",
     "load-token",
     "load-pool",
     "unload-pool",
     "load-authority",
     "unload-authority",
-    "list-certs",
-    "get-algorithms",
-    "get-counters",
-    "reset-counters",
 )
 
 _log = structlog.get_logger("vpnd.control")
@@ -81,6 +75,11 @@ class Commands:
             "list-policies": self._list_policies,
             "list-conns": self._list_conns,
             "list-authorities": self._nothing,
+            "list-certs": lambda request, stream: queries.certificates(self._backend, request, stream),
+            "get-algorithms": lambda _request, _stream: queries.algorithms(),
+            "get-counters": lambda request, _stream: queries.counters(self._backend, request.text("name"), everything=flag(request, "all")),
+            "reset-counters": lambda request, _stream: queries.reset_counters(self._backend, request.text("name"), everything=flag(request, "all")),
+            "reload-settings": self._reload_settings,
             "get-conns": self._get_conns,
             "get-pools": self._nothing,
             "get-authorities": self._get_authorities,
@@ -156,7 +155,7 @@ class Commands:
 
     async def _list_sas(self, request: Section, stream: Stream) -> Section:
         sas = await self._backend.list_sas(
-            ike=request.text("ike"), ike_id=_number(request, "ike-id"), child=request.text("child"), child_id=_number(request, "child-id")
+            ike=request.text("ike"), ike_id=number(request, "ike-id"), child=request.text("child"), child_id=number(request, "child-id")
         )
         for ike in sas:
             for event in formats.list_sa_events(ike):
@@ -165,7 +164,7 @@ class Commands:
 
     async def _list_policies(self, request: Section, stream: Stream) -> Section:
         wanted = {"TUNNEL": "trap", "TRANSPORT": "trap", "PASS": "pass", "DROP": "drop"}
-        asked = {kind for kind in ("trap", "pass", "drop") if _flag(request, kind)}
+        asked = {kind for kind in ("trap", "pass", "drop") if flag(request, kind)}
         policies = self._backend.list_policies(trap="trap" in asked, shunt=bool(asked & {"pass", "drop"}), child=request.text("child"), ike=request.text("ike"))
         for policy in policies:
             if wanted.get(policy.mode, "trap") in asked:
@@ -180,20 +179,23 @@ class Commands:
                     await stream("list-conn", event)
         return Section()
 
+    async def _reload_settings(self, _request: Section, _stream: Stream) -> Section:
+        raise ControlError("options of the section 'vpnd' count after a restart; 'x-reload' (vpnctl reload) reads connections and secrets again")
+
     async def _nothing(self, _request: Section, _stream: Stream) -> Section:
         return Section()
 
     async def _get_conns(self, _request: Section, _stream: Stream) -> Section:
-        return _names("conns", self._backend.connections())
+        return name_list("conns", self._backend.connections())
 
     async def _get_authorities(self, _request: Section, _stream: Stream) -> Section:
-        return _names("authorities", ())
+        return name_list("authorities", ())
 
     async def _get_keys(self, _request: Section, _stream: Stream) -> Section:
-        return _names("keys", self._backend.key_ids())
+        return name_list("keys", self._backend.key_ids())
 
     async def _get_shared(self, _request: Section, _stream: Stream) -> Section:
-        return _names("keys", (name for name in self._backend.shared_names() if not name.startswith("~")))
+        return name_list("keys", (name for name in self._backend.shared_names() if not name.startswith("~")))
 
     # Configuration
 
@@ -209,7 +211,7 @@ class Commands:
         return success()
 
     async def _unload_conn(self, request: Section, _stream: Stream) -> Section:
-        await self._backend.unload_connection(_required(request, "name", "connection name missing"))
+        await self._backend.unload_connection(required(request, "name", "connection name missing"))
         return success()
 
     async def _reload(self, _request: Section, _stream: Stream) -> Section:
@@ -227,7 +229,7 @@ class Commands:
         return Section.of({"success": "yes", "id": identifier})
 
     async def _unload_key(self, request: Section, _stream: Stream) -> Section:
-        identifier = _required(request, "id", "key id missing").replace(":", "").lower()
+        identifier = required(request, "id", "key id missing").replace(":", "").lower()
         if identifier not in self._backend.key_ids():
             raise ControlError("key not found")
         self._backend.unload_key(identifier)
@@ -238,7 +240,7 @@ class Commands:
         return success()
 
     async def _unload_shared(self, request: Section, _stream: Stream) -> Section:
-        self._backend.unload_shared(_required(request, "id", "unique identifier missing"))
+        self._backend.unload_shared(required(request, "id", "unique identifier missing"))
         return success()
 
     async def _clear_creds(self, _request: Section, _stream: Stream) -> Section:
@@ -254,7 +256,7 @@ class Commands:
         child, ike = request.text("child"), request.text("ike")
         if child is None and ike is None:
             raise ControlError("missing configuration name")
-        timeout = _timeout(request)
+        timeout = timeout_of(request)
         lines = self._backend.initiate(child=child, ike=ike, timeout=max(timeout, 0.0))
         if timeout < 0:
             self._in_background(lines)
@@ -264,60 +266,58 @@ class Commands:
 
     async def _terminate(self, request: Section, stream: Stream) -> Section:
         child, ike = request.text("child"), request.text("ike")
-        child_id, ike_id = _number(request, "child-id"), _number(request, "ike-id")
+        child_id, ike_id = number(request, "child-id"), number(request, "ike-id")
         if child is None and ike is None and child_id is None and ike_id is None:
             raise ControlError("missing terminate selector")
         of_children = child is not None or child_id is not None
         sas = await self._backend.list_sas(ike=ike, ike_id=ike_id, child=child, child_id=child_id)
         matches = sum(len(each.children) for each in sas) if of_children else len(sas)
         if not matches:
-            return _terminated(0, 0, "no matching SAs to terminate found")
-        timeout = _timeout(request)
-        lines = self._backend.terminate(child=child, ike=ike, child_id=child_id, ike_id=ike_id, force=_flag(request, "force"), timeout=max(timeout, 0.0))
+            return terminated(0, 0, "no matching SAs to terminate found")
+        timeout = timeout_of(request)
+        lines = self._backend.terminate(child=child, ike=ike, child_id=child_id, ike_id=ike_id, force=flag(request, "force"), timeout=max(timeout, 0.0))
         if timeout < 0:
             self._in_background(lines)
-            return _terminated(matches, matches)
+            return terminated(matches, matches)
         try:
             await _relay(lines, request, stream)
         except ControlError as error:
-            return _terminated(matches, 0, str(error))
-        return _terminated(matches, matches)
+            return terminated(matches, 0, str(error))
+        return terminated(matches, matches)
 
     async def _rekey(self, request: Section, _stream: Stream) -> Section:
         """As strongSwan: answers once the rekeyings are begun."""
         child, ike = request.text("child"), request.text("ike")
-        child_id, ike_id = _number(request, "child-id"), _number(request, "ike-id")
+        child_id, ike_id = number(request, "child-id"), number(request, "ike-id")
         if child is None and ike is None and child_id is None and ike_id is None:
             raise ControlError("missing rekey selector")
-        matches = self._backend.rekey(child=child, ike=ike, child_id=child_id, ike_id=ike_id, reauth=_flag(request, "reauth"))
-        answer = success() if matches else failure("no matching SAs to rekey found")
-        return Section({"success": answer.entries["success"], "matches": Scalar(str(matches).encode()), **answer.entries})
+        matches = self._backend.rekey(child=child, ike=ike, child_id=child_id, ike_id=ike_id, reauth=flag(request, "reauth"))
+        return matched("rekey", matches)
 
     async def _redirect(self, request: Section, _stream: Stream) -> Section:
         """As strongSwan: answers once the clients are being told."""
-        ike, ike_id, peer_ip, peer_id = request.text("ike"), _number(request, "ike-id"), request.text("peer-ip"), request.text("peer-id")
+        ike, ike_id, peer_ip, peer_id = request.text("ike"), number(request, "ike-id"), request.text("peer-ip"), request.text("peer-id")
         if ike is None and ike_id is None and peer_ip is None and peer_id is None:
             raise ControlError("missing redirect selector")
         try:
-            gateway = GatewayId.parse(_required(request, "gateway", "missing gateway"))
+            gateway = GatewayId.parse(required(request, "gateway", "missing gateway"))
             identity = Identity.parse(peer_id) if peer_id is not None else None
         except ValueError as error:
             raise ControlError(str(error)) from error
         matches = self._backend.redirect(gateway, ike=ike, ike_id=ike_id, peer_ip=peer_ip, peer_id=identity)
-        answer = success() if matches else failure("no matching SAs to redirect found")
-        return Section({"success": answer.entries["success"], "matches": Scalar(str(matches).encode()), **answer.entries})
+        return matched("redirect", matches)
 
     async def _install(self, request: Section, _stream: Stream) -> Section:
-        await self._backend.install(_required(request, "child", "missing configuration name"), request.text("ike"))
+        await self._backend.install(required(request, "child", "missing configuration name"), request.text("ike"))
         return success()
 
     async def _uninstall(self, request: Section, _stream: Stream) -> Section:
-        await self._backend.uninstall(_required(request, "child", "missing configuration name"), request.text("ike"))
+        await self._backend.uninstall(required(request, "child", "missing configuration name"), request.text("ike"))
         return success()
 
     async def _wait(self, request: Section, _stream: Stream) -> Section:
         """Ours: answers once the CHILD_SA `child` stands, or `timeout` (ms, 0 none) is over."""
-        await self._backend.wait(_required(request, "child", "missing configuration name"), max(_timeout(request), 0.0))
+        await self._backend.wait(required(request, "child", "missing configuration name"), max(timeout_of(request), 0.0))
         return success()
 
     async def _to_the_end(self, command: Coroutine[object, object, Section]) -> Section:
@@ -336,7 +336,7 @@ class Commands:
 
 
 async def _relay(lines: AsyncIterator[LogLine], request: Section, stream: Stream) -> None:
-    level = _number(request, "loglevel", -1)
+    level = number(request, "loglevel", -1)
     async for line in lines:
         if line.level <= (1 if level is None else level):
             await stream("control-log", formats.log_event(line, thread=False))
@@ -350,52 +350,3 @@ async def _exhaust(lines: AsyncIterator[LogLine]) -> None:
         _log.warning("a request that nobody waits for failed", reason=str(error))
     except Exception:
         _log.exception("a request that nobody waits for failed")
-
-
-def success() -> Section:
-    return Section.of({"success": "yes"})
-
-
-def failure(message: str) -> Section:
-    return Section.of({"success": "no", "errmsg": message[:MAX_MESSAGE]})
-
-
-def _terminated(matches: int, terminated: int, errmsg: str | None = None) -> Section:
-    answer = Section.of({"success": "no" if errmsg else "yes", "matches": matches, "terminated": terminated})
-    if errmsg:
-        answer.entries["errmsg"] = Scalar(errmsg[:MAX_MESSAGE].encode())
-    return answer
-
-
-def _names(key: str, names: Iterable[str]) -> Section:
-    return Section({key: Items(tuple(Scalar(name.encode()) for name in names))})
-
-
-def _required(request: Section, key: str, message: str) -> str:
-    value = request.text(key)
-    if not value:
-        raise ControlError(message)
-    return value
-
-
-def _flag(request: Section, key: str) -> bool:
-    """There, and not "no": strongSwan asks only whether some of these are there, and clients that mean no may say so."""
-    text = request.text(key)
-    return text is not None and not is_no(text.lower())
-
-
-def _number(request: Section, key: str, minimum: int = 0) -> int | None:
-    """None when it is missing or 0, which ids never are. README.md of VICI spells some keys with an underscore."""
-    text = request.text(key) or request.text(key.replace("-", "_"))
-    if not text:
-        return None
-    try:
-        value = int(text) if minimum < 0 and text.startswith("-") and text[1:].isdecimal() and len(text) < 20 else integer(text)
-    except ValueError:
-        raise ControlError(f"'{key}': {shown(text)} is not a number") from None
-    return value or None if key.endswith("-id") else value
-
-
-def _timeout(request: Section) -> float:
-    """Seconds; 0 is none, less than 0 do not wait."""
-    return (_number(request, "timeout", -1) or 0) / 1000

@@ -135,8 +135,8 @@ def _encode_node(name: str, node: Node, parts: list[bytes]) -> None:
 
 def _encode_name(name: str) -> bytes:
     encoded = name.encode()
-    if not 0 < len(encoded) <= MAX_NAME:
-        raise TooLong(f"a name of {len(encoded)} octets, it has 1 to {MAX_NAME}")
+    if len(encoded) > MAX_NAME:  # none has no name in its place: the counters of the whole daemon
+        raise TooLong(f"a name of {len(encoded)} octets, it has at most {MAX_NAME}")
     return bytes([len(encoded)]) + encoded
 
 

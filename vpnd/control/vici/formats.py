@@ -11,7 +11,7 @@ from typing import Final
 
 from cryptography import x509
 
-from kernel_shim.model import ANY_PROTOCOL, NO_MARK, PROTOCOL_ICMP, PROTOCOL_ICMPV6, Action, AddressRange, Mode, PortRange, TrafficSelector
+from kernel_shim.model import ANY_PROTOCOL, NO_MARK, PROTOCOL_ICMP, PROTOCOL_ICMPV6, Action, AddressRange, Endpoint, Mode, PortRange, TrafficSelector
 from vpnd.config.addresses import PORT_NAMES, PROTOCOL_NAMES
 from vpnd.config.model import ALL_BITS, AuthMethod, AuthRound, ChildConfig, ConnectionConfig, TsTemplate
 from vpnd.config.tree import Items, Node, Scalar, Section
@@ -82,6 +82,24 @@ def child_rekey_event(ike: IkeStatus, old: ChildStatus, new: ChildStatus) -> Sec
     section = ike_sa(ike)
     section.entries["child-sas"] = Section({old.name: Section({"old": child_sa(old), "new": child_sa(new)})})
     return Section({ike.name: section})
+
+
+def ike_update_event(ike: IkeStatus, local: Endpoint, remote: Endpoint) -> Section:
+    """The new addresses, and the IKE SA with the old ones."""
+    builder = Builder()
+    for name, end in (("local", local), ("remote", remote)):
+        builder.add(f"{name}-host", str(end.address))
+        builder.add(f"{name}-port", end.port)
+    builder.node(ike.name, ike_sa(ike))
+    return builder.section
+
+
+def alert_event(kind: str, ike: IkeStatus | None) -> Section:
+    builder = Builder()
+    builder.add("type", kind)
+    if ike is not None:
+        builder.node("ike-sa", Section({ike.name: ike_sa(ike)}))
+    return builder.section
 
 
 def ike_sa(ike: IkeStatus) -> Section:
@@ -159,24 +177,24 @@ def _marking(builder: Builder, marking: Marking) -> None:
 
 def _algorithms(builder: Builder, proposal: Proposal) -> None:
     if encryption := proposal.first(TransformType.ENCR):
-        builder.add("encr-alg", _name(Encryption, encryption.id))
+        builder.add("encr-alg", algorithm_name(Encryption, encryption.id))
         builder.add("encr-keysize", encryption.key_length or None)
     integrity = proposal.first(TransformType.INTEG)
     if integrity and integrity.id != Integrity.NONE:
-        builder.add("integ-alg", _name(Integrity, integrity.id))
+        builder.add("integ-alg", algorithm_name(Integrity, integrity.id))
         builder.add("integ-keysize", integrity.key_length or None)
     if prf := proposal.first(TransformType.PRF):
-        builder.add("prf-alg", "PRF_" + _name(PrfId, prf.id))
+        builder.add("prf-alg", "PRF_" + algorithm_name(PrfId, prf.id))
     group = proposal.first(TransformType.KE)
     if group and group.id != Group.NONE:
-        builder.add("dh-group", _name(Group, group.id))
+        builder.add("dh-group", algorithm_name(Group, group.id))
     for number, kind in enumerate(ADDITIONAL_KEY_EXCHANGE_TYPES, 1):
         additional = proposal.first(kind)
         if additional and additional.id != Group.NONE:
-            builder.add(f"ake{number}", _name(Group, additional.id))
+            builder.add(f"ake{number}", algorithm_name(Group, additional.id))
 
 
-def _name(names: type[Encryption] | type[Integrity] | type[PrfId] | type[Group], number: int) -> str:
+def algorithm_name(names: type[Encryption] | type[Integrity] | type[PrfId] | type[Group], number: int) -> str:
     try:
         name = names(number).name
     except ValueError:

@@ -32,7 +32,7 @@ def initiate(session: Session, task: Task) -> Steps[None]:
     if task.child is None and waiting is not None:
         session.queue.remove(waiting)
         task.child = waiting.child
-    if task.child is None:
+    if task.child is None and not session.childless:
         child = next((child for child in connection.children.values() if child.action is Action.PROTECT), None)
         task.child = ChildRequest(child) if child else None
     if not _defer_child(session, task):
@@ -78,7 +78,7 @@ def initiate(session: Session, task: Task) -> Steps[None]:
         # RFC 7296 section 2.21.2: without AUTH, an error is about the IKE SA
         reason = reason_of(error_notify) if error_notify else Reason.INVALID_SYNTAX
         if reason is Reason.PEER_AUTHENTICATION_FAILED and session.resumed:
-            # it says nothing about our credentials; libreswan 5.2 computes AUTH from less than RFC 5723 section 5.1 has it
+            # it says nothing about our credentials; libreswan 5.2 computes AUTH from less than RFC 5723 section 4.3.3 says
             reason = Reason.RESUMPTION_FAILED
         elif reason is Reason.PEER_AUTHENTICATION_FAILED:
             why = f"peer {session.remote} refused our identity {own.identity}: received AUTHENTICATION_FAILED"
@@ -101,6 +101,10 @@ def initiate(session: Session, task: Task) -> Steps[None]:
         session.emit(Redirected(gateway))
         yield Tell(Exchange.INFORMATIONAL, (DeletePayload(ProtocolId.IKE),))
         session.close(Reason.REDIRECTED, f"{session.describe()}: to {gateway}")
+        return
+    if redirect.served_nowhere(session, response):
+        yield Tell(Exchange.INFORMATIONAL, (DeletePayload(ProtocolId.IKE),))
+        session.close(Reason.REDIRECTION_REFUSED, session.describe())
         return
     mobike.notice(session, response)
     postquantum.apply(session, ppk)

@@ -140,11 +140,13 @@ def _begin(session: Session, name: str, steps: object) -> None:
 
 
 def update(session: Session, task: Task) -> Steps[None]:
-    """HDR, SK { N(UPDATE_SA_ADDRESSES), N(NAT_DETECTION_SOURCE_IP), N(NAT_DETECTION_DESTINATION_IP), [N(ADDITIONAL_*)] } -->"""
+    """HDR, SK { N(UPDATE_SA_ADDRESSES), N(NAT_DETECTION_SOURCE_IP), N(NAT_DETECTION_DESTINATION_IP), [N(ADDITIONAL_*),] N(COOKIE2) } -->"""
     refused: set[tuple[Endpoint, Endpoint]] = set()
     for _ in range(MAX_UPDATES):
         path = session.local, session.remote
-        payloads = [NotifyPayload(NotifyType.UPDATE_SA_ADDRESSES), *_detection(session), *_own_addresses(session)]
+        # RFC 4555 section 3.7: an answer that bears the cookie was written by who got the request there, and not in advance
+        cookie = NotifyPayload(NotifyType.COOKIE2, session.context.entropy(COOKIE2_LENGTH))
+        payloads = [NotifyPayload(NotifyType.UPDATE_SA_ADDRESSES), *_detection(session), *_own_addresses(session), cookie]
         response = yield from ask(Ask(Exchange.INFORMATIONAL, tuple(payloads)))
         if path != (session.local, session.remote):
             continue  # it moved on meanwhile
@@ -157,9 +159,20 @@ def update(session: Session, task: Task) -> Steps[None]:
                 return
             session.local, session.remote = other
             continue
+        if not _returned(session, cookie, response):
+            return
         _take_detection(session, response)
         move_children(session)
         return
+
+
+def _returned(session: Session, cookie: NotifyPayload, response: Message) -> bool:
+    """Without its cookie the IKE SA is closed."""
+    echo = response.notify(NotifyType.COOKIE2)
+    if echo is not None and hmac.compare_digest(echo.data, cookie.data):
+        return True
+    session.close(Reason.INVALID_SYNTAX, f"{session.describe()}: did not return COOKIE2")
+    return False
 
 
 def _tell_addresses(session: Session, task: Task) -> Steps[None]:
@@ -243,11 +256,9 @@ def _check_route(session: Session, task: Task) -> Steps[None]:
     for _ in range(MAX_UPDATES):
         # a copy of the request may have gone to where the peer was in between, so only a cookie that is younger than its last claim proves that
         claims = session.claims
-        cookie = session.context.entropy(COOKIE2_LENGTH)
-        response = yield from ask(Ask(Exchange.INFORMATIONAL, (NotifyPayload(NotifyType.COOKIE2, cookie),)))
-        echo = response.notify(NotifyType.COOKIE2)
-        if echo is None or not hmac.compare_digest(echo.data, cookie):
-            session.close(Reason.INVALID_SYNTAX, f"{session.describe()}: did not return COOKIE2")
+        cookie = NotifyPayload(NotifyType.COOKIE2, session.context.entropy(COOKIE2_LENGTH))
+        response = yield from ask(Ask(Exchange.INFORMATIONAL, (cookie,)))
+        if not _returned(session, cookie, response):
             return
         if claims == session.claims:
             session.proven = None

@@ -14,7 +14,7 @@ from vpnd.ike.state import IkeSaState
 from vpnd.ike.steps import Ask, Steps, Task, ask
 from vpnd.ike.wire.errors import MalformedMessage
 from vpnd.ike.wire.message import Message
-from vpnd.ike.wire.payloads import NotifyPayload, Payload
+from vpnd.ike.wire.payloads import NotifyPayload, Payload, SaPayload
 
 DEPARTURE: Final = 30.0  # s that a redirected client has to delete the IKE SA; then we do
 
@@ -43,6 +43,12 @@ def protected(session: Session, message: Message) -> GatewayId | None:
     """Where the authenticated gateway sends us."""
     notify = message.notify(NotifyType.REDIRECT)
     return _gateway(session, notify.data)[0] if notify is not None and session.original_initiator else None
+
+
+def served_nowhere(session: Session, response: Message) -> bool:
+    """Whether the answer to IKE_AUTH is a redirection instead of a CHILD_SA: the gateway deletes the IKE SA some time later."""
+    asked = session.original_initiator and session.context.settings.follow_redirects
+    return asked and response.notify(NotifyType.REDIRECT) is not None and response.first(SaPayload) is None
 
 
 def _gateway(session: Session, data: bytes) -> tuple[GatewayId | None, bytes]:

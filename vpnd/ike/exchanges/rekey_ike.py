@@ -57,7 +57,7 @@ def rekey(session: Session, task: Task) -> Steps[None]:
         _not_rekeyed(session, task, refused)
         return
     new.stand()
-    session.emit(IkeOpened(new))  # type: ignore[arg-type]
+    session.emit(IkeOpened(new))
     rival = task.rival
     if rival is not None and rival.ike is not None and lowest < rival.lowest:
         # RFC 7296 section 2.8.2: ours is the redundant one; the peer deletes the old one
@@ -174,7 +174,7 @@ def respond(session: Session, request: Message) -> Response:
     def complete(shared: Sequence[Secret]) -> None:
         _derive(session, new, chosen, suite, shared, nonce_i.data, nonce_r)
         new.stand()
-        session.emit(IkeOpened(new))  # type: ignore[arg-type]
+        session.emit(IkeOpened(new))
         task = session.active
         if session.state is IkeSaState.REKEYING and task is not None:
             # RFC 7296 section 2.8.2: which one takes over is decided when our own request is answered

@@ -7,6 +7,7 @@ from lab.ike_pair import Pair, agree, child, connection, mirrored, psk
 
 from vpnd.config.model import Childless
 from vpnd.ike.effects import Reason
+from vpnd.ike.sa import IkeSa
 
 ALLOW, PREFER, FORCE, NEVER = Childless.ALLOW, Childless.PREFER, Childless.FORCE, Childless.NEVER
 
@@ -67,6 +68,24 @@ def test_a_connection_without_children_needs_a_peer_that_takes_it() -> None:
     pair = pair_of(ALLOW, NEVER, children=False)
     pair.connect()
     assert pair.a.closed is Reason.CHILDLESS_REFUSED
+
+
+@pytest.mark.parametrize("theirs", [ALLOW, NEVER])
+def test_none_is_wanted(theirs: Childless) -> None:
+    """Who wants the IKE SA alone gets it from a peer that knows RFC 6023, and else nothing."""
+    pair = pair_of(ALLOW, theirs)
+    sa = IkeSa.initiator_of(pair.a, pair.a.connections[0], pair.a.endpoint, pair.b.endpoint, pair.now)
+    pair.a.sas[sa.spi_local] = sa
+    pair.a.run(sa, sa.initiate(pair.now, childless=True), pair.now)
+    pair.settle()
+    agree(pair, 0)
+    if theirs is NEVER:
+        assert pair.a.closed is Reason.CHILDLESS_REFUSED
+    else:
+        assert pair.a.established()
+        pair.a.run(sa, sa.create_child(pair.a.connections[0].children["net"], pair.now), pair.now)
+        pair.settle()
+        agree(pair, 1)
 
 
 def test_what_was_not_announced_is_refused() -> None:

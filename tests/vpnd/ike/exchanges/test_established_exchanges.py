@@ -8,6 +8,7 @@ from ipaddress import ip_address
 
 import pytest
 from lab.ike_pair import Datagram, Pair, agree, child, connection, mirrored, psk, selectors
+from sk_messages import open_message
 
 from kernel_shim.model import AcquireSequence, Direction, Flow, Spi
 from vpnd.config.model import ChildConfig
@@ -18,6 +19,7 @@ from vpnd.ike.iana import Exchange
 from vpnd.ike.sa import ChildSaState, IkeSaState
 from vpnd.ike.state import MAX_TASKS
 from vpnd.ike.transport import SPI_TIMEOUT
+from vpnd.ike.wire.message import decode_message
 
 FIRST = child("first", "10.1.0.0/16", "10.2.0.0/16")
 SECOND = child("second", "10.3.0.0/16", "10.4.0.0/16")
@@ -172,8 +174,18 @@ def test_both_delete_the_same_child_at_once() -> None:
     for peer in pair.peers:
         (child_id,) = peer.sa.children
         peer.run(peer.sa, peer.sa.delete_child(child_id, pair.now), pair.now)
+    answers = []
+
+    def note(datagram: Datagram) -> bool:
+        message = decode_message(datagram.data)
+        if message.header.response:
+            receiver = pair.b if datagram.sender == "a" else pair.a
+            answers.append(open_message(datagram.data, message, receiver.sa.keys.receive).payloads)
+        return False
+
     # INFORMATIONAL { D } -->  <-- INFORMATIONAL { D }; both answers are empty
-    pair.settle()
+    pair.settle(note)
+    assert answers == [(), ()]
     agree(pair, 0)
     assert len(pair.a.happened(ChildClosed)) == len(pair.b.happened(ChildClosed)) == 1
     assert pair.a.closed is pair.b.closed is None

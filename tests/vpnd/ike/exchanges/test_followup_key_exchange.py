@@ -200,6 +200,10 @@ def test_a_request_that_comes_too_late_gets_state_not_found_and_is_begun_anew() 
         (lambda link: [public(Group.ML_KEM_768), NotifyPayload(NotifyType.ADDITIONAL_KEY_EXCHANGE, b"another link")], NotifyType.STATE_NOT_FOUND),
         (lambda link: [NotifyPayload(NotifyType.ADDITIONAL_KEY_EXCHANGE, link)], NotifyType.INVALID_SYNTAX),
         (lambda link: [public(Group.CURVE_448), NotifyPayload(NotifyType.ADDITIONAL_KEY_EXCHANGE, link)], NotifyType.INVALID_SYNTAX),
+        (
+            lambda link: [KePayload(Group.ML_KEM_1024, public(Group.ML_KEM_768).data), NotifyPayload(NotifyType.ADDITIONAL_KEY_EXCHANGE, link)],
+            NotifyType.INVALID_SYNTAX,
+        ),
         (lambda link: [KePayload(Group.ML_KEM_768, bytes(1183)), NotifyPayload(NotifyType.ADDITIONAL_KEY_EXCHANGE, link)], NotifyType.INVALID_SYNTAX),
     ],
 )

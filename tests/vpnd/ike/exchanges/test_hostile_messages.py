@@ -5,18 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from lab.ike_pair import Datagram, Pair, agree, child, connection, mirrored, psk, psk_pair
-from sk_messages import seal_message
+from lab.ike_pair import Datagram, Pair, agree, child, connection, mirrored, psk, psk_pair, selectors
+from sk_messages import open_message, seal_message
 
 from vpnd.ike.effects import Reason
 from vpnd.ike.exchanges import create_child_sa
 from vpnd.ike.iana import Exchange, Group, NotifyType, TransformType
 from vpnd.ike.identity import Identity
-from vpnd.ike.session import Session
+from vpnd.ike.session import MAX_EARLY_DELETES, Session
 from vpnd.ike.steps import Ask, Steps, Task, ask
 from vpnd.ike.wire.header import Header, IkeSpi, MessageId
 from vpnd.ike.wire.message import Message, decode_message, encode_message
-from vpnd.ike.wire.payloads import DeletePayload, IdiPayload, NotifyPayload, Payload, SaPayload, UnknownPayload
+from vpnd.ike.wire.payloads import DeletePayload, IdiPayload, NoncePayload, NotifyPayload, Payload, SaPayload, TsiPayload, TsrPayload, UnknownPayload
 
 UNKNOWN = 200
 
@@ -243,3 +243,45 @@ def test_a_peer_gets_no_more_children_than_the_bound(monkeypatch: pytest.MonkeyP
     pair.a.run(pair.a.sa, pair.a.sa.rekey_child(entry.sa.id, pair.now), pair.now)
     pair.settle()
     agree(pair, 3)
+
+
+# Answers of a peer that has the keys
+
+
+@pytest.mark.parametrize(
+    ("tsi", "tsr"),
+    [("0.0.0.0/0", "10.2.0.0/16"), ("10.1.0.0/16", "0.0.0.0/0"), ("10.1.0.0/16,10.9.0.0/16", "10.2.0.0/16"), ("10.9.0.0/16", "10.9.0.0/16")],
+)
+def test_an_answer_that_widens_the_selectors_brings_nothing_up(tsi: str, tsr: str) -> None:
+    """RFC 7296 section 2.9; and what stands only at the peer is deleted there."""
+    pair = psk_pair(child())
+    pair.connect()
+    (entry,) = pair.a.sa.children.values()
+    pair.a.run(pair.a.sa, pair.a.sa.create_child(entry.config, pair.now), pair.now)
+    request = pair.take()
+    opened = open_message(request.data, decode_message(request.data), pair.b.sa.keys.receive)
+    offer = opened.first(SaPayload)
+    assert offer is not None
+    widened = TsiPayload(selectors(tsi)), TsrPayload(selectors(tsr))
+    answer = SaPayload((offer.proposals[0].with_spi(b"\x0a\x0b\x0c\x0d"),)), NoncePayload(bytes(32)), *widened
+    pair.deliver(make_answer(pair, decode_message(request.data).header, Exchange.CREATE_CHILD_SA, *answer))
+    assert pair.a.failed == [Reason.TS_UNACCEPTABLE]
+    agree(pair, 1)
+    # INFORMATIONAL { D(ESP) } -->
+    deletion = open_message(pair.flight[0].data, decode_message(pair.flight[0].data), pair.b.sa.keys.receive).first(DeletePayload)
+    assert deletion is not None
+    assert deletion.spis == (offer.proposals[0].spi,)
+
+
+def test_what_is_remembered_of_early_deletes_is_bounded() -> None:
+    pair = psk_pair(child())
+    pair.connect()
+    (entry,) = pair.a.sa.children.values()
+    pair.a.run(pair.a.sa, pair.a.sa.create_child(entry.config, pair.now), pair.now)
+    made_up = tuple((0x1000 + number).to_bytes(4, "big") for number in range(4 * MAX_EARLY_DELETES))
+    sa = pair.b.sa
+    header = Header(sa.wire_spi_i, sa.wire_spi_r, Exchange.INFORMATIONAL, MessageId(0), initiator=False, response=False)
+    pair.deliver(Datagram("b", sa.local, sa.remote, seal_message(header, (DeletePayload(3, made_up),), sa.keys.send, pair.b.entropy)))
+    assert len(pair.a.sa.early_deletes) == MAX_EARLY_DELETES
+    pair.settle()
+    agree(pair, 2)

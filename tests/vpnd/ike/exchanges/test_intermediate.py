@@ -270,6 +270,7 @@ def _key(number: int, octets: int | None = None) -> KePayload:
         ([], NotifyType.INVALID_SYNTAX),
         ([_key(Group.CURVE_25519)], NotifyType.INVALID_SYNTAX),
         ([_key(Group.ML_KEM_1024)], NotifyType.INVALID_SYNTAX),
+        ([replace(_key(Group.ML_KEM_768), group=Group.ML_KEM_1024)], NotifyType.INVALID_SYNTAX),  # right in all but its number
         ([_key(Group.ML_KEM_768, 1183)], NotifyType.INVALID_SYNTAX),
         ([_key(Group.ML_KEM_768, 1185)], NotifyType.INVALID_SYNTAX),
         ([KePayload(Group.ML_KEM_768, b"\xff" * 1184)], NotifyType.INVALID_SYNTAX),

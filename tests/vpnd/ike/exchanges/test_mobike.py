@@ -69,7 +69,7 @@ def test_both_sides_must_want_it(at_a: bool, at_b: bool) -> None:
 def test_a_new_address_moves_everything_and_renews_nothing() -> None:
     pair = connected()
     before, ike = keys(pair), pair.a.sa
-    # HDR, SK { N(UPDATE_SA_ADDRESSES), N(NAT_DETECTION_*), N(NO_ADDITIONAL_ADDRESSES) } -->   <-- HDR, SK { N(NAT_DETECTION_*) }
+    # HDR, SK { N(UPDATE_SA_ADDRESSES), N(NAT_DETECTION_*), N(NO_ADDITIONAL_ADDRESSES), N(COOKIE2) } -->   <-- HDR, SK { N(COOKIE2), N(NAT_DETECTION_*) }
     # <-- HDR, SK { N(COOKIE2) }   HDR, SK { N(COOKIE2) } -->
     pair.log.clear()
     roam(pair, NEW)
@@ -104,6 +104,24 @@ def test_a_cookie_that_does_not_come_back_closes(echo: list[NotifyPayload], monk
     pair.settle()
     assert pair.b.closed is Reason.INVALID_SYNTAX
     assert not pair.b.sad
+
+
+@pytest.mark.parametrize("echo", [[], [NotifyPayload(NotifyType.COOKIE2, bytes(32))]], ids=["none", "other"])
+def test_an_update_whose_cookie_does_not_come_back_moves_nothing(echo: list[NotifyPayload], monkeypatch: pytest.MonkeyPatch) -> None:
+    """RFC 4555 section 3.7: the peer could have written such an answer without having got the update."""
+    pair = connected()
+    answer = mobike.answer
+    monkeypatch.setattr(
+        mobike,
+        "answer",
+        lambda session, request: (
+            answer(session, request) if session.initiator else [*(payload for payload in answer(session, request) if payload.type != NotifyType.COOKIE2), *echo]  # type: ignore[attr-defined]
+        ),
+    )
+    roam(pair, NEW)
+    pair.settle()
+    assert pair.a.closed is Reason.INVALID_SYNTAX
+    assert not pair.a.sad
 
 
 def test_addresses_that_change_while_the_update_is_under_way() -> None:
@@ -165,7 +183,7 @@ def test_a_path_that_fails_is_found_out_and_another_taken() -> None:
 
 def test_a_peer_behind_a_nat_keeps_its_encapsulation() -> None:
     pair = connected(nat_a="198.51.100.7")
-    pair._nat_a = None
+    pair.nat_a = None
     roam(pair, NEW)
     pair.settle()
     assert addresses(pair) == [{NEW, "192.0.2.2"}] * 2
@@ -177,7 +195,7 @@ def test_a_mapping_that_changed_is_seen_by_a_liveness_check() -> None:
     """RFC 4555 section 3.8."""
     pair = connected(nat_a="198.51.100.7")
     for mapping in ("198.51.100.7", "198.51.100.200"):
-        pair._nat_a = mapping
+        pair.nat_a = mapping
         pair.a.run(pair.a.sa, pair.a.sa.probe(pair.now), pair.now)
         pair.settle()
     assert addresses(pair)[1] == {"198.51.100.200", "192.0.2.2"}

@@ -8,10 +8,14 @@ from typing import Any
 
 import pytest
 from lab.ike_pair import Datagram, Pair, Peer, agree, child, psk_pair, selectors
+from sk_messages import open_message
 
 from kernel_shim.model import Direction, Endpoint, Mode, UdpEncapsulation
 from vpnd.ike.context import IkeSettings
 from vpnd.ike.effects import Reason, SendKeepalive
+from vpnd.ike.iana import Exchange
+from vpnd.ike.wire.message import decode_message
+from vpnd.ike.wire.payloads import TsiPayload, TsrPayload
 
 
 def encapsulations(peer: Peer) -> dict[Direction, UdpEncapsulation | None]:
@@ -106,7 +110,7 @@ def test_a_connection_says_whether_esp_goes_in_udp(encap: bool | None, required:
 def test_a_peer_that_moves_behind_its_nat_is_followed() -> None:
     pair = psk_pair(nat_a="198.51.100.7", mobike=False)
     pair.connect()
-    pair._nat_a = "198.51.100.200"
+    pair.nat_a = "198.51.100.200"
     pair.a.run(pair.a.sa, pair.a.sa.probe(pair.now), pair.now)
     pair.settle()
     assert str(pair.b.sa.remote.address) == "198.51.100.200"
@@ -122,7 +126,7 @@ def test_a_peer_that_moves_behind_its_nat_is_followed() -> None:
 def test_esp_from_another_mapping_moves_the_peer() -> None:
     pair = psk_pair(nat_a="198.51.100.7", mobike=False)
     pair.connect()
-    pair._nat_a = "198.51.100.200"
+    pair.nat_a = "198.51.100.200"
     pair.b.run(pair.b.sa, pair.b.sa.mapping_changed(Endpoint(ip_address("198.51.100.200"), 24500), pair.now), pair.now)
     assert {str(sa.destination) for sa in pair.b.sad.values()} == {"198.51.100.200", "192.0.2.2"}
     pair.b.run(pair.b.sa, pair.b.sa.probe(pair.now), pair.now)
@@ -130,9 +134,9 @@ def test_esp_from_another_mapping_moves_the_peer() -> None:
     assert pair.b.sa.tasks_active == ()
 
 
-@pytest.mark.parametrize("options", [{"mobike": False}, {"nat_a": "198.51.100.7"}])
+@pytest.mark.parametrize("options", [{"mobike": False}, {"nat_a": "198.51.100.7"}, {"nat_a": "198.51.100.7", "mobike": False, "follow_nat": False}])
 def test_a_mapping_that_there_cannot_be_is_not_followed(options: dict[str, Any]) -> None:
-    """Without a NAT, and with MOBIKE, where the peer says so itself (RFC 4555 section 3.8)."""
+    """Without a NAT, where it is forbidden, and with MOBIKE, where the peer says so itself (RFC 4555 section 3.8)."""
     pair = psk_pair(**options)
     pair.connect()
     before = pair.b.sa.remote, set(pair.b.sad)
@@ -162,14 +166,42 @@ def test_without_nat_nobody_is_followed() -> None:
     assert pair.b.sa.remote == pair.a.endpoint
 
 
-def test_transport_mode_through_a_nat() -> None:
-    pair = psk_pair(child(local="dynamic", remote="dynamic", mode=Mode.TRANSPORT), nat_a="198.51.100.7")
-    pair.connect()
-    # IKE_AUTH { ..., TSi(192.0.2.1), TSr(192.0.2.2) } -->  the responder knows the initiator as 198.51.100.7
-    agree(pair, 1)
-    (ours,), (theirs,) = pair.a.sa.children.values(), pair.b.sa.children.values()
-    assert (ours.sa.local_ts, ours.sa.remote_ts) == (selectors("192.0.2.1/32"), selectors("192.0.2.2/32"))
-    assert (theirs.sa.local_ts, theirs.sa.remote_ts) == (selectors("192.0.2.2/32"), selectors("198.51.100.7/32"))
+@pytest.mark.parametrize("nat_a", [None, "198.51.100.7"])
+@pytest.mark.parametrize("nat_b", [None, "203.0.113.9"])
+def test_transport_mode_through_a_nat(nat_a: str | None, nat_b: str | None) -> None:
+    """RFC 7296 section 2.23.1: each side says the addresses that it sees, and puts its own in the place of the other's."""
+    pair = psk_pair(child(local="dynamic", remote="dynamic", mode=Mode.TRANSPORT), nat_a=nat_a, nat_b=nat_b)
+    said: list[tuple[object, object]] = []
+
+    def note(datagram: Datagram) -> bool:
+        message = decode_message(datagram.data)
+        if message.header.exchange in (Exchange.IKE_AUTH, Exchange.CREATE_CHILD_SA):
+            receiver = pair.b if datagram.sender == "a" else pair.a
+            opened = open_message(datagram.data, message, receiver.sa.keys.receive)
+            tsi, tsr = opened.first(TsiPayload), opened.first(TsrPayload)
+            assert tsi is not None
+            assert tsr is not None
+            said.append((tsi.selectors, tsr.selectors))
+        return False
+
+    def check() -> None:
+        agree(pair, 1)
+        (ours,), (theirs,) = pair.a.sa.children.values(), pair.b.sa.children.values()
+        assert (ours.sa.local_ts, ours.sa.remote_ts) == of_a
+        assert (theirs.sa.local_ts, theirs.sa.remote_ts) == of_b
+
+    # IKE_AUTH { ..., TSi(192.0.2.1), TSr(NAT of b) } -->  <-- { ..., TSi(NAT of a), TSr(192.0.2.2) }
+    pair.connect(note)
+    of_a = selectors("192.0.2.1/32"), selectors(f"{nat_b or '192.0.2.2'}/32")
+    of_b = selectors("192.0.2.2/32"), selectors(f"{nat_a or '192.0.2.1'}/32")
+    assert said == [of_a, of_b[::-1]]
+    check()
+    # and the same when the responder rekeys it
+    pair.b.run(pair.b.sa, pair.b.sa.rekey_child(next(iter(pair.b.sa.children)), pair.now), pair.now)
+    pair.settle(lambda datagram: datagram.data[18] == Exchange.CREATE_CHILD_SA and note(datagram))
+    assert said[2:] == [of_b, of_a[::-1]]
+    pair.wait(10.0)
+    check()
 
 
 def test_a_kernel_that_needs_encapsulation_does_not_go_without(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,7 +64,7 @@ def test_both_sides_end_with_the_same_sas(seed: int, additional: str) -> None:
     weather = Weather(pair, rng)
     for peer in pair.peers:
         peer.settings = IkeSettings(retransmission=Retransmission(timeout=1.0, base=1.0, tries=90, jitter=0.3), half_open_timeout=600.0)
-    pair.a.start(pair._outside(pair.b.endpoint), pair.now, children[0])
+    pair.a.start(pair.outside(pair.b.endpoint), pair.now, children[0])
     pair.wait(100.0, weather)
     assert pair.a.established()
     assert pair.b.established()

@@ -129,6 +129,18 @@ def test_round_and_round() -> None:
     assert [event.reason for event in pair.a.happened(IkeClosed)] == [Reason.PEER_ERROR]  # type: ignore[union-attr]
 
 
+def test_an_authenticated_gateway_that_only_sends_on_is_left_at_once() -> None:
+    pair = sending_away(RedirectIn.AUTH)
+    pair.a.follows = False
+    # IKE_AUTH { ... } -->   <-- { IDr, AUTH, N(REDIRECT) }   INFORMATIONAL { D } -->
+    pair.connect()
+    assert sent_to(pair) == []
+    assert pair.a.closed is Reason.REDIRECTION_REFUSED
+    assert pair.a.failed == [Reason.REDIRECTION_REFUSED]
+    assert pair.b.closed is Reason.PEER_DELETED
+    agree(pair, 0)
+
+
 def test_a_client_sends_nobody_away() -> None:
     pair = psk_pair()
     pair.connect()

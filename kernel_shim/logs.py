@@ -1,4 +1,4 @@
-"""structlog set-up: one line an event on stderr, and no key material in it, whatever a caller passes."""
+"""structlog set-up of both daemons: one line an event on stderr, and no key material in it, whatever a caller passes."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ def redact(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> Mutab
     return event
 
 
-def configure_logging(level: str = "info", style: str = "console") -> None:
+def configure_logs(level: str = "info", style: str = "console") -> None:
     """`level` is a name of the logging module in lower case; `style` is `console` (key=value) or `json`."""
-    renderer: Any = structlog.processors.JSONRenderer() if style == "json" else structlog.processors.LogfmtRenderer(key_order=["timestamp", "level", "event"])
+    text = structlog.processors.LogfmtRenderer(key_order=["timestamp", "level", "event"], bool_as_flag=False)
+    renderer: Any = structlog.processors.JSONRenderer() if style == "json" else text
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
@@ -34,5 +35,5 @@ def configure_logging(level: str = "info", style: str = "console") -> None:
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping().get(level.upper(), logging.INFO)),
         logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
-        cache_logger_on_first_use=True,
+        cache_logger_on_first_use=False,
     )

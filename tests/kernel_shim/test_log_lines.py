@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import pytest
 
+from kernel_shim.logs import redact
 from kernel_shim.model import KernelError
 from kernel_shim.secret import Secret
-from vpnd.telemetry.logging import redact
 from vpnd.telemetry.wording import counted, explained
 
 
