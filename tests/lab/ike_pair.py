@@ -156,7 +156,7 @@ class Peer:
     def exchanged(self, connection: str, exchange: int, *, incoming: bool, response: bool) -> None:
         self.exchanges.message(connection, exchange, incoming=incoming, response=response)
 
-    def new_ike_spi(self) -> int:
+    def new_ike_spi(self, holder: object) -> int:
         return self.random.getrandbits(63) + 1
 
     def new_ike_id(self) -> int:

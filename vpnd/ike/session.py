@@ -69,7 +69,7 @@ class Session:
         self.candidates: Sequence[ConnectionConfig] = (connection,)  # of a responder, until the peer's identity is known
         self.local = local
         self.remote = remote
-        self.spi_local: int = context.new_ike_spi()
+        self.spi_local: int = context.new_ike_spi(self)
         self.spi_remote: int = 0
         self.state = IkeSaState.CREATED
         self.local_id: Identity | None = None
