@@ -27,6 +27,7 @@ from vpnd.ike.effects import (
     ChildEstablished,
     ChildFailed,
     ChildSa,
+    DeadlineMoved,
     Effect,
     IkeClosed,
     IkeEstablished,
@@ -257,6 +258,8 @@ class Peer:
                         continue
                     self.sad.pop(sa_id, None)
                     self.larval.discard(sa_id)
+                case DeadlineMoved():
+                    pass  # every deadline is asked for after each step
                 case IkeOpened(IkeSa() as new):
                     self.sas[new.spi_local] = new
                     self.events.append(effect)
