@@ -7,8 +7,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from kernel_shim.dataplane.labels import Inside, Labels, Landing, inside
@@ -32,11 +30,9 @@ from kernel_shim.packet.ip import (
     PROTOCOL_IPIP,
     PROTOCOL_IPV6,
     PROTOCOL_UDP,
-    Malformed,
     address_bytes,
     build_header,
     decrement_ttl,
-    layout,
 )
 from kernel_shim.packet.segment import CHECKSUM_FIELDS, finish_checksum
 from kernel_shim.policy.bundle import BundleCache
@@ -54,8 +50,7 @@ PACKET: Final = _BEGIN + PREFIX_ROOM
 VERSION_OF: Final = {PROTOCOL_IPIP: 4, PROTOCOL_IPV6: 6}
 
 
-@dataclass(frozen=True, slots=True)
-class Admission:
+class Admission(NamedTuple):
     """What becomes of a flow that comes out of an SA. `reason` None lets it in; `onward` sends it into another tunnel.
 
     `landing`: it came under labels that lead to a VRF.
@@ -140,8 +135,7 @@ class Delivery:
         if admission.landing is None:
             return self._labels.take(tunnel, buffer[begin + labels.stack : begin + labels.end], now)
         begin, end = begin + labels.inner, begin + labels.end
-        with suppress(Malformed):
-            end = begin + layout(buffer[begin:end]).length
+        end = min(end, begin + _told_length(buffer[begin:end]))  # what can be landed has a header that can be read
         buffer[begin - _BEGIN : begin] = virtio.NO_OFFLOAD
         self._write(admission, buffer[begin - _BEGIN :], end - begin + _BEGIN, now)
 
@@ -320,18 +314,22 @@ class Delivery:
         self._outbound.take(buffer, length, now, origin)
 
 
+def _told_length(packet: memoryview) -> int:
+    """What an IP header says."""
+    return packet[2] << 8 | packet[3] if packet[0] >> 4 == 4 else IPV6_HEADER + (packet[4] << 8 | packet[5])
+
+
 def _inner_length(packet: memoryview, next_header: int) -> int | None:
     """The length of a tunnelled packet without TFC padding (RFC 4303 section 2.7); None when it is none or cut off."""
     if next_header == PROTOCOL_IPIP:
         if len(packet) < IPV4_HEADER or packet[0] >> 4 != 4:
             return None
-        length = packet[2] << 8 | packet[3]
     elif next_header == PROTOCOL_IPV6:
         if len(packet) < IPV6_HEADER or packet[0] >> 4 != 6:
             return None
-        length = IPV6_HEADER + (packet[4] << 8 | packet[5])
     else:
         return None
+    length = _told_length(packet)
     return length if IPV4_HEADER <= length <= len(packet) else None
 
 

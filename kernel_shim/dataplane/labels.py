@@ -14,7 +14,7 @@ from kernel_shim.dataplane.origin import TAG, Carried, Origin, TransitOrigin, Vr
 from kernel_shim.dataplane.output import Sink
 from kernel_shim.dataplane.traffic import Traffic
 from kernel_shim.model import Action, Direction, Endpoint, Flow, Mode, SecurityAssociation
-from kernel_shim.mpls.encapsulation import Encapsulation, NotLabels, begin_of_stack
+from kernel_shim.mpls.encapsulation import PLAIN_GRE, Encapsulation, NotLabels, begin_of_stack
 from kernel_shim.mpls.labels import ENTRY, MAX_DEPTH, read_stack
 from kernel_shim.mpls.lfib import ToInterface, ToPeer
 from kernel_shim.mpls.node import LabelNode, Tunnel
@@ -25,6 +25,8 @@ from kernel_shim.policy.bundle import BundleCache, Generations
 from kernel_shim.policy.flowkey import FieldMask, FlowKeys, key_of_flow
 from kernel_shim.policy.spd import SecurityPolicyDatabase
 from kernel_shim.reasons import DropReason
+
+_PLAIN: Final = len(PLAIN_GRE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,8 @@ class Inside(NamedTuple):
 def inside(tunnel: Tunnel, sa: SecurityAssociation, payload: Buffer, next_header: int) -> Inside | None:
     """Where labels are in what came out of `sa`; None when it is no packet of `tunnel`. Raises NotLabels when it should be one and is not."""
     base, end, protocol = 0, len(payload), next_header
+    if next_header == tunnel.encapsulation == Encapsulation.GRE and end >= _PLAIN + ENTRY and payload[:_PLAIN] == PLAIN_GRE and payload[_PLAIN + 2] & 1:
+        return Inside(_PLAIN, _PLAIN + ENTRY, end)  # the common case: one label, nothing optional
     if sa.mode is Mode.TUNNEL:
         try:
             parsed = layout(payload)

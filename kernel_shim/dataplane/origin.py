@@ -34,6 +34,8 @@ class LabelCover:
         self._forwarder, self._tunnel, self._path, self._number = forwarder, tunnel, path, number
         self._outer = mode is Mode.TUNNEL
         self._stacks: dict[tuple[int, int], bytes] = {}
+        # Without a length in it what stands before a packet follows from the start of its header alone.
+        self._ready: dict[bytes, bytes] | None = {} if path is not None and not self._outer and tunnel.encapsulation is not Encapsulation.UDP else None
         version = tunnel.local.version
         self.next_header: Final[int] = (PROTOCOL_IPIP if version == 4 else PROTOCOL_IPV6) if self._outer else int(tunnel.encapsulation)
         self.length: Final = tunnel.encapsulation.overhead + len(self._stack(0, 0)) + (len(self._header(0)) if self._outer else 0)
@@ -48,6 +50,17 @@ class LabelCover:
         return self._tunnel.peer
 
     def before(self, packet: Buffer, length: int) -> bytes:
+        if self._ready is None:
+            return self._cover(packet, length)
+        head = bytes(packet[:2]) + bytes(packet[7:9])  # version, class and TTL of either IP
+        cover = self._ready.get(head)
+        if cover is None:
+            if len(self._ready) >= MAX_STACKS:
+                self._ready.clear()
+            cover = self._ready[head] = self._cover(packet, length)
+        return cover
+
+    def _cover(self, packet: Buffer, length: int) -> bytes:
         first = packet[0] >> 4
         stack = b""
         if self._path is not None:

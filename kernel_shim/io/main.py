@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
     serve.add_argument("--egress-mtu", type=int, default=settings.DEFAULT_EGRESS_MTU, help="MTU towards the peers (%(default)s)")
     serve.add_argument("--table", type=int, default=settings.DEFAULT_TABLE, help=f"first of {settings.TABLES} routing tables of our own (%(default)s)")
     serve.add_argument("--rule-priority", type=int, default=settings.DEFAULT_RULE_PRIORITY, help="first priority of our routing rules (%(default)s)")
-    serve.add_argument("--mark", type=lambda text: int(text, 0), default=settings.DEFAULT_MARK, help="mark of our own packets (0x%(default)x)")
+    serve.add_argument("--mark", type=_mark, default=settings.DEFAULT_MARK, help="mark of our own packets (0x%(default)x)")
     serve.add_argument("--ready-fd", type=int, help="write a line to this descriptor, and close it, when the socket listens")
     serve.add_argument("--keep-privileges", action="store_true", help="do not drop capabilities (to profile it, for example)")
     serve.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
@@ -39,6 +39,13 @@ def parser() -> argparse.ArgumentParser:
 
 def _socket_argument(command: argparse.ArgumentParser) -> None:
     command.add_argument("--socket", type=Path, default=settings.DEFAULT_SOCKET, help="PF_KEY socket (%(default)s)")
+
+
+def _mark(text: str) -> int:
+    try:
+        return int(text, 0)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number, such as 0x49500000") from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from kernel_shim.model import ROUTE_PROTOCOL, SOCKET_MARK
+from kernel_shim.packet.ip import IPV6_SMALLEST_MTU, LARGEST_PACKET
 
 DEFAULT_SOCKET: Final = Path("/run/vpnd/shim.sock")
 DEFAULT_TUN: Final = "vpn0"
@@ -35,11 +36,11 @@ ESP_TRAILER: Final = 2
 
 
 def tunnel_mtu(egress_mtu: int) -> int:
-    """The largest inner packet that fits an egress of `egress_mtu` bytes with AES-GCM-16 in UDP over IPv4: 1438 for 1500.
+    """The largest inner packet that fits an egress of `egress_mtu` bytes with AES-GCM-16 in UDP over IPv4: 1438 for 1500. At least what IPv6 needs.
 
     Wider overheads (IPv6 outside, CBC) are caught a packet at a time by the data plane, which knows its SA.
     """
-    return (egress_mtu - TUNNEL_OVERHEAD) // 4 * 4 - ESP_TRAILER
+    return max(IPV6_SMALLEST_MTU, (egress_mtu - TUNNEL_OVERHEAD) // 4 * 4 - ESP_TRAILER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +63,9 @@ class ShimSettings:
     def __post_init__(self) -> None:
         if not self.tun.isascii() or not 0 < len(self.tun) <= 9 or not all(c.isalnum() or c in "_-" for c in self.tun):
             raise ValueError(f"not an interface name of at most 9 letters: {self.tun!r}")
-        if not 1280 <= self.mtu <= 65535:
-            raise ValueError(f"an MTU of {self.mtu} is outside 1280-65535")
-        if not 1280 <= self.egress_mtu <= 65535:
-            raise ValueError(f"an egress MTU of {self.egress_mtu} is outside 1280-65535")
+        for name, mtu in (("egress MTU", self.egress_mtu), ("MTU", self.mtu)):
+            if not IPV6_SMALLEST_MTU <= mtu <= LARGEST_PACKET:
+                raise ValueError(f"an {name} of {mtu} is outside {IPV6_SMALLEST_MTU}-{LARGEST_PACKET}")
         if not 256 <= self.table <= 0xFFFFFFFF - TABLES:
             raise ValueError(f"tables from {self.table} on are not all free for us")
         if not 1 <= self.rule_priority <= 32766 - PRIORITIES:

@@ -15,6 +15,7 @@ ETHERTYPE_UPSTREAM: Final = 0x8848  # RFC 5332
 
 _GRE: Final = struct.Struct("!HH")
 _UDP: Final = struct.Struct("!HHHH")
+PLAIN_GRE: Final = _GRE.pack(0, ETHERTYPE_UNICAST)  # a header without options
 _GRE_CHECKSUM: Final = 0x8000  # RFC 2784
 _GRE_KEY: Final = 0x2000  # RFC 2890
 _GRE_SEQUENCE: Final = 0x1000
@@ -43,7 +44,7 @@ class Encapsulation(IntEnum):
         if self is Encapsulation.UDP:
             return _UDP.pack(_FIRST_EPHEMERAL + flow % _EPHEMERAL, UDP_PORT, _UDP.size + length, 0)
         if self is Encapsulation.GRE:
-            return _GRE.pack(0, ETHERTYPE_UNICAST)
+            return PLAIN_GRE
         return b""
 
 

@@ -6,14 +6,19 @@ What is left open by a path's choices goes on as it would on a good network, unt
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from kernel_shim.model import Direction
+from kernel_shim.model import Direction, Endpoint
 from lab.ike_pair import Datagram, Pair, Peer
+from vpnd.ike.fragments import Outgoing
+from vpnd.ike.identity import Identity
+from vpnd.ike.proposal import Proposal
 from vpnd.ike.sa import IkeSa
 from vpnd.ike.state import Child
+from vpnd.ike.steps import IkeCrypto
 
 Act = Callable[[Pair, Peer], None]
 Choice = tuple[str, int]  # what, and the number of the datagram in flight or of the peer
@@ -144,7 +149,7 @@ class World:
             return self.labels.get((peer.name, child_id), "")
 
         def of_child(child: Child) -> tuple[object, ...]:
-            return named(child.sa.id), child.state.value, named(child.replaces), child.sends, child.ceased
+            return named(child.sa.id), child.state.value, named(child.replaces), child.sends, child.ceased, child.taken, child.redundant
 
         active, outstanding = ike.active, ike._outstanding
         rival = active.rival if active else None
@@ -166,8 +171,27 @@ class World:
         )
 
 
+class Original:
+    """A pair between whose peers nothing is under way, to begin any number of paths with."""
+
+    def __init__(self, pair: Pair) -> None:
+        self._pair = pair
+
+    def copy(self) -> Pair:
+        """Configurations, keys and SAs are never written to, so they are not copied; ciphers could not be."""
+        shared: list[object] = []
+        for peer in self._pair.peers:
+            shared += [*peer.connections, peer.credentials, peer.capabilities, peer.settings, peer.resumption, *peer.events, *peer.sad.values()]
+            for sa in peer.sas.values():
+                shared += [value for value in vars(sa).values() if isinstance(value, IkeCrypto | Proposal | Identity | Endpoint | Outgoing)]
+                shared += [part for child in sa.children.values() for part in (child.sa, child.config, child.proposal)]
+        return copy.deepcopy(self._pair, {id(thing): thing for thing in shared})
+
+
 @dataclass
 class Explored:
+    """`ends`: paths at whose end nothing was under way; the others met a state that was seen before."""
+
     paths: int = 0
     states: int = 0
     ends: int = 0
@@ -181,14 +205,13 @@ def explore(
     check: Callable[[Pair], None],
     end: Callable[[Pair], None],
     *,
-    most: int = 1_000_000,
-    keep_going: int = 1,
+    most_failures: int = 1,
 ) -> Explored:
     """Walk every path within `bounds`. `check` looks at the pair after each step, `end` when nothing is under way any more."""
     explored = Explored()
     seen: set[object] = set()
     open_paths: list[list[Choice]] = [[]]
-    while open_paths and explored.paths < most and len(explored.failures) < keep_going:
+    while open_paths and len(explored.failures) < most_failures:
         path = open_paths.pop()
         explored.paths += 1
         world = World(make(), (list(scripts[0]), list(scripts[1])), bounds, check)

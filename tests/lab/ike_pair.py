@@ -27,6 +27,7 @@ from vpnd.ike.effects import (
     ChildEstablished,
     ChildFailed,
     ChildSa,
+    DeadlineMoved,
     Effect,
     IkeClosed,
     IkeEstablished,
@@ -156,7 +157,7 @@ class Peer:
     def exchanged(self, connection: str, exchange: int, *, incoming: bool, response: bool) -> None:
         self.exchanges.message(connection, exchange, incoming=incoming, response=response)
 
-    def new_ike_spi(self) -> int:
+    def new_ike_spi(self, holder: object) -> int:
         return self.random.getrandbits(63) + 1
 
     def new_ike_id(self) -> int:
@@ -257,6 +258,8 @@ class Peer:
                         continue
                     self.sad.pop(sa_id, None)
                     self.larval.discard(sa_id)
+                case DeadlineMoved():
+                    pass  # every deadline is asked for after each step
                 case IkeOpened(IkeSa() as new):
                     self.sas[new.spi_local] = new
                     self.events.append(effect)

@@ -206,7 +206,6 @@ class _Running:
     async def _end(self) -> None:
         """One side deletes all there is."""
         now = asyncio.get_running_loop().time()
-        self.wire.weather = self.storm.weather
         self._each(self.a, lambda entry: self.a.manager.run(entry, entry.sa.delete(now)))
         await until(lambda: not any(leftovers(self.both)), CALM, step=1.0)
         self.outcome.faults += [f"at the end: {fault}" for fault in leftovers(self.both)]

@@ -62,3 +62,27 @@ async def test_answers_are_rationed() -> None:
         b.manager.datagram(Endpoint(B, 4500), Endpoint(A, 4500), request)
     assert LOST_AT_ONCE <= len(network.sent) - before < 2 * LOST_AT_ONCE
     assert b.manager.counters.snapshot()["ike_lost_not_answered"] > 0
+
+
+async def test_an_ike_sa_that_is_about_to_stand_is_not_lost() -> None:
+    """Who answered our rekeying may use the new IKE SA before we have the answer; a token would end it as soon as it stands."""
+    a, b, network = await pair()
+    await a.up()
+    old = next(a.manager.entries())
+    network.cut = True
+    now = asyncio.get_running_loop().time()
+    a.manager.run(old, old.sa.rekey(now))
+    b.manager.datagram(Endpoint(B, 4500), Endpoint(A, 4500), network.sent[-1])
+    answer = network.sent[-1]
+    heir = next(entry for entry in b.manager.entries() if entry.sa.predecessor is not None)
+    b.manager.run(heir, heir.sa.probe(now))
+    request, before = network.sent[-1], len(network.sent)
+    a.manager.datagram(Endpoint(A, 4500), Endpoint(B, 4500), request)
+    assert len(network.sent) == before
+    a.manager.datagram(Endpoint(A, 4500), Endpoint(B, 4500), answer)
+    new = next(entry for entry in a.manager.entries() if entry is not old)
+    assert new.sa.spi_local == heir.sa.spi_remote
+    # now it is answered
+    before = len(network.sent)
+    a.manager.datagram(Endpoint(A, 4500), Endpoint(B, 4500), request)
+    assert len(network.sent) > before

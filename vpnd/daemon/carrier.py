@@ -29,6 +29,7 @@ from vpnd.ike.effects import (
     ChildDenied,
     ChildEstablished,
     ChildFailed,
+    DeadlineMoved,
     Effect,
     IkeClosed,
     IkeEstablished,
@@ -100,6 +101,8 @@ class Carrier:
                 self._open(effect.sa)
             elif isinstance(effect, IkeHandedOver):
                 self._hand_over(entry, self._required(effect.sa))
+            elif isinstance(effect, DeadlineMoved):
+                self.run(self._required(effect.sa), ())
         if entry.task is None and not entry.advancing and entry.awaits is None:
             entry.advancing = True
             try:
@@ -265,7 +268,7 @@ class Carrier:
                     self.listener.reauthentication_due(entry)
             case IkeClosed():
                 self._closed(entry, effect)
-            case IkeOpened() | IkeHandedOver():
+            case IkeOpened() | IkeHandedOver() | DeadlineMoved():
                 pass  # at once, in `run`
             case Redirected(gateway):
                 self.redirected(entry.current, gateway)

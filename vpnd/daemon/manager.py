@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Final, Protocol
+from weakref import WeakValueDictionary
 
 from kernel_shim.model import Capabilities, Endpoint, IPAddress, SaId
 from vpnd.auth.credentials import CredentialStore
@@ -36,6 +37,7 @@ from vpnd.ike.identity import Identity
 from vpnd.ike.marking import Marking, SharedIfIds
 from vpnd.ike.resumption import Resumption
 from vpnd.ike.sa import IkeSa
+from vpnd.ike.session import Session
 from vpnd.ike.wire.header import FLAG_INITIATOR, FLAG_RESPONSE, HEADER_LENGTH
 from vpnd.peers import Connections
 from vpnd.schedule import Deadlines
@@ -118,6 +120,7 @@ class Manager:
         self._deadlines: Deadlines[int] = Deadlines()
         self._timer: asyncio.TimerHandle | None = None
         self._next_ike_id = 0
+        self._holders: WeakValueDictionary[int, Session] = WeakValueDictionary()  # of IKE SPIs, from before an IKE SA is entered
         self._next_child_id = 0
         self._draining = False
         self._refusals = Throttle(REFUSALS_AT_ONCE, REFUSALS_A_SECOND)
@@ -173,10 +176,11 @@ class Manager:
     def exchanged(self, connection: str, exchange: int, *, incoming: bool, response: bool) -> None:
         self.exchanges.message(connection, exchange, incoming=incoming, response=response)
 
-    def new_ike_spi(self) -> int:
+    def new_ike_spi(self, holder: Session) -> int:
         while True:
             spi = int.from_bytes(self._entropy(8))
-            if spi and spi not in self.registry:
+            if spi and spi not in self.registry and spi not in self._holders:
+                self._holders[spi] = holder
                 return spi
 
     def new_ike_id(self) -> int:
@@ -267,8 +271,11 @@ class Manager:
         self.run(entry, entry.sa.receive(data, local, remote, self._now()))
 
     def _unknown(self, local: Endpoint, remote: Endpoint, data: bytes) -> None:
-        """RFC 6290 section 4.2, but not for an IKE SA that stands: with one of its SPIs in the wrong place a stranger would get its token."""
-        known = any(int.from_bytes(data[at : at + 8]) in self.registry for at in (0, 8))
+        """RFC 6290 section 4.2, but not for an IKE SA that stands: with one of its SPIs in the wrong place a stranger would get its token.
+
+        Nor for one that is about to stand: who answered our rekeying may use it before we have the answer.
+        """
+        known = any(self._stands(int.from_bytes(data[at : at + 8])) for at in (0, 8))
         if self._tokens is None or known or self._draining or (answer := self._tokens.answer(data)) is None:
             return
         if self._lost.admit(self._now()) is None:
@@ -276,6 +283,10 @@ class Manager:
             return
         self.counters.add("ike_lost_answered")
         self._sockets.send(local, remote, answer)
+
+    def _stands(self, spi: int) -> bool:
+        holder = self._holders.get(spi)
+        return spi in self.registry or (holder is not None and not holder.closed)
 
     def _redirected(self, entry: Entry, gateway: GatewayId) -> None:
         name = entry.sa.connection.name

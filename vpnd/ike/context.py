@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from kernel_shim.model import AcquireSequence, Capabilities, Endpoint, Flow, IPAddress
 from vpnd.auth.credentials import CredentialStore
@@ -15,6 +15,9 @@ from vpnd.ike.fragments import ReassemblyBudget
 from vpnd.ike.identity import Identity
 from vpnd.ike.marking import Marking, SharedIfIds
 from vpnd.ike.resumption import Resumption
+
+if TYPE_CHECKING:
+    from vpnd.ike.session import Session
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +78,8 @@ class IkeContext(Protocol):
     def exchanged(self, connection: str, exchange: int, *, incoming: bool, response: bool) -> None:
         """An IKE message of that connection went out, or came in and is the peer's; for counters."""
 
-    def new_ike_spi(self) -> int:
-        """An SPI of 64 bits, not 0, that no other IKE SA of this daemon uses."""
+    def new_ike_spi(self, holder: Session) -> int:
+        """An SPI of 64 bits, not 0, that no other IKE SA of this daemon uses; `holder` is the one that gets it."""
 
     def new_ike_id(self) -> int:
         """`unique_id` of the next IKE SA."""

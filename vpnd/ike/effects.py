@@ -167,6 +167,13 @@ class IkeHandedOver:
 
 
 @dataclass(frozen=True, slots=True)
+class DeadlineMoved:
+    """This other IKE SA has another `next_deadline` now."""
+
+    sa: MadeIkeSa
+
+
+@dataclass(frozen=True, slots=True)
 class ReauthenticationDue:
     """It has stood long enough: the peers are to prove anew who they are, on an IKE SA of its own (RFC 7296 section 2.8.3)."""
 
@@ -257,6 +264,7 @@ Effect = (
     | IkeClosed
     | IkeOpened
     | IkeHandedOver
+    | DeadlineMoved
     | ReauthenticationDue
     | ChildEstablished
     | ChildClosed

@@ -458,10 +458,10 @@ class IkeSa(Transport):
         outstanding = self._outstanding
         if outstanding is None or self.now < outstanding.next_at:
             return
-        rival = self.active.rival if self.active else None
-        if self.overtaken and rival is not None and rival.ike is not None:
+        theirs = self.rival_ike
+        if self.overtaken and theirs is not None:
             self.active = self._outstanding = None
-            rekey_ike.await_deletion(self, rival.ike)
+            rekey_ike.await_deletion(self, theirs)
         elif outstanding.doubt is not None:
             self.close(*outstanding.doubt)
         elif outstanding.copy(self.now, self.random()):

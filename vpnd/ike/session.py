@@ -12,6 +12,7 @@ from vpnd.ike import succession
 from vpnd.ike.context import IkeContext
 from vpnd.ike.effects import (
     ChildFailed,
+    DeadlineMoved,
     Effect,
     IkeClosed,
     IkeEstablished,
@@ -69,7 +70,7 @@ class Session:
         self.candidates: Sequence[ConnectionConfig] = (connection,)  # of a responder, until the peer's identity is known
         self.local = local
         self.remote = remote
-        self.spi_local: int = context.new_ike_spi()
+        self.spi_local: int = context.new_ike_spi(self)
         self.spi_remote: int = 0
         self.state = IkeSaState.CREATED
         self.local_id: Identity | None = None
@@ -223,13 +224,13 @@ class Session:
         """The end: everything that hangs on the IKE SA goes, and the peer hears nothing of it."""
         if self.closed:
             return
-        rival = self.active.rival if self.active else None
-        if rival is not None and rival.ike is not None and self.heir is None:
+        theirs = self.rival_ike
+        if theirs is not None and self.heir is None:
             # the peer rekeyed it as well, and what it made has to stand on its own now
             if reason is Reason.PEER_SILENT:
-                self.hand_over(rival.ike)
+                self.hand_over(theirs)
             else:
-                rival.ike.ends_at = self.now
+                self.end_by(theirs, self.now)
         self.close_reason = reason
         self.predecessor = None
         self.state = IkeSaState.DESTROYING
@@ -298,6 +299,17 @@ class Session:
         new.original_initiator, new.mobike, new.mapping_hash = self.original_initiator, self.mobike, b""
         new.peer_addresses, new.told_addresses = self.peer_addresses, self.told_addresses
         return new
+
+    @property
+    def rival_ike(self) -> Self | None:
+        """What the peer's rekeying made while ours is on the wire, unless the peer has deleted it again."""
+        rival = self.active.rival if self.active is not None else None
+        return rival.ike if rival is not None and rival.ike is not None and not rival.ike.closed else None  # type: ignore[return-value]
+
+    def end_by(self, other: Session, when: float) -> None:
+        """Another IKE SA, which came of the peer's rekeying of this one, is to be deleted by the peer, or by us at that time."""
+        other.undecided, other.ends_at = None, when
+        self.emit(DeadlineMoved(other))
 
     def hand_over(self, heir: Self) -> None:
         """RFC 7296 section 2.18: the new IKE SA has all CHILD_SAs of the old one; exchanges that wait go on there."""

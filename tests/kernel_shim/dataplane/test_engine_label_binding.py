@@ -142,11 +142,11 @@ def test_nor_is_the_last_short_one_of_a_flow() -> None:
     pair = Pes()
     pair.connect()
     header = IP(src="10.0.0.5", dst="10.0.1.5", flags="DF", ttl=60)
-    flow = [bytes(header / TCP(sport=5, dport=6, seq=1000 + 500 * number, flags="A") / Raw(bytes(500 if number < 7 else 200))) for number in range(8)]
-    pair.send(*[gre(write_stack([Entry(Label(RED if number < 7 else BLUE), 0, 64)]) + item) for number, item in enumerate(flow)])
+    flow = [bytes(header / TCP(sport=5, dport=6, seq=1000 + 500 * number, flags="A") / Raw(bytes(500 if number < 39 else 200))) for number in range(40)]
+    pair.send(*[gre(write_stack([Entry(Label(RED if number < 39 else BLUE), 0, 64)]) + item) for number, item in enumerate(flow)])
     assert len(pair.left.sink.esp) == 1
     pair.pass_on()
-    assert (pair.right.landed("red"), pair.right.landed("blue")) == (flow[:7], flow[7:])
+    assert (pair.right.landed("red"), pair.right.landed("blue")) == (flow[:39], flow[39:])
 
 
 def test_each_router_alert_is_counted() -> None:

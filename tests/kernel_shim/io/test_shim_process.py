@@ -307,8 +307,18 @@ def test_stats_without_a_kernel_says_so(capsys: pytest.CaptureFixture[str]) -> N
     assert "no kernel answers" in capsys.readouterr().err
 
 
-def test_a_setting_that_cannot_work_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["serve", "--tun", "a name"])
-    assert ended.value.code == 2
-    assert "interface name" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--tun", "a name"], "not an interface name of at most 9 letters: 'a name'"),
+        (["--mark", "zz"], "argument --mark: 'zz' is not a number"),
+        (["--egress-mtu", "70000"], "an egress MTU of 70000 is outside 1280-65535"),
+        (["--mtu", "100"], "an MTU of 100 is outside 1280-65535"),
+        (["--egress-mtu", "1280", "--table", "0"], "tables from 0 on are not all free for us"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_a_usage_error(arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["serve", *arguments])
+    assert caught.value.code == 2
+    assert complaint in capsys.readouterr().err

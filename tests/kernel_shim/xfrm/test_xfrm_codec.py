@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from xfrm_support import HERE, PEER, carried, make_sa
 
 from kernel_shim.algorithms import EncryptionId, EspAlgorithm, IntegrityId
 from kernel_shim.channel.linux import XFRM
@@ -57,8 +58,6 @@ from kernel_shim.xfrm.structs import MalformedMessage, SaStruct
 from kernel_shim.xfrm.wire import Message, decode, encode
 
 pytestmark = pytest.mark.property
-
-PEER, HERE = IPv4Address("192.0.2.2"), IPv4Address("192.0.2.1")
 
 
 def network(text: str) -> AddressRange:
@@ -147,12 +146,6 @@ def associations(draw: st.DrawFn) -> SecurityAssociation:
     )
 
 
-def carried(message: Message) -> Message:
-    """As the other end of a netlink socket sees it."""
-    (seen,) = decode(encode(message))
-    return seen
-
-
 # What is written is read back
 
 
@@ -192,25 +185,25 @@ def test_security_associations(sa: SecurityAssociation, update: bool) -> None:
 
 
 def test_an_outbound_sa_answers_its_acquire_and_an_inbound_one_does_not() -> None:
-    sa = gcm(acquire=AcquireSequence(77))
+    sa = make_sa(acquire=AcquireSequence(77))
     assert SaStruct.unpack(sa_message(sa, update=False).body).seq == 77
-    inbound = gcm(direction=Direction.IN, acquire=AcquireSequence(77))
+    inbound = make_sa(direction=Direction.IN, acquire=AcquireSequence(77))
     assert SaStruct.unpack(sa_message(inbound, update=True).body).seq == 0
 
 
 def test_small_windows_stand_in_the_old_field_and_esn_never_does() -> None:
-    small = sa_message(gcm(replay_window=32), update=False)
+    small = sa_message(make_sa(replay_window=32), update=False)
     assert SaStruct.unpack(small.body).replay_window == 32
     assert Attribute.REPLAY_ESN_VAL not in small.attributes
-    esn = sa_message(gcm(replay_window=32, esn=True), update=False)
+    esn = sa_message(make_sa(replay_window=32, esn=True), update=False)
     assert SaStruct.unpack(esn.body).replay_window == 0
     assert SaStruct.unpack(esn.body).flags & StateFlag.ESN
     assert structs.REPLAY_ESN.unpack_from(esn.attributes[Attribute.REPLAY_ESN_VAL])[0] == 1
 
 
 def test_a_tunnel_without_selector_takes_both_families() -> None:
-    assert SaStruct.unpack(sa_message(gcm(), update=False).body).flags & StateFlag.AF_UNSPEC
-    assert not SaStruct.unpack(sa_message(gcm(mode=Mode.TRANSPORT), update=False).body).flags & StateFlag.AF_UNSPEC
+    assert SaStruct.unpack(sa_message(make_sa(), update=False).body).flags & StateFlag.AF_UNSPEC
+    assert not SaStruct.unpack(sa_message(make_sa(mode=Mode.TRANSPORT), update=False).body).flags & StateFlag.AF_UNSPEC
 
 
 def test_icmp_type_and_code_stand_where_the_kernel_looks_for_ports() -> None:
@@ -219,20 +212,6 @@ def test_icmp_type_and_code_stand_where_the_kernel_looks_for_ports() -> None:
     assert (echo.sport, echo.sport_mask, echo.dport, echo.dport_mask) == (8, 0xFFFF, 0, 0)
     both = selector_struct(Selector(network("10.0.0.0/8"), network("10.0.0.0/8"), 1, ANY_PORT, PortRange(0x0304, 0x0304)))
     assert (both.sport, both.sport_mask, both.dport, both.dport_mask) == (3, 0xFFFF, 4, 0xFFFF)
-
-
-def gcm(**changes: Any) -> SecurityAssociation:
-    values: dict[str, Any] = {
-        "spi": Spi(0xC0DE),
-        "source": HERE,
-        "destination": PEER,
-        "direction": Direction.OUT,
-        "mode": Mode.TUNNEL,
-        "reqid": ReqId(7),
-        "algorithm": EspAlgorithm(EncryptionId.AES_GCM_16, 128),
-        "encryption_key": Secret(bytes(20)),
-    }
-    return SecurityAssociation(**{**values, **changes})
 
 
 # What Linux cannot do is refused by name
@@ -268,7 +247,7 @@ def test_selectors_beyond_linux(selector: Selector, field: str) -> None:
 )
 def test_associations_beyond_linux(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(KernelError, match=words):
-        sa_message(gcm(**changes), update=False)
+        sa_message(make_sa(**changes), update=False)
 
 
 def test_a_protecting_policy_needs_templates() -> None:
@@ -298,7 +277,7 @@ def test_acquire() -> None:
 
 @pytest.mark.parametrize("hard", [False, True])
 def test_expire(hard: bool) -> None:
-    body = sa_message(gcm(), update=False).body + bytes((hard,)) + bytes(7)
+    body = sa_message(make_sa(), update=False).body + bytes((hard,)) + bytes(7)
     notice = notice_from(carried(Message(MessageType.EXPIRE, body)))
     assert notice is not None
     assert notice.ours
@@ -306,7 +285,7 @@ def test_expire(hard: bool) -> None:
 
 
 def test_the_end_of_a_larval_sa_without_spi_is_no_event() -> None:
-    body = SaStruct.unpack(sa_message(gcm(), update=False).body)._replace(spi=0).pack() + bytes(8)
+    body = SaStruct.unpack(sa_message(make_sa(), update=False).body)._replace(spi=0).pack() + bytes(8)
     assert notice_from(carried(Message(MessageType.EXPIRE, body))) is None
 
 
@@ -320,7 +299,7 @@ def test_mapping() -> None:
 
 
 def test_what_belongs_to_others_is_not_ours() -> None:
-    info = SaStruct.unpack(sa_message(gcm(), update=False).body)._replace(reqid=7)
+    info = SaStruct.unpack(sa_message(make_sa(), update=False).body)._replace(reqid=7)
     notice = notice_from(Message(MessageType.EXPIRE, info.pack() + bytes(8)))
     assert notice is not None
     assert not notice.ours
@@ -328,7 +307,7 @@ def test_what_belongs_to_others_is_not_ours() -> None:
 
 def test_keys_are_not_shown() -> None:
     key = bytes(range(0x41, 0x55))
-    message = sa_message(gcm(encryption_key=Secret(key)), update=False)
+    message = sa_message(make_sa(encryption_key=Secret(key)), update=False)
     assert key in encode(message)
     assert "ABCDEF" not in repr(message)
 
@@ -391,13 +370,13 @@ def test_right_messages_with_some_octets_changed(sa: SecurityAssociation, policy
 def test_any_attributes(kind: int, attributes: dict[int, bytes], data: st.DataObject) -> None:
     """With a structure of the right size, so that the attributes are reached."""
     size = wire.CLASSES[kind](bytes(wire.HEADER.size)).fields
-    for body in (sa_message(gcm(), update=False).body, data.draw(BYTES), bytes(int(size[0][1][:-1]) if size else 0)):
+    for body in (sa_message(make_sa(), update=False).body, data.draw(BYTES), bytes(int(size[0][1][:-1]) if size else 0)):
         with contextlib.suppress(MalformedMessage):
             interpret(Message(kind, body, attributes))
 
 
 def test_a_short_attribute_is_named() -> None:
-    message = sa_message(gcm(), update=False)
+    message = sa_message(make_sa(), update=False)
     with pytest.raises(MalformedMessage, match="xfrm_algo_aead"):
         sa_from(message.body, {Attribute.ALG_AEAD: b"rfc4106"})
 
@@ -415,6 +394,6 @@ def test_requests_that_reserve_spis() -> None:
 
 def test_integrity_algorithms_carry_the_full_tag() -> None:
     algorithm = EspAlgorithm(EncryptionId.AES_CBC, 128, IntegrityId.HMAC_SHA2_256_128)
-    message = sa_message(gcm(algorithm=algorithm, encryption_key=Secret(bytes(16)), integrity_key=Secret(bytes(32))), update=False)
+    message = sa_message(make_sa(algorithm=algorithm, encryption_key=Secret(bytes(16)), integrity_key=Secret(bytes(32))), update=False)
     name, key_bits, tag_bits = structs.ALGORITHM_SIZED.unpack_from(message.attributes[Attribute.ALG_AUTH_TRUNC])
     assert (name.rstrip(b"\0"), key_bits, tag_bits) == (b"hmac(sha256)", 256, 128)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import errno
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network, IPv6Address
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from xfrm_support import HERE, PEER, carried, make_sa
 
-from kernel_shim.algorithms import EncryptionId, EspAlgorithm
 from kernel_shim.channel.xfrm_migration import check_migration, continuation, only_ports_differ
 from kernel_shim.model import (
     AddressRange,
@@ -23,7 +22,6 @@ from kernel_shim.model import (
     PortRange,
     ReqId,
     SaId,
-    SecurityAssociation,
     Selector,
     Spi,
     UdpEncapsulation,
@@ -39,32 +37,13 @@ from kernel_shim.xfrm.sa_replies import sa_from
 from kernel_shim.xfrm.sas import Continuation, sa_id_message, sa_message
 from kernel_shim.xfrm.selectors import selector_struct
 from kernel_shim.xfrm.structs import MalformedMessage, SaStruct
-from kernel_shim.xfrm.wire import Message, decode, encode
+from kernel_shim.xfrm.wire import Message
 
 pytestmark = pytest.mark.property
 
-HERE, PEER, MOVED = IPv4Address("192.0.2.1"), IPv4Address("192.0.2.2"), IPv4Address("198.51.100.1")
+MOVED = IPv4Address("198.51.100.1")
 SELECTOR = Selector(AddressRange.of(IPv4Network("10.1.0.0/16")), AddressRange.of(IPv4Network("10.2.0.0/16")), if_id=5)
 WORDS = st.integers(0, 2**32 - 1)
-
-
-def association(**changes: Any) -> SecurityAssociation:
-    values: dict[str, Any] = {
-        "spi": Spi(0xC0DE),
-        "source": HERE,
-        "destination": PEER,
-        "direction": Direction.OUT,
-        "mode": Mode.TUNNEL,
-        "reqid": ReqId(7),
-        "algorithm": EspAlgorithm(EncryptionId.AES_GCM_16, 128),
-        "encryption_key": Secret(bytes(20)),
-    }
-    return SecurityAssociation(**{**values, **changes})
-
-
-def carried(message: Message) -> Message:
-    (seen,) = decode(encode(message))
-    return seen
 
 
 @st.composite
@@ -102,7 +81,7 @@ def test_a_bitmap_that_is_not_as_long_as_it_says_is_refused() -> None:
 
 @given(replay_states(), st.builds(Usage, *(st.integers(0, 2**60),) * 4))
 def test_an_sa_goes_on_from_what_another_was(state: ReplayState, usage: Usage) -> None:
-    message = carried(sa_message(association(esn=True, replay_window=64), update=False, continues=Continuation(state, usage)))
+    message = carried(sa_message(make_sa(esn=True, replay_window=64), update=False, continues=Continuation(state, usage)))
     assert sa_from(message.body, message.attributes).replay == state
     assert structs.unpack(structs.LIFETIME_CURRENT, message.attributes[Attribute.LTIME_VAL], "") == (usage.octets, usage.packets, usage.added, usage.used)
 
@@ -148,7 +127,7 @@ def test_a_migrate_has_moves() -> None:
 
 
 def test_only_addresses_and_encapsulation_may_change() -> None:
-    old = association(encapsulation=UdpEncapsulation())
+    old = make_sa(encapsulation=UdpEncapsulation())
     check_migration(old, replace(old, source=MOVED, destination=HERE, encapsulation=None))
     for change in ({"spi": Spi(1)}, {"encryption_key": Secret(bytes(range(20)))}, {"esn": True}, {"reqid": ReqId(8)}):
         with pytest.raises(KernelError) as refused:
@@ -164,11 +143,11 @@ def test_only_addresses_and_encapsulation_may_change() -> None:
 
 def test_a_kernel_that_knows_directions_gets_no_window_on_an_outbound_sa() -> None:
     """Linux 6.10 refuses one; before it, ESN needs one."""
-    outbound = association(esn=True, replay_window=64)
+    outbound = make_sa(esn=True, replay_window=64)
     message = sa_message(outbound, update=False, directed=True)
     assert message.attributes[Attribute.SA_DIR] == bytes((SaDirection.OUT,))
     assert message.attributes[Attribute.REPLAY_ESN_VAL] == bytes(24)
-    assert SaStruct.unpack(sa_message(association(replay_window=32), update=False, directed=True).body).replay_window == 0
+    assert SaStruct.unpack(sa_message(make_sa(replay_window=32), update=False, directed=True).body).replay_window == 0
     inbound = sa_message(replace(outbound, direction=Direction.IN), update=True, directed=True)
     assert inbound.attributes[Attribute.SA_DIR] == bytes((SaDirection.IN,))
     told = sa_from(inbound.body, inbound.attributes)
@@ -177,7 +156,7 @@ def test_a_kernel_that_knows_directions_gets_no_window_on_an_outbound_sa() -> No
 
 
 def test_what_a_kernel_that_knows_directions_refuses_is_not_carried_over() -> None:
-    message = sa_message(association(), update=False, continues=Continuation(ReplayState(5, 6, 64, (1, 2), wide=True), Usage()))
+    message = sa_message(make_sa(), update=False, continues=Continuation(ReplayState(5, 6, 64, (1, 2), wide=True), Usage()))
     last = sa_from(message.body, message.attributes)
     assert continuation(last, Direction.OUT, directed=False).replay == last.replay
     assert continuation(last, Direction.OUT, directed=True).replay == ReplayState(5, wide=True)
@@ -187,13 +166,13 @@ def test_what_a_kernel_that_knows_directions_refuses_is_not_carried_over() -> No
 @pytest.mark.parametrize(("direction", "version", "flags"), [(Direction.OUT, 4, OffloadFlag(0)), (Direction.IN, 6, OffloadFlag.IPV6 | OffloadFlag.INBOUND)])
 def test_offload(direction: Direction, version: int, flags: OffloadFlag) -> None:
     ends = (HERE, PEER) if version == 4 else (IPv6Address("::1"), IPv6Address("::2"))
-    message = carried(sa_message(association(direction=direction, source=ends[0], destination=ends[1]), update=False, device=3))
+    message = carried(sa_message(make_sa(direction=direction, source=ends[0], destination=ends[1]), update=False, device=3))
     assert message.attributes[Attribute.OFFLOAD_DEV] == structs.OFFLOAD.pack(3, flags)
     assert sa_from(message.body, message.attributes).device == 3
 
 
 def test_flags_that_we_never_set_are_told() -> None:
-    message = sa_message(association(), update=False)
+    message = sa_message(make_sa(), update=False)
     body = SaStruct.unpack(message.body)._replace(flags=0x10).pack()
     told = sa_from(body, {**message.attributes, Attribute.SA_EXTRA_FLAGS: structs.NUMBER.pack(2)})
     assert (told.flags, told.extra_flags) == (0x10, 2)

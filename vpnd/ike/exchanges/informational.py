@@ -57,8 +57,9 @@ def delete_ike(reason: Reason) -> Task:
         twins = [session.has_twin(child) for child in session.children.values()]
         for child in list(session.children.values()):
             succession.cease(session, child)
-        # one that a peer keeps unheard would take what is meant for its twin
-        tries = None if reason is Reason.REKEYED or any(twins) else DELETE_TRIES
+        # one that a peer keeps unheard would take what is meant for its twin; what the peer should have deleted itself it may never have had
+        patient = any(twins) or (reason is Reason.REKEYED and session.ends_at is None)
+        tries = None if patient else DELETE_TRIES
         yield from ask(Ask(Exchange.INFORMATIONAL, (DeletePayload(ProtocolId.IKE),), tries=tries))
         session.close(reason, session.describe())
 
@@ -83,10 +84,10 @@ def respond(session: Session, request: Message) -> Steps[Response]:
     deletes = request.all(DeletePayload)
     # RFC 7296 section 1.4.1: the IKE SA; the answer is empty
     if any(payload.protocol == ProtocolId.IKE for payload in deletes):
-        rival = session.active.rival if session.active else None
+        theirs = session.rival_ike
         # RFC 7296 sections 2.8.2 and 2.25.2: the peer rekeyed it as well and is done; our own request is forgotten
-        if rival is not None and rival.ike is not None and session.heir is None:
-            session.hand_over(rival.ike)
+        if theirs is not None and session.heir is None:
+            session.hand_over(theirs)
         return Response(close=IkeClosed(Reason.REKEYED if session.heir or session.state is IkeSaState.REKEYED else Reason.PEER_DELETED, session.describe()))
     answer = list(_delete(session, (spi for payload in deletes if payload.protocol == ProtocolId.ESP for spi in payload.spis)))
     payloads: tuple[Payload, ...] = (DeletePayload(ProtocolId.ESP, tuple(answer)),) if answer else ()

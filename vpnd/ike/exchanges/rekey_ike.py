@@ -58,18 +58,17 @@ def rekey(session: Session, task: Task) -> Steps[None]:
         return
     new.stand()
     session.emit(IkeOpened(new))
-    rival = task.rival
-    if rival is not None and rival.ike is not None and lowest < rival.lowest:
+    theirs = session.rival_ike
+    if theirs is not None and task.rival is not None and lowest < task.rival.lowest:
         # RFC 7296 section 2.8.2: ours is the redundant one; the peer deletes the old one
-        await_deletion(session, rival.ike)
+        await_deletion(session, theirs)
         new.wind_up(Reason.REKEYED)
         return
     deleting = session.state is IkeSaState.DELETING
     session.hand_over(new)
     crash_detection.announce(new)
-    if rival is not None and rival.ike is not None:
-        rival.ike.undecided = None
-        rival.ike.ends_at = session.now + REPLACED_TIMEOUT
+    if theirs is not None:
+        session.end_by(theirs, session.now + REPLACED_TIMEOUT)
     if deleting:
         # what was to be deleted goes on under the new keys
         new.wind_up(Reason.DELETED)
@@ -120,10 +119,10 @@ def _negotiate(session: Session, new: Session, nonce: bytes) -> Steps[bytes]:
 
 
 def _not_rekeyed(session: Session, task: Task, refused: _Refused) -> None:
-    rival = task.rival
-    if rival is not None and rival.ike is not None:
+    theirs = session.rival_ike
+    if theirs is not None:
         # RFC 7296 section 2.8.2: the peer was done before it saw our request
-        await_deletion(session, rival.ike)
+        await_deletion(session, theirs)
         return
     if session.state is not IkeSaState.REKEYING:
         return

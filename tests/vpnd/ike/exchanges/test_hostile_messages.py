@@ -184,6 +184,16 @@ def test_a_header_that_names_another_ike_sa_is_nobodys_even_under_our_keys(flaw:
     assert pair.b.closed is Reason.PEER_DELETED
 
 
+def test_a_responder_that_names_another_spi_of_its_own_is_nobody() -> None:
+    pair = psk_pair(child())
+    pair.connect()
+    sa = pair.b.sa
+    for spi_r, heard in ((IkeSpi(b"anothers"), False), (IkeSpi(bytes(8)), False), (sa.wire_spi_r, True)):
+        header = Header(sa.wire_spi_i, spi_r, Exchange.INFORMATIONAL, MessageId(0), initiator=False, response=False)
+        pair.deliver(Datagram("b", sa.local, sa.remote, seal_message(header, (DeletePayload(1),), sa.keys.send, pair.b.entropy)))
+        assert (pair.a.closed is Reason.PEER_DELETED) is heard
+
+
 def test_a_choice_that_is_not_that_of_the_key_exchange_is_no_answer() -> None:
     """The responder says one group in SA and uses another in KE, both of which were offered."""
     both = "aes128-sha256-x25519-ecp256"

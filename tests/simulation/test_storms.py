@@ -1,0 +1,34 @@
+"""Both sides rekey everything at the same moment, again and again, while IKE is lost, doubled and reordered: nothing else is lost, doubled or left behind.
+
+SIMULATION_SEEDS=N in the environment tries so many seeds of each.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from simulation.stress import REKEYING, Act, Storm, rage
+from simulation.wire import Weather
+
+SEEDS = int(os.environ.get("SIMULATION_SEEDS", "1"))
+
+
+def weather(loss: float) -> Weather:
+    return Weather(delay=(0.005, 0.105), loss=loss, doubled=0.05, esp_loss=0.0)
+
+
+@pytest.mark.parametrize("seed", range(1, 1 + SEEDS))
+@pytest.mark.parametrize(
+    ("acts", "loss"),
+    [((Act.REKEY_CHILD,), 0.05), ((Act.REKEY_CHILD,), 0.3), ((Act.REKEY_IKE,), 0.2), (REKEYING, 0.2)],
+    ids=["child", "child, much lost", "IKE", "child and IKE"],
+)
+def test_storms_of_rekeying(acts: tuple[Act, ...], loss: float, seed: int) -> None:
+    outcome = rage(Storm(weather(loss), acts, seed=seed))
+    assert outcome.faults == []
+    assert outcome.missing == 0, outcome.drops
+    assert (outcome.repeated, outcome.clear) == (0, 0)
+    assert outcome.child_rekeys + outcome.ike_rekeys > 40
+    assert outcome.ike_lost > 10
