@@ -242,7 +242,9 @@ class Capture:
         if value not in (None, wanted):
             self._sysctls.setdefault(name, value)
             self._write_state()
-            write_sysctl(name, wanted)
+            if not write_sysctl(name, wanted) and name not in self._told:
+                self._told.add(name)
+                log.warning("a setting of the host stays as it is", setting=name, value=value, wanted=wanted)
 
     def _allow_any_source(self, name: str) -> None:
         """A reverse path check looks a customer's address up in the main table, where it is another's or nobody's. Its addresses are its own affair."""

@@ -41,7 +41,6 @@ def used_by_child(link: Pair) -> tuple[str, ...]:
 @pytest.mark.parametrize(
     ("ike", "exchanges"),
     [
-        ("x25519-ke1_mlkem768", HYBRID),
         ("ecp384-ke1_mlkem1024-ke2_x448-ke3_x25519", ("ECP_384", "ML_KEM_1024", "CURVE_448", "CURVE_25519")),
         ("x25519-ke3_mlkem1024-ke5_mlkem768", ("CURVE_25519", "ML_KEM_1024", "ML_KEM_768")),
         ("mlkem768", ("ML_KEM_768",)),

@@ -64,7 +64,8 @@ def everything_shown() -> Iterator[str]:
     """What every object of ours looks like to a debugger, a traceback with values, or a log line that names it."""
     for thing in gc.get_objects():
         module = type(thing).__module__
-        if module.startswith(("vpnd.", "kernel_shim.")) and not isinstance(thing, type):
+        # some types of C extensions have a descriptor there
+        if isinstance(module, str) and module.startswith(("vpnd.", "kernel_shim.")) and not isinstance(thing, type):
             with contextlib.suppress(ReferenceError):
                 yield f"{type(thing).__name__}: {thing!r}"
 

@@ -70,6 +70,17 @@ def test_the_wire_holds_what_rfc_4023_says() -> None:
     assert plain[8:] == packet(7, ttl=33, dscp=46)
 
 
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("encapsulation", Encapsulation)
+def test_each_packet_of_a_flow_has_its_own_ttl_and_class(encapsulation: Encapsulation, version: int) -> None:
+    pair = Pes(encapsulation, ttl=TtlModel.UNIFORM)
+    pair.connect()
+    wanted = [(33, 46), (12, 46), (33, 0), (33, 46), (255, 8), (1, 63)] + [(ttl, 10) for ttl in range(2, 100)]
+    pair.put("red", *[packet(7, version=version, ttl=ttl, dscp=dscp) for ttl, dscp in wanted])
+    tops = [MPLS(plain[encapsulation.overhead :]) for plain in pair.plaintext(pair.left)]
+    assert [(top.ttl, top.cos) for top in tops] == [(ttl, dscp >> 3) for ttl, dscp in wanted]
+
+
 def test_udp_ports_tell_flows_apart() -> None:
     pair = Pes(Encapsulation.UDP)
     pair.connect()

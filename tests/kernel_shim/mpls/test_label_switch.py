@@ -250,7 +250,10 @@ def test_an_entropy_label_has_no_part_in_ttl_and_class(node: Node) -> None:
     node.bind(200, path("p2", 300))
     expected = stack((300, 3, 8)) + ip4()
     assert node.one(stack((100, 0, 254), (7, 0, 1), (7000, 0, 0), (200, 3, 9)) + ip4())[1] == expected
+    assert node.one(stack((100, 0, 254), (7, 0, 0), (7000, 0, 0), (200, 3, 9)) + ip4())[1] == expected
     assert node.one(stack((7, 3, 9), (7000, 0, 0), (200, 1, 60)) + ip4())[1] == expected
+    node.bind(101, Nhlfe(ToStack()))
+    assert node.one(stack((101, 3, 9), (7, 0, 1), (7000, 0, 0), (200, 1, 60)) + ip4())[1] == expected
 
 
 def test_pipe_keeps_the_class_beneath(node: Node) -> None:

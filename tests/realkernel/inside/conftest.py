@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import lab.frr
 import lab.gateway
+import lab.libreswan
 import lab.process
 import lab.strongswan
 import pytest
@@ -17,7 +18,7 @@ EMULATION = 6  # how many times longer things may take in the guest
 collect_ignore_glob = [] if os.environ.get("REALKERNEL_GUEST") else ["test_*.py"]
 
 if os.environ.get("REALKERNEL_GUEST"):
-    for module in (lab.frr, lab.gateway, lab.strongswan):
+    for module in (lab.frr, lab.gateway, lab.libreswan, lab.strongswan):
         module.READY_SECONDS *= EMULATION
 
 

@@ -28,22 +28,14 @@ def initiate(session: Session, task: Task) -> Steps[None]:
     """After IKE_SA_INIT; `task` carries the first CHILD_SA along."""
     connection = session.connection
     task.name = "IKE_AUTH"
-    waiting = next((queued for queued in session.queue if queued.child is not None), None)
-    if task.child is None and waiting is not None:
-        session.queue.remove(waiting)
-        task.child = waiting.child
-    if task.child is None and not session.childless:
-        child = next((child for child in connection.children.values() if child.action is Action.PROTECT), None)
-        task.child = ChildRequest(child) if child else None
+    _choose_child(session, task)
     if not _defer_child(session, task):
         return
     try:
         own = own_credentials(session, None, None)
         ppk = None if session.resumed else postquantum.of_initiator(session)
     except NoCredentials as error:
-        session.emit(AuthenticationRejected(connection.name, None, f"cannot authenticate ourselves: {error}"))
-        session.close(Reason.NO_CREDENTIALS, f"{connection.name}: {error}")
-        return
+        return _close_without_credentials(session, error)
     session.local_id = own.identity
     offer: Offer | None = None
     try:
@@ -56,9 +48,7 @@ def initiate(session: Session, task: Task) -> Steps[None]:
         session.close(refused.reason, f"{connection.name}: {refused.detail}")
         return
     except NoCredentials as error:
-        session.emit(AuthenticationRejected(connection.name, None, f"cannot authenticate ourselves: {error}"))
-        session.close(Reason.NO_CREDENTIALS, f"{connection.name}: {error}")
-        return
+        return _close_without_credentials(session, error)
 
     # HDR, SK {IDi, [CERT,] [CERTREQ,] [IDr,] AUTH, SAi2, TSi, TSr} -->   <-- HDR, SK {IDr, [CERT,] AUTH, SAr2, TSi, TSr}
     expected = expected_identity(connection)
@@ -76,15 +66,7 @@ def initiate(session: Session, task: Task) -> Steps[None]:
     idr, peer_auth, error_notify = response.first(IdrPayload), response.first(AuthPayload), first_error(response)
     if idr is None or peer_auth is None:
         # RFC 7296 section 2.21.2: without AUTH, an error is about the IKE SA
-        reason = reason_of(error_notify) if error_notify else Reason.INVALID_SYNTAX
-        if reason is Reason.PEER_AUTHENTICATION_FAILED and session.resumed:
-            # it says nothing about our credentials; libreswan 5.2 computes AUTH from less than RFC 5723 section 4.3.3 says
-            reason = Reason.RESUMPTION_FAILED
-        elif reason is Reason.PEER_AUTHENTICATION_FAILED:
-            why = f"peer {session.remote} refused our identity {own.identity}: received AUTHENTICATION_FAILED"
-            session.emit(AuthenticationRejected(connection.name, expected, why))
-        session.close(reason, f"{session.describe()} answered IKE_AUTH of {own.identity} with {error_name(error_notify) if error_notify else 'no AUTH'}")
-        return
+        return _close_refused(session, own.identity, expected, error_notify)
     session.remote_id = idr.identity
     try:
         ppk = None if session.resumed else postquantum.taken(session, ppk, response)
@@ -95,16 +77,7 @@ def initiate(session: Session, task: Task) -> Steps[None]:
         yield Tell(Exchange.INFORMATIONAL, (NotifyPayload(NotifyType.AUTHENTICATION_FAILED),))
         session.close(Reason.RESUMPTION_FAILED if session.resumed else Reason.AUTHENTICATION_FAILED, f"{session.describe()}: {error}")
         return
-    gateway = redirect.protected(session, response)
-    # RFC 5685 section 6: the IKE SA goes as soon as it is there
-    if gateway is not None:
-        session.emit(Redirected(gateway))
-        yield Tell(Exchange.INFORMATIONAL, (DeletePayload(ProtocolId.IKE),))
-        session.close(Reason.REDIRECTED, f"{session.describe()}: to {gateway}")
-        return
-    if redirect.served_nowhere(session, response):
-        yield Tell(Exchange.INFORMATIONAL, (DeletePayload(ProtocolId.IKE),))
-        session.close(Reason.REDIRECTION_REFUSED, session.describe())
+    if (yield from _leave_if_sent_on(session, response)):
         return
     mobike.notice(session, response)
     postquantum.apply(session, ppk)
@@ -115,6 +88,49 @@ def initiate(session: Session, task: Task) -> Steps[None]:
     ike_session_resume.keep_ticket(session, response)
     if offer is not None:
         _take_child(session, task, offer, response, error_notify)
+
+
+def _choose_child(session: Session, task: Task) -> None:
+    """What is asked for already goes first, then the first child of the configuration."""
+    waiting = next((queued for queued in session.queue if queued.child is not None), None)
+    if task.child is None and waiting is not None:
+        session.queue.remove(waiting)
+        task.child = waiting.child
+    if task.child is None and not session.childless:
+        child = next((child for child in session.connection.children.values() if child.action is Action.PROTECT), None)
+        task.child = ChildRequest(child) if child else None
+
+
+def _close_without_credentials(session: Session, error: NoCredentials) -> None:
+    session.emit(AuthenticationRejected(session.connection.name, None, f"cannot authenticate ourselves: {error}"))
+    session.close(Reason.NO_CREDENTIALS, f"{session.connection.name}: {error}")
+
+
+def _close_refused(session: Session, own: Identity, expected: Identity | None, error: NotifyPayload | None) -> None:
+    """The answer has no AUTH."""
+    reason = reason_of(error) if error else Reason.INVALID_SYNTAX
+    if reason is Reason.PEER_AUTHENTICATION_FAILED and session.resumed:
+        # it says nothing about our credentials; libreswan 5.2 computes AUTH from less than RFC 5723 section 4.3.3 says
+        reason = Reason.RESUMPTION_FAILED
+    elif reason is Reason.PEER_AUTHENTICATION_FAILED:
+        why = f"peer {session.remote} refused our identity {own}: received AUTHENTICATION_FAILED"
+        session.emit(AuthenticationRejected(session.connection.name, expected, why))
+    session.close(reason, f"{session.describe()} answered IKE_AUTH of {own} with {error_name(error) if error else 'no AUTH'}")
+
+
+def _leave_if_sent_on(session: Session, response: Message) -> Steps[bool]:
+    """RFC 5685 section 6: an IKE SA whose responder redirects us goes as soon as it is there. Whether that is so."""
+    gateway = redirect.protected(session, response)
+    if gateway is not None:
+        session.emit(Redirected(gateway))
+        yield Tell(Exchange.INFORMATIONAL, (DeletePayload(ProtocolId.IKE),))
+        session.close(Reason.REDIRECTED, f"{session.describe()}: to {gateway}")
+        return True
+    if redirect.served_nowhere(session, response):
+        yield Tell(Exchange.INFORMATIONAL, (DeletePayload(ProtocolId.IKE),))
+        session.close(Reason.REDIRECTION_REFUSED, session.describe())
+        return True
+    return False
 
 
 def _defer_child(session: Session, task: Task) -> bool:

@@ -1,0 +1,73 @@
+"""Libreswan, with all defaults on both sides: a tunnel that carries, and goes on carrying when either side rekeys."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from lab.gateway import Gateway
+from lab.libreswan import Libreswan
+from lab.namespaces import Namespace
+from lab.pairing import OURS
+from lab.process import wait_until
+from lab.tunnel import CHILD, CONNECTION, Side, Tunnel
+from realkernel.kernel_gateways import KernelPair, kernel_pair
+
+pytestmark = [pytest.mark.realkernel, pytest.mark.timeout(600)]  # its start and each order to it takes seconds under emulation
+
+SECONDS = 60.0  # for what takes less than one on a machine that is not emulated
+ANSWER = 25.0  # for an exchange; the control socket waits for 30
+
+
+def libreswan(namespace: Namespace, config: Path) -> Libreswan:
+    return Libreswan(namespace, config, {"session-resumption": "yes"})
+
+
+def carries(both: KernelPair) -> None:
+    for side in Side:
+        assert both.link.ping(side, timeout=10.0).lost == 0
+
+
+def rekeyed(ours: Gateway, theirs: Libreswan, by: Gateway | Libreswan) -> None:
+    """A CHILD_SA and an IKE SA that are new, and no others, at both sides."""
+
+    def alone() -> tuple[str, int] | None:
+        sas = ours.ike_sas()
+        one = len(sas) == 1 and [child.state for child in sas[0].children] == ["INSTALLED"]
+        return (sas[0].initiator_spi, sas[0].children[0].spi_in) if one else None
+
+    before = wait_until(alone, "one of each", SECONDS, 0.2)
+    by.rekey(child=CHILD)
+    wait_until(lambda: (now := alone()) and now[1] != before[1], "the CHILD_SA is rekeyed", SECONDS, 0.2)
+    by.rekey(ike=CONNECTION)
+    wait_until(lambda: (now := alone()) and now[0] != before[0], "the IKE SA is rekeyed", SECONDS, 0.2)
+    (child,) = ours.children()
+    wait_until(lambda: [(other.spi_out, other.spi_in) for other in theirs.children()] == [(child.spi_in, child.spi_out)], "both know the same", SECONDS, 0.5)
+
+
+def test_either_side_begins_and_rekeys() -> None:
+    tunnel = Tunnel(proposals="default", esp_proposals="default", connection_options={"encap": "yes", "resumption": "yes"})
+    with kernel_pair(OURS, libreswan, tunnel) as both:
+        ours, theirs = both.link.a, both.link.b
+        assert isinstance(ours, Gateway)
+        assert isinstance(theirs, Libreswan)
+        ours.initiate(timeout=ANSWER)
+        carries(both)
+        for by in (ours, theirs):
+            rekeyed(ours, theirs, by)
+            carries(both)
+        theirs.terminate()
+        ours.wait_gone(timeout=SECONDS)
+        theirs.initiate()
+        ours.wait_child(timeout=SECONDS)
+        carries(both)
+        (child,) = theirs.children()
+        assert min(child.bytes_in, child.bytes_out) > 0
+        # a delete, which voids its ticket (RFC 5723 section 6.2)
+        theirs.whack("--suspend", "--name", CONNECTION)
+        ours.wait_gone(timeout=SECONDS)
+        theirs.initiate()
+        assert "received TICKET_NACK" in theirs.log()
+        ours.wait_child(timeout=SECONDS)
+        carries(both)
+        assert both.leaks() == []
