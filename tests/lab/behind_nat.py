@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -11,6 +11,7 @@ from typing import Final
 from lab.capture import Capture
 from lab.daemon import Daemon
 from lab.pairing import DaemonFactory
+from lab.process import LabError
 from lab.topology import WAN, Site, sites
 from lab.traffic import UdpStream, ping, tcp_bulk, tcp_server, udp_sink
 
@@ -96,6 +97,11 @@ def behind_nat(make_a: DaemonFactory, make_b: DaemonFactory) -> Iterator[Hidden]
                 a.start()
                 a.initiate()
                 yield Hidden(near, far, a, b, wire)
+            except BaseException as error:
+                for daemon in (a, b):
+                    with suppress(OSError, LabError):
+                        error.add_note(f"--- {daemon.kind} at {daemon.namespace.role}\n{daemon.account()[-8000:]}")
+                raise
             finally:
-                a.stop()
-                b.stop()
+                for daemon in (a, b):
+                    daemon.kill()

@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -37,6 +37,7 @@ class Gateway(Daemon):
     """
 
     kind = "vpnd"
+    vpnd_program: Sequence[str] = VPND
 
     def __init__(
         self, namespace: Namespace, config: Path, *, shim_from_vpnd: bool = False, load_swanctl_conf: bool = True, settings: Mapping[str, str] | None = None
@@ -95,7 +96,7 @@ class Gateway(Daemon):
             notify.bind(str(path))
             notify.settimeout(0.1)
             self.vpnd = self.namespace.start(
-                [*VPND, "run", "--config", str(self.main_config)],
+                [*self.vpnd_program, "run", "--config", str(self.main_config)],
                 f"vpnd-{self.directory.name}",
                 env={**self._environment(), "NOTIFY_SOCKET": str(path)},
             )

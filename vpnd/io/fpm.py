@@ -72,7 +72,10 @@ class FpmServer:
             while data := await reader.read(READ_AT_ONCE):
                 if self._current is not writer:
                     return
-                self._counters.add("fpm_changes", self._feed.hear(data, now()))
+                heard = self._feed.hear(data, now())
+                self._counters.add("fpm_changes", heard.changes)
+                self._counters.add("fpm_beyond_bounds", heard.beyond_bounds)
+                self._counters.add("fpm_unresolved", heard.unresolved)
                 self._changed()
                 await asyncio.sleep(0)  # what is buffered is read without a pause
         except FpmError as error:

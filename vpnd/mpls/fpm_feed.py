@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from kernel_shim.mpls.fpm import FpmDecoder
 from kernel_shim.mpls.fpm_rib import FpmRib, RibFull, Surroundings
@@ -23,6 +24,14 @@ class Difference:
     gone: tuple[Key, ...]
 
 
+class Heard(NamedTuple):
+    """What messages said: changes, of them those beyond the bounds, which count for nothing, and next hops that led nowhere known."""
+
+    changes: int
+    beyond_bounds: int
+    unresolved: int
+
+
 class FpmFeed:
     """Times are monotonic seconds."""
 
@@ -35,7 +44,6 @@ class FpmFeed:
         self._connected_at = self._heard_at = 0.0
         self._ended_at: float | None = None  # and what stands was not confirmed since
         self._unconfirmed = False  # of what stands, the connection has not said all yet
-        self.refused = 0  # routes and next hops beyond the bounds
 
     def __len__(self) -> int:
         """Routes and labels that the daemon says there are."""
@@ -44,11 +52,6 @@ class FpmFeed:
     @property
     def connected(self) -> bool:
         return self._decoder is not None
-
-    @property
-    def unresolved(self) -> int:
-        """Next hops that led nowhere known, in all that was said so far."""
-        return self._rib.unresolved
 
     def surround(self, surroundings: Surroundings) -> None:
         self._rib.surround(surroundings)
@@ -72,18 +75,19 @@ class FpmFeed:
         self._ended_at = None
         self._unconfirmed = True
 
-    def hear(self, data: bytes, now: float) -> int:
-        """How many changes that said. FpmError for what cannot be read: nothing of `data` counts then, and the connection is to be closed."""
+    def hear(self, data: bytes, now: float) -> Heard:
+        """FpmError for what cannot be read: nothing of `data` counts then, and the connection is to be closed."""
         if self._decoder is None:
-            return 0
+            return Heard(0, 0, 0)
         changes = self._decoder.feed(data)
         self._heard_at = now
+        beyond, unresolved = 0, self._rib.unresolved
         for change in changes:
             try:
                 self._rib.apply(change)
             except RibFull:
-                self.refused += 1
-        return len(changes)
+                beyond += 1
+        return Heard(len(changes), beyond, self._rib.unresolved - unresolved)
 
     def end(self, now: float) -> bool:
         """The connection is over; whether that was in the middle of a message, which is then lost."""

@@ -6,6 +6,8 @@ from ipaddress import ip_address, ip_network
 
 import pytest
 from dataplane_pair import OUTER, Pair, policy_pair
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from label_pair import BLUE, RED, THERE, Pes, allowed, packet
 from scapy.layers.inet import IP, TCP
 from scapy.packet import Raw
@@ -227,3 +229,25 @@ def test_labels_in_clear_come_from_managed_peers_alone(encapsulation: Encapsulat
     arrive(header + labelled(RED))
     assert pair.right.landed("red") == []
     assert pair.right.count("drop_clear_where_protected") == 1
+
+
+payloads_of_tunnels = st.one_of(st.binary(max_size=80), st.binary(max_size=60).map(lambda data: labelled(RED) + data))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(list(Encapsulation)), st.lists(payloads_of_tunnels, max_size=8))
+def test_any_octets_in_a_tunnel_end_somewhere(encapsulation: Encapsulation, payloads: list[bytes]) -> None:
+    """Out of an SA and in clear: each is landed, handed to the host or counted, and nothing is raised."""
+    pair = Pes(encapsulation)
+    pair.connect()
+    engine = pair.right.engine
+    for payload in payloads:
+        pair.send(bytes(IP(src=OUTER[4][0], dst=OUTER[4][1], proto=int(encapsulation)) / Raw(payload)))
+    pair.pass_on()
+    arrived = sum(len(pair.right.landed(name)) for name in ("red", "blue")) + len(pair.right.received())
+    assert arrived + sum(count for name, count in engine.statistics().items() if name.startswith("drop_")) >= engine.statistics()["in_packets"]
+    local, remote = (ip_address(address) for address in OUTER[4][::-1])
+    engine.put_label_entry(Tunnel("left", local, remote, encapsulation, managed=True), pair.now)
+    engine.flush_policies()
+    for payload in payloads:
+        engine.labels_in_clear(Endpoint(local, 0), Endpoint(remote, 0), encapsulation, memoryview(payload), pair.now)

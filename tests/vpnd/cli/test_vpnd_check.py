@@ -49,6 +49,17 @@ def test_a_choice_that_a_kernel_leaves_nobody_is_a_complaint(tmp_path: Path, cap
     assert main(["check", str(file)]) == 0
 
 
+@pytest.mark.parametrize("option", ["mark_in = %unique", "mark_out = %unique-dir/0xff", "if_id_out = %unique"])
+def test_numbers_that_are_given_need_a_kernel_that_has_such(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "vpnd.conf"
+    for kernel, status in (("userspace", 1), ("pfkey", 1), ("xfrm", 0)):
+        file.write_text(f"vpnd {{\n kernel = {kernel}\n}}\nconnections {{ gw {{ children {{ net {{\n esp_proposals = aes128-sha1\n {option} }} }} }} }}\n")
+        assert main(["check", str(file)]) == status
+        name, what = option.split(" ")[0], "interface ids" if option.startswith("if_id") else "marks"
+        told = f"connections.gw.children.net.{name}: the kernel '{kernel}' has no {what} in its policies and SAs"
+        assert (told in capsys.readouterr().err) == bool(status)
+
+
 def test_warnings_are_no_complaints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "vpnd.conf"
     file.write_text("unused { a = b }")

@@ -15,7 +15,7 @@ from kernel_shim.mpls.labels import Label
 from kernel_shim.mpls.lfib import Key, Nhlfe, ToPeer, TtlModel
 from kernel_shim.mpls.node import LabelBinding, Tunnel
 from vpnd.io.fpm import READ_AT_ONCE, FpmServer
-from vpnd.mpls.fpm_feed import Difference, FpmFeed
+from vpnd.mpls.fpm_feed import Difference, FpmFeed, Heard
 from vpnd.telemetry.counters import Counters
 
 GATEWAY = IPv4Address("192.0.2.2")
@@ -26,11 +26,11 @@ ZEBRA, STRANGER = 64101, 64102  # users
 SPEAK = "exec 3<>/dev/tcp/127.0.0.1/$0; printf $1 >&3; read"
 
 
-def said(label: int, out: int, *, gone: bool = False) -> bytes:
-    """A frame as zebra sends it: packets with `label` go to the gateway with `out`."""
+def said(label: int, out: int, *, gone: bool = False, by: IPv4Address = GATEWAY) -> bytes:
+    """A frame as zebra sends it: packets with `label` go to `by` with `out`."""
     attributes = pack("=HH", 8, 1) + (label << 12 | 0x100).to_bytes(4, "big")
     if not gone:
-        attributes += pack("=HH", 8, 19) + (out << 12 | 0x100).to_bytes(4, "big") + pack("=HHH", 10, 18, 2) + GATEWAY.packed + b"\0\0"
+        attributes += pack("=HH", 8, 19) + (out << 12 | 0x100).to_bytes(4, "big") + pack("=HHH", 10, 18, 2) + by.packed + b"\0\0"
     body = pack("=BBBBBBBBI", 28, 20, 0, 0, 254, 196, 0, 1, 0) + attributes
     message = pack("=IHHII", 16 + len(body), 25 if gone else 24, 0, 0, 0) + body
     return pack("!BBH", 1, 1, 4 + len(message)) + message
@@ -51,7 +51,7 @@ def feed() -> FpmFeed:
 
 def test_what_a_new_connection_does_not_say_again_goes_once_it_is_quiet(feed: FpmFeed) -> None:
     feed.begin(0.0)
-    assert feed.hear(said(100, 200) + said(101, 201), 1.0) == 2
+    assert feed.hear(said(100, 200) + said(101, 201), 1.0) == Heard(2, beyond_bounds=0, unresolved=0)
     assert set(feed.take().put) == {binding(100, 200), binding(101, 201)}
     feed.end(20.0)
     assert feed.deadline == 20.0 + GRACE
@@ -103,6 +103,14 @@ def test_garbage_changes_nothing_of_what_stands(feed: FpmFeed) -> None:
         feed.hear(said(100, 0, gone=True) + b"GET / HTTP/1.1", 1.0)
     assert not feed.take().gone
     assert len(feed) == 1
+
+
+def test_what_counts_for_nothing_is_told(feed: FpmFeed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kernel_shim.mpls.fpm_rib.MAX_ROUTES", 1)
+    feed.begin(0.0)
+    assert feed.hear(said(100, 200, by=IPv4Address("203.0.113.1")), 0.0) == Heard(1, beyond_bounds=0, unresolved=1)
+    assert feed.hear(said(100, 200) + said(101, 201), 1.0) == Heard(2, beyond_bounds=1, unresolved=0)
+    assert feed.take().put == (binding(100, 200),)
 
 
 def test_what_an_earlier_run_left_stays_until_it_is_said_again_or_the_grace_is_over(feed: FpmFeed) -> None:

@@ -281,8 +281,8 @@ def _listen(path: Path, mode: int, owner: str | None, group: str | None) -> sock
         listening.bind(str(temporary))
         os.chmod(temporary, 0o600)
         listening.listen(MAX_CLIENTS)
+        os.chmod(temporary, mode)  # while it is ours: to change what is another's takes CAP_FOWNER
         os.chown(temporary, uid, gid)
-        os.chmod(temporary, mode)
         os.rename(temporary, path)
     except (OSError, KeyError, ValueError) as error:
         listening.close()

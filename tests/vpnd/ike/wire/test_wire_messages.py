@@ -123,7 +123,7 @@ def test_scapy_reads_what_we_write():
     assert (packet.init_SPI, packet.resp_SPI, packet.exch_type, packet.id, packet.length) == (b"initiato", b"responde", 35, 0x01020304, len(data))
     assert packet.flags == "Initiator"
     proposal = packet[scapy_ikev2.IKEv2_SA].prop
-    assert (proposal.proposal, proposal.proto, proposal.SPI, proposal.trans_nb) == (1, 3, b"\x01\x02\x03\x04", 5)
+    assert (proposal.proposal, proposal.proto, proposal.SPI, proposal.trans_nb) == (1, 3, b"\x01\x02\x03\x04", len(PAYLOADS[0].proposals[0].transforms))
     assert (proposal.trans.transform_type, proposal.trans.transform_id, proposal.trans.key_length) == (1, 20, 256)
     assert (packet[scapy_ikev2.IKEv2_KE].group, packet[scapy_ikev2.IKEv2_KE].ke) == (31, b"k" * 32)
     assert packet[scapy_ikev2.IKEv2_Nonce].nonce == b"n" * 32
