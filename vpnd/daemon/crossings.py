@@ -14,51 +14,65 @@ from vpnd.ike.narrowing import resolve
 from vpnd.ike.sa import IkeSa
 from vpnd.ike.state import Child, ChildSaState, IkeSaState
 
-CROSSING: Final = 10.0  # s; two results further apart than this did not cross: somebody wants both
+CROSSING: Final = 60.0  # s; two results further apart than this did not cross, not even with answers lost: somebody wants both
+STANDING: Final = (ChildSaState.INSTALLED, ChildSaState.REKEYING)
+AGAIN: Final = 15.0  # s, after which a superfluous one is looked for once more: what the peer is in the middle of is over then
 SETTLE: Final = 1.0  # s, for which the superfluous one still takes packets
 
 
 def superfluous_child(ike: IkeSa, child: ChildSa) -> Child | None:
-    """The CHILD_SA that we are to delete, now that `child` stands: of two that crossed the one of the IKE SA's initiator stays."""
+    """The CHILD_SA that we are to delete, now that `child` stands: of two that crossed the one of the IKE SA's initiator stays.
+
+    Either may have been rekeyed since, and so may the IKE SA: what counts is who brought up the first.
+    """
     new = ike.children.get(child.id)
     if new is None:
         return None
     for other in ike.children.values():
-        if other.sa.id == child.id or other.initiator == new.initiator or other.replaces or other.state is not ChildSaState.INSTALLED:
+        if other.place == new.place or other.founded == new.founded or other.state not in STANDING:
             continue
-        if abs(other.installed_at - new.installed_at) > CROSSING or not same(other.sa, child):
+        if abs(other.founded_at - new.founded_at) > CROSSING or not same(other.sa, child):
             continue
-        loser = new if new.initiator != ike.initiator else other
-        return loser if loser.initiator else None
+        loser = new if new.founded != ike.original_initiator else other
+        if loser.founded:
+            return loser
     return None
 
 
 def standing_child(ike: IkeSa, config: ChildConfig) -> Child | None:
     """The CHILD_SA that has all that its configuration can ask for: another one would be its double."""
     wanted = set(resolve(config.local_ts, ike.local.address)), set(resolve(config.remote_ts, ike.remote.address))
-    usable = (child for child in ike.children.values() if child.config == config and child.state in (ChildSaState.INSTALLED, ChildSaState.REKEYING))
+    usable = (child for child in ike.children.values() if child.config == config and child.state in STANDING)
     return next((child for child in usable if (set(child.sa.local_ts), set(child.sa.remote_ts)) == wanted), None)
 
 
-def doubled_child(ike: IkeSa, child: ChildSa) -> Child | None:
-    """An older CHILD_SA of ours that turns out to be the same, for the peer narrowed both alike; the newer one stays, for it is what both send by."""
+def doubled_children(ike: IkeSa, child: ChildSa) -> list[Child]:
+    """Older CHILD_SAs of ours that turn out to be the same, for the peer narrowed them alike; the newest one stays, for it is what both send by."""
     new = ike.children.get(child.id)
     if new is None or not new.initiator or new.replaces:
-        return None
-    alike = (other for other in ike.children.values() if other is not new and other.initiator and other.state is ChildSaState.INSTALLED)
-    return next((other for other in alike if same(other.sa, child)), None)
+        return []
+    return [other for other in ike.children.values() if other is not new and other.founded and other.state in STANDING and same(other.sa, child)]
+
+
+def still_superfluous(ike: IkeSa, extra: Child) -> list[Child]:
+    """What stands in the place of `extra` now, while another place has the same."""
+    standing = [child for child in ike.children.values() if child.state in STANDING]
+    others = [child for child in standing if child.place != extra.place]
+    return [child for child in standing if child.place == extra.place and any(same(other.sa, child.sa) for other in others)]
 
 
 def superfluous_ike(ike: IkeSa, others: Iterable[IkeSa]) -> IkeSa | None:
     """The IKE SA that we are to delete: of two that crossed the one with the lower initiator SPI goes, when the other has all that it has."""
     for other in others:
-        if other is ike or other.initiator == ike.initiator or other.closed or other.established_at is None or ike.established_at is None:
+        if other is ike or other.original_initiator == ike.original_initiator or other.closed or other.origin is None or ike.origin is None:
             continue
-        if abs(other.established_at - ike.established_at) > CROSSING or other.connection.name != ike.connection.name:
+        if abs(other.origin.at - ike.origin.at) > CROSSING or other.connection.name != ike.connection.name:
             continue
-        loser, winner = (ike, other) if ike.spi_initiator < other.spi_initiator else (other, ike)
+        loser, winner = (ike, other) if ike.origin.spi < other.origin.spi else (other, ike)
+        if not loser.original_initiator:
+            continue  # the peer's to delete
         if loser.children and all(any(same(one.sa, kept.sa) for kept in winner.children.values()) for one in loser.children.values()):
-            return loser if loser.initiator else None
+            return loser
     return None
 
 

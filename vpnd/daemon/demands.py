@@ -27,7 +27,7 @@ from kernel_shim.model import (
 from vpnd.config.model import ChildConfig, ConnectionConfig, StartAction
 from vpnd.control.backend import ControlError
 from vpnd.daemon.background import Background
-from vpnd.daemon.crossings import SETTLE, doubled_child, standing_child, superfluous_child, superfluous_ike
+from vpnd.daemon.crossings import AGAIN, SETTLE, doubled_children, standing_child, still_superfluous, superfluous_child, superfluous_ike
 from vpnd.daemon.endpoints import Endpoints, backoff
 from vpnd.daemon.ends import Ends
 from vpnd.daemon.entry import ChildKey, Entry
@@ -35,7 +35,7 @@ from vpnd.daemon.ike_demands import IkeDemands, NoWay, begin
 from vpnd.daemon.manager import Manager
 from vpnd.daemon.traps import Traps
 from vpnd.ike.effects import NO_ACQUIRE, ChildFailed, ChildSa, IkeClosed, Reason
-from vpnd.ike.sa import ChildSaState
+from vpnd.ike.sa import Child, ChildSaState
 
 MAXIMUM_WAITING: Final = 1024  # ACQUIREs that wait for one demand; the kernel repeats those beyond
 JUST_NOW: Final = 1.0  # s; longer than an event waits to be read
@@ -224,9 +224,11 @@ class Demands:
     def _settle_crossing(self, entry: Entry, child: ChildSa) -> None:
         """Both sides may have brought it up at once: ours goes when theirs stays."""
         loop = asyncio.get_running_loop()
-        extra = superfluous_child(entry.sa, child) or doubled_child(entry.sa, child)
-        if extra is not None:
-            loop.call_later(SETTLE, self._drop_child, entry, extra.sa)
+        crossed = superfluous_child(entry.sa, child)
+        needless = doubled_children(entry.sa, child) if crossed is None else [crossed]
+        for extra in needless:
+            loop.call_later(SETTLE, self._drop_child, entry, extra)
+        if needless:
             return
         peers = [peer for peer in self._manager.peers_of(entry) if not peer.leaving]
         loser = superfluous_ike(entry.sa, [peer.sa for peer in peers])
@@ -234,10 +236,13 @@ class Demands:
             if peer.sa is loser:
                 loop.call_later(SETTLE, self._drop_ike, peer)
 
-    def _drop_child(self, entry: Entry, child: ChildSa) -> None:
-        """If it still is superfluous."""
-        if self._manager.has_twin(entry.sa.local_id, entry.sa.remote_id, child):
-            self.ends.end(entry, child.id)
+    def _drop_child(self, entry: Entry, extra: Child) -> None:
+        """While it still is superfluous, or what it was rekeyed to: the peer may be rekeying it at this moment."""
+        needless = still_superfluous(entry.current.sa, extra)
+        for child in needless:
+            self.ends.end(entry, child.sa.id)
+        if needless:
+            asyncio.get_running_loop().call_later(AGAIN, self._drop_child, entry, extra)
 
     def _drop_ike(self, entry: Entry) -> None:
         """If it still is superfluous."""

@@ -290,7 +290,9 @@ def build(session: Session, agreed: Agreed, spi_in: SaId, keying: Keying, replac
         marking=marking,
     )
     child = Child(sa, config, agreed.proposal, session.now, keying.initiator, place=sa.id, lowest=min(keying.nonce_i, keying.nonce_r))
+    child.founded, child.founded_at = keying.initiator, session.now
     if replaces is not None:
+        child.founded, child.founded_at = replaces.founded, replaces.founded_at
         child.place, child.generation, child.replaces = replaces.place, replaces.generation + 1, replaces.sa.id
     return child
 

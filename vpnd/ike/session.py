@@ -59,6 +59,13 @@ class Path(NamedTuple):
     encapsulated: bool
 
 
+class Origin(NamedTuple):
+    """Of the first of the IKE SAs that followed each other by rekeying: when it stood, and its initiator's SPI."""
+
+    at: float
+    spi: int
+
+
 class Session:
     """The state of an IKE SA. Only its exchanges and its driver write to it."""
 
@@ -98,6 +105,7 @@ class Session:
         self.redirectable = False  # the peer, who initiated, follows redirections
         self.departs_at: float | None = None  # it was redirected; it is deleted by us if that takes until then
         self.crash_token = b""  # the peer's, of this IKE SA
+        self.origin: Origin | None = None  # once it is established
         self.original_initiator = initiator  # of the first of the IKE SAs that followed each other by rekeying
         self.mobike = False  # both sides know MOBIKE
         self.peer_addresses: tuple[IPAddress, ...] = ()  # besides the one that is in use
@@ -212,6 +220,7 @@ class Session:
         """From now on it has a lifetime (RFC 7296 section 2.8); a random part comes off, so that IKE SAs made together are not renewed together."""
         self.state = IkeSaState.ESTABLISHED
         self.established_at = self.now
+        self.origin = self.origin or Origin(self.now, self.spi_initiator)
         if self.connection.rekey_time:
             self.rekey_at = self.now + max(0.0, self.connection.rekey_time - self.connection.rand_time * self.random())
 
@@ -296,6 +305,7 @@ class Session:
         new.redirectable = self.redirectable
         new.ticket_id = self.ticket_id
         new.if_ids = self.if_ids
+        new.origin = self.origin
         new.original_initiator, new.mobike, new.mapping_hash = self.original_initiator, self.mobike, b""
         new.peer_addresses, new.told_addresses = self.peer_addresses, self.told_addresses
         return new

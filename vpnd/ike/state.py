@@ -43,6 +43,8 @@ class Child:
     initiator: bool  # of the exchange that made it
     state: ChildSaState = ChildSaState.INSTALLED
     place: int = 0  # the same for all that came of one CHILD_SA by rekeying: its id
+    founded: bool = False  # by us: the first of that place
+    founded_at: float = 0.0
     generation: int = 0  # how many rekeyings it is away from that one
     replaces: int = 0  # id of the CHILD_SA that it rekeys
     lowest: bytes = b""  # of the two nonces that it was made with, should its rekeying turn out to be one of two

@@ -22,9 +22,11 @@ from lab.collisions import (
     rekey_child,
     rekey_ike,
 )
-from lab.ike_pair import Datagram, Pair, agree
+from lab.ike_pair import Datagram, Pair, Peer, agree
 
+from kernel_shim.model import Direction
 from vpnd.ike.effects import ChildClosed, IkeClosed, Reason
+from vpnd.ike.state import ChildSaState
 
 # Simultaneous CHILD rekeying, RFC 7296 section 2.8.1
 
@@ -259,3 +261,99 @@ def test_a_child_rekeying_that_waits_moves_to_the_new_ike_sa() -> None:
     finish(pair, 2)
     # everything but the IKE rekeying was asked once, on the new IKE SA
     assert [line for line in pair.log if "a: CREATE_CHILD_SA request" in line] == [f"a: CREATE_CHILD_SA request {number}" for number in (2, 0, 1)]
+
+
+# Answers that are lost or late. With `b` as the loser its SA is the one that goes.
+
+
+def outbound(peer: Peer) -> int:
+    """By which SPI it sends: kernels take the one that came last."""
+    return [sa.spi for sa in peer.sad.values() if sa.direction is Direction.OUT][-1]
+
+
+def inbound(peer: Peer) -> set[int]:
+    return {sa.spi for sa in peer.sad.values() if sa.direction is Direction.IN}
+
+
+def late_collision() -> tuple[Pair, Datagram]:
+    """`b`'s rekeying is done before it sees `a`'s; its answer to that has not arrived, and `b`'s SA turns out to be the redundant one."""
+    pair = make_pair("b")
+    collide(pair, rekey_child, rekey_child)
+    request = pair.flight.pop(0)
+    deliver(pair, "b")  # <-- CREATE_CHILD_SA { N(REKEY_SA(old)), SA, Ni2, ... }
+    deliver(pair, "a")  # CREATE_CHILD_SA { SA, Nr2, ... } -->
+    pair.tick()
+    assert (len(pair.a.sad), len(pair.b.sad)) == (3, 3)  # a: old both ways, b's new one in; b: the old one in, its new one both ways
+    pair.deliver(request)  # CREATE_CHILD_SA { N(REKEY_SA(old)), SA, Ni1, ... } -->
+    assert (len(pair.a.sad), len(pair.b.sad)) == (3, 4)  # and a's new one in
+    answer = next(datagram for datagram in pair.flight if "CREATE_CHILD_SA response" in str(datagram))
+    pair.flight.remove(answer)
+    invariants(pair)
+    deliver(pair, "b")  # <-- INFORMATIONAL { D(old) }
+    invariants(pair)
+    deliver(pair, "a")  # INFORMATIONAL { D(old) } -->
+    invariants(pair)
+    return pair, answer
+
+
+def test_the_redundant_one_is_not_deleted_before_the_peer_has_the_other() -> None:
+    pair, answer = late_collision()
+    pair.wait(30.0, lambda datagram: datagram.sender == "b")  # <-- CREATE_CHILD_SA { SA, Nr1, ... }: every copy is lost
+    invariants(pair)
+    redundant = outbound(pair.b)
+    assert outbound(pair.a) in inbound(pair.b)
+    assert redundant in inbound(pair.a)
+    assert len(pair.b.sa.children) == 2
+    pair.deliver(answer)
+    # a: its own one in and out; that b may delete the other one now, it says by asking for anything: INFORMATIONAL { } -->
+    assert outbound(pair.a) != redundant
+    finish(pair, 1, lossless=True)
+    assert redundant not in inbound(pair.a)
+    assert pair.a.sa.children[max(pair.a.sa.children)].initiator
+
+
+def test_the_redundant_one_is_neither_rekeyed_nor_sent_by() -> None:
+    pair, answer = late_collision()
+    pair.deliver(answer)
+    states = {child.state: child for child in pair.a.sa.children.values()}
+    assert set(states) == {ChildSaState.INSTALLED, ChildSaState.REKEYED}
+    redundant = states[ChildSaState.REKEYED]
+    pair.a.run(pair.a.sa, pair.a.sa.rekey_child(redundant.sa.id, pair.now), pair.now)
+    assert pair.a.sa.tasks_queued == ("IKE_DPD",)
+    finish(pair, 1, lossless=True)
+    assert len([line for line in pair.log if "CREATE_CHILD_SA request" in line]) == 2
+
+
+def test_what_was_rekeyed_already_is_not_sent_by_when_its_predecessor_goes_at_last() -> None:
+    pair = make_pair()
+    # CREATE_CHILD_SA { N(REKEY_SA(old)), ... } -->  <-- CREATE_CHILD_SA { ... }; INFORMATIONAL { D(old) } --> is late
+    rekey_child(pair, pair.a)
+    deliver(pair, "a")
+    deliver(pair, "b")
+    pair.tick()
+    late = pair.flight.pop()
+    invariants(pair)
+    # b rekeys what a made: <-- CREATE_CHILD_SA { N(REKEY_SA(new)), ... }  CREATE_CHILD_SA { ... } -->
+    second = max(pair.b.sa.children)
+    pair.b.run(pair.b.sa, pair.b.sa.rekey_child(second, pair.now), pair.now)
+    deliver(pair, "b")
+    invariants(pair)
+    deliver(pair, "a")
+    invariants(pair)
+    sent_by = outbound(pair.b)
+    pair.deliver(late)
+    assert outbound(pair.b) == sent_by
+    finish(pair, 1, lossless=True)
+
+
+def test_a_new_one_sends_when_what_it_replaces_has_ceased_to() -> None:
+    """As in a tunnel that was doubled: the other one of it took over."""
+    pair = make_pair()
+    old = pair.b.sa.children[1]
+    old.sends, old.ceased = False, True
+    del pair.b.sad[old.sa.outbound.id]
+    rekey_child(pair, pair.a)
+    deliver(pair, "a")
+    new = max(pair.b.sa.children)
+    assert outbound(pair.b) == pair.b.sa.children[new].sa.outbound.spi
+    finish(pair, 1)
