@@ -101,6 +101,18 @@ def test_our_resumption_ends_in_a_full_exchange() -> None:
         assert len(ours.ike_sas()) == 1
 
 
+def test_what_it_suspends_is_made_anew_in_full() -> None:
+    """It deletes the IKE SA, which voids the ticket (RFC 5723 section 6.2)."""
+    with facing(Side.B, Tunnel(**DEFAULTS, connection_b={"resumption": "yes"}), theirs=libreswan(session_resumption="yes")) as link:
+        ours, theirs = ours_and_theirs(link)
+        begin(link)
+        theirs.whack("--suspend", "--name", CONNECTION)
+        ours.wait_gone()
+        theirs.whack("--initiate", "--asynchronous", "--name", CONNECTION)
+        wait_until(lambda: "received TICKET_NACK" in theirs.log(), "its ticket is not taken")
+        wait_until(lambda: ours.ike_sas(), "it comes without", 20.0, 0.1)
+
+
 # Redirection (RFC 5685)
 
 
