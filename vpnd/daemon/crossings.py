@@ -64,11 +64,15 @@ def still_superfluous(ike: IkeSa, extra: Child) -> list[Child]:
 def superfluous_ike(ike: IkeSa, others: Iterable[IkeSa]) -> IkeSa | None:
     """The IKE SA that we are to delete: of two that crossed the one with the lower initiator SPI goes, when the other has all that it has."""
     for other in others:
-        if other is ike or other.original_initiator == ike.original_initiator or other.closed or other.origin is None or ike.origin is None:
+        if other is ike or other.closed or other.origin is None or ike.origin is None:
             continue
         if abs(other.origin.at - ike.origin.at) > CROSSING or other.connection.name != ike.connection.name:
             continue
-        loser, winner = (ike, other) if ike.origin.spi < other.origin.spi else (other, ike)
+        if other.original_initiator == ike.original_initiator:
+            # of two of ours, for each of two that crossed was reauthenticated, the later one stays
+            loser, winner = (ike, other) if ike.origin.at < other.origin.at else (other, ike)
+        else:
+            loser, winner = (ike, other) if ike.origin.spi < other.origin.spi else (other, ike)
         if not loser.original_initiator:
             continue  # the peer's to delete
         if loser.children and all(any(same(one.sa, kept.sa) for kept in winner.children.values()) for one in loser.children.values()):
