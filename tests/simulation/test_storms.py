@@ -22,8 +22,8 @@ def weather(loss: float) -> Weather:
 @pytest.mark.parametrize("seed", range(1, 1 + SEEDS))
 @pytest.mark.parametrize(
     ("acts", "loss"),
-    [((Act.REKEY_CHILD,), 0.05), ((Act.REKEY_CHILD,), 0.3), ((Act.REKEY_IKE,), 0.2), (REKEYING, 0.2)],
-    ids=["child", "child, much lost", "IKE", "child and IKE"],
+    [((Act.REKEY_CHILD,), 0.05), ((Act.REKEY_CHILD,), 0.3), ((Act.REKEY_IKE,), 0.2), (REKEYING, 0.2), ((*REKEYING, Act.REAUTHENTICATE), 0.1)],
+    ids=["child", "child, much lost", "IKE", "child and IKE", "with reauthentication"],
 )
 def test_storms_of_rekeying(acts: tuple[Act, ...], loss: float, seed: int) -> None:
     outcome = rage(Storm(weather(loss), acts, seed=seed))

@@ -15,6 +15,7 @@ from vpnd.ike.sa import IkeSa
 from vpnd.ike.state import Child, ChildSaState, IkeSaState
 
 CROSSING: Final = 60.0  # s; two results further apart than this did not cross, not even with answers lost: somebody wants both
+LOOKS: Final = 4  # at two IKE SAs of the same peers, before they are taken to be wanted both
 STANDING: Final = (ChildSaState.INSTALLED, ChildSaState.REKEYING)
 AGAIN: Final = 15.0  # s, after which a superfluous one is looked for once more: what the peer is in the middle of is over then
 SETTLE: Final = 1.0  # s, for which the superfluous one still takes packets

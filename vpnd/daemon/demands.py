@@ -27,7 +27,7 @@ from kernel_shim.model import (
 from vpnd.config.model import ChildConfig, ConnectionConfig, StartAction
 from vpnd.control.backend import ControlError
 from vpnd.daemon.background import Background
-from vpnd.daemon.crossings import AGAIN, SETTLE, doubled_children, standing_child, still_superfluous, superfluous_child, superfluous_ike
+from vpnd.daemon.crossings import AGAIN, LOOKS, SETTLE, STANDING, doubled_children, standing_child, still_superfluous, superfluous_child, superfluous_ike
 from vpnd.daemon.endpoints import Endpoints, backoff
 from vpnd.daemon.ends import Ends
 from vpnd.daemon.entry import ChildKey, Entry
@@ -221,7 +221,7 @@ class Demands:
             if demand.entry is old:
                 demand.entry = new
 
-    def _settle_crossing(self, entry: Entry, child: ChildSa) -> None:
+    def _settle_crossing(self, entry: Entry, child: ChildSa, looks: int = LOOKS) -> None:
         """Both sides may have brought it up at once: ours goes when theirs stays."""
         loop = asyncio.get_running_loop()
         crossed = superfluous_child(entry.sa, child)
@@ -235,6 +235,15 @@ class Demands:
         for peer in peers:
             if peer.sa is loser:
                 loop.call_later(SETTLE, self._drop_ike, peer)
+        if len(peers) > 1 and looks:
+            loop.call_later(AGAIN, self._look_again, entry, looks - 1)
+
+    def _look_again(self, entry: Entry, looks: int) -> None:
+        """What was about to end may have been kept, and what is to end may have been busy."""
+        entry = entry.current
+        standing = next((child for child in entry.sa.children.values() if child.state in STANDING), None)
+        if standing is not None and not entry.sa.closed and not entry.leaving:
+            self._settle_crossing(entry, standing.sa, looks)
 
     def _drop_child(self, entry: Entry, extra: Child) -> None:
         """While it still is superfluous, or what it was rekeyed to: the peer may be rekeying it at this moment."""
