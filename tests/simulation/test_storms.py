@@ -32,3 +32,11 @@ def test_storms_of_rekeying(acts: tuple[Act, ...], loss: float, seed: int) -> No
     assert (outcome.repeated, outcome.clear) == (0, 0)
     assert outcome.child_rekeys + outcome.ike_rekeys > 40
     assert outcome.ike_lost > 10
+
+
+@pytest.mark.parametrize("seed", range(1, 1 + SEEDS))
+def test_storms_of_deletions(seed: int) -> None:
+    """What is deleted comes back by the traps on both sides at once; packets under way to it are lost, but no tunnel is doubled."""
+    outcome = rage(Storm(weather(0.3), (Act.REKEY_CHILD, Act.DELETE_CHILD), seed=seed))
+    assert outcome.faults == []
+    assert (outcome.repeated, outcome.clear) == (0, 0)

@@ -55,6 +55,12 @@ def doubled_children(ike: IkeSa, child: ChildSa) -> list[Child]:
     return [other for other in ike.children.values() if other is not new and other.founded and other.state in STANDING and same(other.sa, child)]
 
 
+def doubled(ike: IkeSa, child: ChildSa) -> bool:
+    """Whether the same stands in another place."""
+    new = ike.children.get(child.id)
+    return new is not None and any(other.place != new.place and other.state in STANDING and same(other.sa, child) for other in ike.children.values())
+
+
 def still_superfluous(ike: IkeSa, extra: Child) -> list[Child]:
     """What stands in the place of `extra` now, while another place has the same."""
     standing = [child for child in ike.children.values() if child.state in STANDING]

@@ -27,7 +27,18 @@ from kernel_shim.model import (
 from vpnd.config.model import ChildConfig, ConnectionConfig, StartAction
 from vpnd.control.backend import ControlError
 from vpnd.daemon.background import Background
-from vpnd.daemon.crossings import AGAIN, LOOKS, SETTLE, STANDING, doubled_children, standing_child, still_superfluous, superfluous_child, superfluous_ike
+from vpnd.daemon.crossings import (
+    AGAIN,
+    LOOKS,
+    SETTLE,
+    STANDING,
+    doubled,
+    doubled_children,
+    standing_child,
+    still_superfluous,
+    superfluous_child,
+    superfluous_ike,
+)
 from vpnd.daemon.endpoints import Endpoints, backoff
 from vpnd.daemon.ends import Ends
 from vpnd.daemon.entry import ChildKey, Entry
@@ -228,7 +239,9 @@ class Demands:
         needless = doubled_children(entry.sa, child) if crossed is None else [crossed]
         for extra in needless:
             loop.call_later(SETTLE, self._drop_child, entry, extra)
-        if needless:
+        if doubled(entry.sa, child):
+            if looks:
+                loop.call_later(AGAIN, self._look_again, entry, looks - 1)
             return
         peers = [peer for peer in self._manager.peers_of(entry) if not peer.leaving]
         loser = superfluous_ike(entry.sa, [peer.sa for peer in peers])
