@@ -7,7 +7,9 @@ then: zebra's own attempts at the kernel fail, what it says over FPM does not. I
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,8 +17,8 @@ from lab.namespaces import Namespace
 from lab.process import LabError, Process, wait_until
 
 DAEMONS: Final = Path("/usr/lib/frr")
-VTYSH: Final = Path("/usr/bin/vtysh")
 READY_SECONDS = 30.0
+KEEP_SECONDS: Final = 120  # that a zebra which starts leaves alone what an earlier one put into the kernel
 START_ORDER: Final = ("zebra", "staticd", "bgpd")
 
 _PREPARE: Final = """
@@ -43,7 +45,7 @@ exec sleep infinity
 
 def missing() -> str:
     """What this peer needs and the machine has not; empty when it is complete."""
-    return ", ".join(str(path) for path in (DAEMONS / "zebra", VTYSH) if not path.exists())
+    return ", ".join(str(path) for path in (DAEMONS / "zebra",) if not path.exists())
 
 
 class Frr:
@@ -69,9 +71,7 @@ class Frr:
             return Path(f"/proc/{holder.pid}/comm").read_text().strip() == "sleep"
 
         wait_until(prepared, "FRR's mount namespace", READY_SECONDS, 0.02)
-        for daemon in START_ORDER:
-            if daemon in self.configurations:
-                self.start_daemon(daemon)
+        self.revive()
 
     def start_daemon(self, daemon: str) -> None:
         """Returns when it can be asked."""
@@ -80,7 +80,7 @@ class Frr:
         copy = f"cp {path} /run/frr/{daemon}.conf && chown frr:frr /run/frr/{daemon}.conf"
         options = ["-f", f"/run/frr/{daemon}.conf", "-i", f"/run/frr/{daemon}.pid", "-z", "/run/frr/zserv.api", "--vty_socket", "/run/frr", "-A", "127.0.0.1"]
         if daemon == "zebra":
-            options += ["-M", "dplane_fpm_nl"]
+            options += ["-M", "dplane_fpm_nl", "-K", str(KEEP_SECONDS)]
         argv = self._inside(["sh", "-c", f'{copy} && exec "$0" "$@"', str(DAEMONS / daemon), *options])
         process = self.namespace.start(argv, f"{daemon}-{self.directory.name}")
         self._daemons[daemon] = process
@@ -88,7 +88,9 @@ class Frr:
         def ready() -> bool:
             if not process.running:
                 raise LabError(f"{daemon} ended with status {process.status}\n{process.log()}")
-            return self.namespace.run(self._vtysh("show version", daemon=daemon), check=False).returncode == 0
+            with suppress(OSError), self._connected(daemon):
+                return True
+            return False
 
         wait_until(ready, daemon, READY_SECONDS, 0.05)
 
@@ -96,15 +98,36 @@ class Frr:
         """SIGKILL: routes that it told others of are not taken back."""
         self._daemons.pop(daemon).kill()
 
+    def crash(self) -> None:
+        """All of them, zebra first: nobody takes anything back."""
+        for daemon in list(self._daemons):
+            self.kill_daemon(daemon)
+
+    def revive(self) -> None:
+        for daemon in START_ORDER:
+            if daemon in self.configurations:
+                self.start_daemon(daemon)
+
     def tell(self, *lines: str, daemon: str = "zebra") -> str:
         """Lines of configuration; LabError when one is refused."""
         return self.ask("configure terminal", *lines, daemon=daemon)
 
     def ask(self, *commands: str, daemon: str = "zebra") -> str:
-        done = self.namespace.run(self._vtysh(*commands, daemon=daemon), check=False)
-        if done.returncode or "% Unknown command" in done.stdout:
-            raise LabError(f"vtysh {commands}: status {done.returncode}\n{done.stdout}{done.stderr}")
-        return done.stdout
+        """As vtysh does (FRR: vtysh/vtysh.c, vtysh_client_run): a command ends in NUL, its answer in three and a status."""
+        told = ""
+        with self._connected(daemon) as sock:
+            for command in ("enable", *commands):
+                sock.sendall(command.encode() + b"\0")
+                answer = b""
+                while answer[-4:-1] != b"\0\0\0":
+                    piece = sock.recv(65536)
+                    if not piece:
+                        raise LabError(f"{daemon} ended at '{command}'")
+                    answer += piece
+                told += answer[:-4].decode()
+                if answer[-1]:
+                    raise LabError(f"{daemon}: '{command}' has status {answer[-1]}\n{told}")
+        return told
 
     def show(self, command: str, daemon: str = "zebra") -> Any:
         return json.loads(self.ask(f"{command} json", daemon=daemon))
@@ -113,14 +136,25 @@ class Frr:
         return "\n".join(f"{daemon}:\n{process.log()[-6000:]}" for daemon, process in self._daemons.items())
 
     def kill(self) -> None:
-        for daemon in list(self._daemons):
-            self.kill_daemon(daemon)
+        self.crash()
         if self._holder is not None:
             self._holder.kill()
             self._holder = None
 
-    def _vtysh(self, *commands: str, daemon: str) -> list[str]:
-        return self._inside([str(VTYSH), "--vty_socket", "/run/frr", "-d", daemon, *(part for command in commands for part in ("-c", command))])
+    def _connected(self, daemon: str) -> socket.socket:
+        sock = socket.socket(socket.AF_UNIX)
+        sock.settimeout(READY_SECONDS)
+        try:
+            sock.connect(str(self._within(f"/run/frr/{daemon}.vty")))
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    def _within(self, path: str) -> Path:
+        """A path of the daemons' mount namespace, from here."""
+        assert self._holder is not None
+        return Path(f"/proc/{self._holder.pid}/root{path}")
 
     def _inside(self, argv: list[str]) -> list[str]:
         assert self._holder is not None

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from kernel_shim.channel.linux_mpls.devices import tunnel_device
 from lab.frr import Frr
 from lab.gateway import Gateway
 from lab.namespaces import Namespace
+from lab.provider_edges import MakeGateway
 from lab.providers import Provider
 
 CUSTOMERS: Final = {"red": 1, "blue": 2}
@@ -108,7 +110,7 @@ def configuration(number: int, near: Provider, far: Provider, *, fpm: bool) -> s
     """Linux' own forwarding has VRF devices of ours, named as FRR names the VRFs; ours has TUNs of the usual names, beside VRF devices of the host's own."""
     interface = "" if fpm else "interface = {}\n"
     vrfs = "".join(f"{name} {{ {interface.format(name)} table = {100 + vpn}\n members = ce-{name} }}\n" for name, vpn in CUSTOMERS.items())
-    feed = "fpm = yes\n fpm_settle = 8\n fpm_grace = 60" if fpm else ""
+    feed = "fpm = yes\n fpm_settle = 20\n fpm_grace = 120" if fpm else ""
     return CONNECTION.format(near=near.wan4, far=far.wan4, own=number, other=3 - number, fpm=feed, vrfs=vrfs)
 
 
@@ -132,8 +134,16 @@ class Edge:
     frr: Frr
 
     def start(self) -> None:
+        """The gateway first: VRF devices may be its own."""
         self.gateway.start()
         self.frr.start()
+
+    def bgp(self, *lines: str) -> None:
+        self.frr.tell(*lines, daemon="bgpd")
+
+    def tell_of(self, customer: str, family: str, *, told: bool) -> None:
+        """Whether the other PE hears of this customer's site."""
+        self.bgp(f"router bgp 65000 vrf {customer}", f"address-family {family} unicast", "export vpn" if told else "no export vpn")
 
     def kill(self) -> None:
         self.frr.kill()
@@ -156,12 +166,14 @@ class Edge:
         return "\n".join(told)
 
 
-def routed_edge(number: int, near: Provider, far: Provider, directory: Path) -> Edge:
-    """PE 1 or 2 on the userspace kernel, its labels and routes from zebra's FPM. Not started."""
+def routed_edge(number: int, near: Provider, far: Provider, directory: Path, linux: MakeGateway | None = None) -> Edge:
+    """PE 1 or 2, not started. On the userspace kernel, labels and routes come from zebra's FPM; `linux` makes one whose zebra programs the kernel."""
     node = near.gateway
     node.ip(f"addr add 10.255.0.{number}/32 dev lo", f"addr add fd00:ff::{number}/128 dev lo nodad")
-    make_devices(node, near, far)
+    if linux is None:
+        make_devices(node, near, far)
     directory.mkdir()
-    gateway = Gateway(node, directory / "gateway.conf")
-    gateway.config.write_text(configuration(number, near, far, fpm=True))
-    return Edge(near, gateway, Frr(node, directory.with_name(f"frr-{number}"), daemons(number, THROUGH, fpm=True)))
+    gateway = (linux or Gateway)(node, directory / "gateway.conf")
+    gateway.config.write_text(configuration(number, near, far, fpm=linux is None))
+    way = THROUGH if linux is None else tunnel_device("pe")
+    return Edge(near, gateway, Frr(node, directory / "frr", daemons(number, way, fpm=linux is None)))

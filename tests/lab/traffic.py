@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import socket
 import struct
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from lab.namespaces import Namespace
-from lab.process import LabError, Process
+from lab.process import LabError, Process, wait_until
 
 IPAddress = IPv4Address | IPv6Address
 
@@ -145,6 +146,24 @@ def ping(
         if source is not None:
             sock.bind((str(source), 0))
         return _Echoes(sock, target, size).run(count, interval, timeout)
+
+
+class LongPing:
+    """Echoes until `lost` is asked for."""
+
+    def __init__(self, host: Namespace, target: IPAddress, interval: float = 0.05) -> None:
+        self._process = host.start(["ping", "-n", "-i", str(interval), str(target)], f"ping-{target}")
+
+    def lost(self, timeout: float = 30.0) -> int:
+        """How many had no answer, of those before the next one that has; LabError when none comes within `timeout` seconds."""
+        latest = max(self._answered(), default=0)
+        wait_until(lambda: max(self._answered(), default=0) > latest, "an echo is answered", timeout)
+        self._process.kill()
+        answered = self._answered()
+        return max(answered) - len(answered)
+
+    def _answered(self) -> set[int]:
+        return {int(number) for number in re.findall(r"icmp_seq=(\d+) ttl=", self._process.log())}
 
 
 class _Echoes:

@@ -60,10 +60,11 @@ class FpmServer:
         if not await self._may_speak(writer) or self._server is None:
             writer.transport.abort()
             return
+        now = asyncio.get_running_loop().time
         older, self._current = self._current, writer
         if older is not None:
             older.transport.abort()
-        now = asyncio.get_running_loop().time
+            self._end(now())
         self._feed.begin(now())
         self._counters.add("fpm_connections")
         self._say("a routing daemon is connected", peer=str(writer.get_extra_info("peername")))
@@ -87,10 +88,13 @@ class FpmServer:
             writer.transport.abort()
             if self._current is writer:
                 self._current = None
-                if self._feed.end(now()):
-                    self._counters.add("fpm_cut_off")
+                self._end(now())
                 self._say("the routing daemon is gone", routes=len(self._feed))
                 self._changed()
+
+    def _end(self, now: float) -> None:
+        if self._feed.end(now):
+            self._counters.add("fpm_cut_off")
 
     async def _may_speak(self, writer: asyncio.StreamWriter) -> bool:
         if self._asked == MAX_ASKED:

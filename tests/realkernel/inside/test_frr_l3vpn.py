@@ -1,0 +1,136 @@
+"""Two FRRs exchange VPNv4 and VPNv6 routes through a tunnel of ours: one feeds our forwarding by FPM, the other programs Linux' MPLS.
+
+One pair of PEs serves all tests of this file; each leaves it as it found it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+from lab.capture import Capture
+from lab.frr import missing
+from lab.l3vpn import CUSTOMERS, Edge, routed_edge
+from lab.process import wait_until
+from lab.providers import Providers, providers
+from lab.topology import WAN
+from lab.traffic import LongPing, ping
+from realkernel.kernel_gateways import xfrm
+
+from kernel_shim.model import IPAddress
+
+pytestmark = [pytest.mark.realkernel, pytest.mark.timeout(900), pytest.mark.skipif(bool(missing()), reason=f"missing: {missing()}")]
+
+PATIENCE = 200.0  # s, under emulation on a busy machine
+SESSIONS = ("10.255.0.0/24", "fd00:ff::/64")
+
+
+@dataclass
+class Pes:
+    """`ours` is fed by FPM, `linux` programmed by zebra itself."""
+
+    lab: Providers
+    ours: Edge
+    linux: Edge
+    wire: Capture
+
+    def targets(self, customer: str) -> tuple[IPAddress, IPAddress]:
+        far = self.lab.b.customers[customer]
+        return far.host4, far.host6
+
+    def passes(self, customer: str, target: IPAddress) -> bool:
+        return ping(self.lab.a.customers[customer].host, target, count=1, timeout=2.0).lost == 0
+
+    def until(self, customer: str, target: IPAddress, *, passing: bool = True) -> None:
+        wait_until(lambda: self.passes(customer, target) is passing, f"{customer}: {target} {'' if passing else 'not '}reached", PATIENCE, 0.2)
+
+    def until_all(self) -> None:
+        for customer in CUSTOMERS:
+            for target in self.targets(customer):
+                self.until(customer, target)
+
+    def start_ping(self, customer: str) -> list[LongPing]:
+        return [LongPing(self.lab.a.customers[customer].host, target, 0.2) for target in self.targets(customer)]
+
+    def learned(self) -> set[tuple[str, str]]:
+        """What FRR says to ours of labels, and of routes to the other PE."""
+        rows = json.loads(self.ours.gateway.vpnctl("--json", "mpls", "lfib"))
+        told = {(row.get("label") or f"{row['vrf']} {row['prefix']}", row["paths"][0], row["owner"], row["state"]) for row in rows}
+        return {(name, path) for name, path, owner, state in told if (owner, state) == ("fpm", "ok") and (name.isdecimal() or " to pe" in path)}
+
+    def counters(self) -> dict[str, int]:
+        found: dict[str, int] = json.loads(self.ours.gateway.vpnctl("--json", "status"))["counters"]
+        return found
+
+    def until_counted(self, name: str, value: int) -> None:
+        wait_until(lambda: self.counters().get(name, 0) >= value, f"{name} is {value}", PATIENCE, 0.2)
+
+    def routes_in_linux(self, family: str, customer: str) -> str:
+        return self.linux.gateway.namespace.run(["ip", family, "route", "show", "table", str(100 + CUSTOMERS[customer])]).stdout
+
+
+@pytest.fixture(scope="module")
+def pes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pes]:
+    directory = tmp_path_factory.mktemp("l3vpn")
+    with providers() as lab, contextlib.ExitStack() as stack:
+        wire = stack.enter_context(Capture(lab.a.gateway, WAN))
+        ours, linux = routed_edge(1, lab.a, lab.b, directory / "ours"), routed_edge(2, lab.b, lab.a, directory / "linux", xfrm)
+        for edge in (ours, linux):
+            stack.callback(edge.kill)
+            edge.start()
+        found = Pes(lab, ours, linux, wire)
+        try:
+            found.until_all()
+        except Exception:
+            print(ours.account(), "\n=== Linux\n", linux.account())
+            raise
+        yield found
+
+
+def everything() -> set[tuple[str, str]]:
+    found = set()
+    for name, vpn in CUSTOMERS.items():
+        for version, net in ((4, "10.0.0.128/25"), (6, "fd00:c:0:0:8000::/65")):
+            found |= {(f"11{vpn}{version}", f"out of VRF {name} (pipe)"), (f"{name} {net}", f"12{vpn}{version} to pe (pipe)")}
+    return found
+
+
+def test_customers_of_the_same_addresses_reach_their_own_and_no_other(pes: Pes) -> None:
+    assert pes.learned() == everything()
+    for name, other in (("red", "blue"), ("blue", "red")):
+        near = pes.lab.a.customers[name]
+        with Capture(pes.lab.b.customers[other].host, "lan") as elsewhere:
+            for target in pes.targets(name):
+                assert ping(near.host, target, count=3, timeout=10.0).lost == 0
+            assert [str(packet) for packet in elsewhere.packets() if {packet.source, packet.destination} & {near.host4, near.host6}] == []
+    for family in ("-4", "-6"):
+        assert f"encap mpls  111{family[1]} " in pes.routes_in_linux(family, "red")
+    near, far = pes.lab.a.customers["red"], pes.lab.b.customers["red"]
+    assert pes.wire.clear_packets((near.net4, near.net6, far.net4, far.net6, *SESSIONS)) == []
+    assert pes.wire.labelled() == 0
+    assert len(pes.wire.esp()) > 20
+
+
+def test_a_family_is_withdrawn_while_the_other_and_the_other_customer_stay(pes: Pes) -> None:
+    """Each kernel follows a withdrawal of the other's FRR, within the session and the connection."""
+    connections = pes.counters()["fpm_connections"]
+    red4, red6 = pes.targets("red")
+    pes.linux.tell_of("red", "ipv4", told=False)
+    pes.until("red", red4, passing=False)
+    assert everything() - pes.learned() == {("red 10.0.0.128/25", "1214 to pe (pipe)")}
+    running = [LongPing(pes.lab.a.customers["red"].host, red6, 0.2), *pes.start_ping("blue")]
+    pes.linux.tell_of("red", "ipv4", told=True)
+    pes.until("red", red4)
+    assert [it.lost() for it in running] == [0, 0, 0]
+    pes.ours.tell_of("red", "ipv6", told=False)
+    wait_until(lambda: "encap mpls" not in pes.routes_in_linux("-6", "red"), "Linux drops the route", PATIENCE, 0.2)
+    pes.until("red", red6, passing=False)
+    assert pes.passes("red", red4)
+    pes.ours.tell_of("red", "ipv6", told=True)
+    pes.until("red", red6)
+    assert pes.learned() == everything()
+    assert pes.counters()["fpm_connections"] == connections
+    assert pes.counters().get("fpm_swept", 0) == 0
