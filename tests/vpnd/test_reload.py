@@ -8,7 +8,7 @@ import pytest
 from vpnd_nodes import A, B, Network, Node, config, mirrored, until
 
 from kernel_shim.model import Action, Direction, KernelError
-from vpnd.config import load
+from vpnd.config import load, load_text
 from vpnd.config.errors import ConfigErrors
 from vpnd.config.model import ConnectionConfig, SharedSecret
 from vpnd.control.backend import ControlError
@@ -94,6 +94,26 @@ async def test_a_child_that_comes_changes_and_goes(file: File) -> None:
     assert networks(a) == {"10.2.0.0/16"}
     assert a.kernel.sas == sas
     assert mirrored(a, b)
+
+
+async def test_an_ike_sa_of_before_negotiates_by_the_children_of_now(file: File) -> None:
+    """On both sides: a child that came, and one whose network is wider."""
+    a, b = await file.start(config("a"), config("b"))
+    await a.up()
+    await until(lambda: mirrored(a, b))
+    ike = [entry.sa.unique_id for entry in a.manager.entries()]
+    more = OTHER.format(start="none")
+    theirs = more.replace("10.1", "10.9").replace("10.2", "10.1").replace("10.9", "10.2")
+    (new,) = load_text(config("b", child=theirs).replace("10.1.0.0/16", "10.0.0.0/15"), file.path.parent).configuration.connections.values()
+    await b.operations.load_connection(new)
+    file.write(config("a", child=more).replace("10.1.0.0/16", "10.0.0.0/15"))
+    await a.operations.reload()
+    for number, child in enumerate(("other", "net"), 2):
+        async for _line in a.operations.initiate(child=child, ike=None, timeout=5.0):
+            pass
+        await until(lambda number=number: mirrored(a, b, number))
+    assert networks(b) == {"10.1.0.0/16", "10.1.8.0/24", "10.0.0.0/15"}
+    assert [entry.sa.unique_id for entry in a.manager.entries()] == ike
 
 
 async def test_connections_come_and_go(file: File) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from kernel_shim.model import Action, ReqId
 from vpnd.config.capabilities import impossible
@@ -50,6 +51,9 @@ class Loading:
             if successor != child and self._demands.traps.trapped(connection.name, name) and not (successor and StartAction.TRAP in successor.start_action):
                 await self._demands.traps.uninstall(connection.name, name)
         self._manager.connections[connection.name] = connection
+        if old is not None and replace(old, children=connection.children) == connection:
+            for entry in self._manager.entries():
+                entry.sa.reconfigure(old, connection)
         self._demands.look_up(connection)
         try:
             await self._start_children(connection, old)

@@ -291,6 +291,12 @@ class Session:
         """Send the request that is under way again, over the path that is the present one."""
         raise NotImplementedError
 
+    def reconfigure(self, old: ConnectionConfig, new: ConnectionConfig) -> None:
+        """Its children are others now: whoever was, or is being, authenticated by `old` negotiates by `new` from now on."""
+        if self.connection is old:
+            self.connection = new
+        self.candidates = tuple(new if candidate is old else candidate for candidate in self.candidates)
+
     # Succession
 
     def successor(self, *, initiator: bool) -> Self:
@@ -324,6 +330,7 @@ class Session:
     def hand_over(self, heir: Self) -> None:
         """RFC 7296 section 2.18: the new IKE SA has all CHILD_SAs of the old one; exchanges that wait go on there."""
         self.heir = heir
+        heir.connection, heir.candidates = self.connection, self.candidates
         self.rekey_at = None
         heir.reauth_at, heir.reauth_end = self.reauth_at, self.reauth_end
         self.reauth_at = None
