@@ -1,7 +1,8 @@
 """What a routing daemon said, and the entries of the label node that follow from it.
 
 A route of a VRF's table, or a label, leads to the peer whose tunnel ends at its gateway, or stays in a VRF. A new connection says everything again: what it has
-not said again when `sweep` is called goes. Until then the old routes carry packets on.
+not said again when `sweep` is called goes. Until then the old routes carry packets on, by the next hops that their own connection said: the numbers of
+next hops are a daemon's own, and one that started anew gives them to others.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class FpmRib:
     def __init__(self, surroundings: Surroundings) -> None:
         self._surroundings = surroundings
         self._said: dict[_Name, _Said] = {}
-        self._groups: dict[int, tuple[GroupChange, int]] = {}
+        self._groups: dict[int, GroupChange] = {}  # of the newest connection
         self._users: dict[int, set[_Name]] = {}  # of a group, by whom it is named
         self._holders: dict[int, set[int]] = {}  # of a group, the groups that it is a member of
         self._entries: dict[_Name, NodeEntry] = {}
@@ -77,17 +78,20 @@ class FpmRib:
         return changes
 
     def begin(self) -> None:
-        """A new connection: the daemon says everything again."""
+        """A new connection: the daemon says everything again, next hops before the routes that name them."""
         self._round += 1
+        for number, names in self._users.items():
+            hops = tuple(dict.fromkeys(self._hops((), number)))
+            for name in names:
+                said = self._said[name]
+                self._said[name] = _Said(said.hops + hops, 0, said.round)
+        self._groups, self._users, self._holders = {}, {}, {}
 
     def sweep(self) -> int:
         """Forget what the newest connection has not said; how many routes and labels that were."""
         stale = [name for name, said in self._said.items() if said.round != self._round]
         for name in stale:
             self._forget(name)
-        for number, (_, said_in) in list(self._groups.items()):
-            if said_in != self._round:
-                self._put_group(GroupChange(number, gone=True))
         return len(stale)
 
     def surround(self, surroundings: Surroundings) -> None:
@@ -133,15 +137,15 @@ class FpmRib:
         number = change.number
         old = self._groups.pop(number, None)
         if old is not None:
-            for member in old[0].members:
+            for member in old.members:
                 self._holders.get(member, set()).discard(number)
         if not change.gone:
             if len(self._groups) >= MAX_GROUPS:
                 raise RibFull(f"more than {MAX_GROUPS} next hops")
-            self._groups[number] = (change, self._round)
+            self._groups[number] = change
             for member in change.members:
                 self._holders.setdefault(member, set()).add(number)
-        if old is not None and old[0] == change:
+        if old == change:
             return
         for name in self._affected(number, MAX_NESTING):
             self._resolve(name)
@@ -158,9 +162,9 @@ class FpmRib:
         known = self._groups.get(group)
         if known is None or not nesting:
             return
-        if known[0].hop is not None:
-            yield known[0].hop
-        for member in known[0].members:
+        if known.hop is not None:
+            yield known.hop
+        for member in known.members:
             yield from self._hops((), member, nesting - 1)
 
     def _resolve(self, name: _Name) -> None:

@@ -189,6 +189,23 @@ def test_a_new_connection_sweeps_what_it_does_not_say_again() -> None:
     assert len(rib) == 1
 
 
+def test_a_daemon_that_started_anew_gives_the_numbers_of_its_next_hops_to_others() -> None:
+    rib = FpmRib(AROUND)
+    rib.begin()
+    rib.apply(GroupChange(7, Hop(PE2, 3, labels(500))))
+    rib.apply(GroupChange(8, members=(7,)))
+    rib.apply(RouteChange(101, NET, group=8))
+    (old,) = rib.take_changes().values()
+    rib.begin()
+    rib.apply(GroupChange(7, Hop(PE3, 3, labels(600))))
+    rib.apply(GroupChange(8, Hop(PE3, 3, labels(600))))
+    assert rib.take_changes() == {}, "the old route would carry packets to another customer"
+    rib.surround(AROUND)
+    assert list(rib.entries()) == [old]
+    rib.apply(RouteChange(101, NET, group=8))
+    assert list(rib.take_changes().values()) == [VrfRoute("red", NET, (Nhlfe(ToPeer("pe3"), labels(600), TtlModel.PIPE),))]
+
+
 def test_another_meaning_of_the_surroundings_is_followed() -> None:
     rib = FpmRib(AROUND)
     rib.apply(RouteChange(101, NET, (Hop(PE2, 3, labels(500)),)))
