@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -134,3 +135,53 @@ def test_a_family_is_withdrawn_while_the_other_and_the_other_customer_stay(pes: 
     assert pes.learned() == everything()
     assert pes.counters()["fpm_connections"] == connections
     assert pes.counters().get("fpm_swept", 0) == 0
+
+
+def test_a_killed_bgpd_takes_its_routes_along_and_brings_them_back(pes: Pes) -> None:
+    """Zebra removes them at once."""
+    connections = pes.counters()["fpm_connections"]
+    pes.ours.frr.kill_daemon("bgpd")
+    wait_until(lambda: pes.learned() == set(), "zebra says that all is gone", PATIENCE, 0.2)
+    assert not pes.passes("red", pes.targets("red")[0])
+    pes.ours.frr.start_daemon("bgpd")
+    pes.until_all()
+    assert pes.learned() == everything()
+    assert pes.counters()["fpm_connections"] == connections
+
+
+def test_our_pe_is_killed_and_zebra_says_everything_again(pes: Pes) -> None:
+    gateway = pes.ours.gateway
+    running = pes.start_ping("red")
+    gateway.kill_vpnd()
+    gateway.start_vpnd()  # the shim carried on
+    pes.until_counted("fpm_connections", 1)
+    assert [it.lost() for it in running] == [0, 0]
+    gateway.kill()
+    gateway.start()
+    pes.until_all()
+    assert pes.learned() == everything()
+    near, far = pes.lab.a.customers["red"], pes.lab.b.customers["red"]
+    assert pes.wire.clear_packets((near.net4, near.net6, far.net4, far.net6, *SESSIONS)) == []
+    assert pes.wire.labelled() == 0
+
+
+def test_what_is_no_fpm_or_ends_amid_a_message_costs_no_packet(pes: Pes) -> None:
+    def connect() -> socket.socket:
+        return pes.ours.gateway.namespace.call(lambda: socket.create_connection(("127.0.0.1", 2620), 10.0))
+
+    before = pes.counters()
+    running = pes.start_ping("red")
+    for octets, counter in ((b"GET / HTTP/1.1\r\n\r\n", "fpm_garbage"), (bytes.fromhex("01010044"), "fpm_cut_off")):
+        with connect() as other:
+            other.sendall(octets)
+            pes.until_counted("fpm_connections", before["fpm_connections"] + 1)
+        pes.until_counted(counter, before.get(counter, 0) + 1)
+        pes.until_counted("fpm_connections", before["fpm_connections"] + 2)  # zebra's own was closed for it, and is back
+        before = pes.counters()
+    # It says everything, and then what changes.
+    pes.linux.tell_of("blue", "ipv4", told=False)
+    pes.until("blue", pes.targets("blue")[0], passing=False)
+    pes.linux.tell_of("blue", "ipv4", told=True)
+    pes.until("blue", pes.targets("blue")[0])
+    assert [it.lost() for it in running] == [0, 0]
+    assert pes.learned() == everything()
