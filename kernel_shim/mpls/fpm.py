@@ -1,7 +1,8 @@
 """The forwarding plane manager's protocol: what FRR's zebra says through `-M dplane_fpm_nl` (FRR: fpm/fpm.h, zebra/dplane_fpm_nl.c).
 
-Each frame is a header (version, type, length in network byte order, itself included) and one netlink message in host byte order (linux/rtnetlink.h,
-linux/nexthop.h): routes of IPv4, IPv6 and labels (address family 28), and next hops that routes refer to by number.
+Each frame is a header (version, type, length in network byte order, itself included) and netlink messages in host byte order (linux/rtnetlink.h,
+linux/nexthop.h): routes of IPv4, IPv6 and labels (address family 28), and next hops that routes refer to by number. A route that is replaced
+is two messages in one frame: it went, and it came.
 """
 
 from __future__ import annotations
@@ -132,22 +133,28 @@ class FpmDecoder:
             if at + length > len(data):
                 break
             if kind == TYPE_NETLINK:
-                change = decode_message(data[at + _FRAME.size : at + length])
-                if change is not None:
-                    changes.append(change)
+                changes += decode_messages(data[at + _FRAME.size : at + length])
             at += length
         self._rest = data[at:]
         return changes
 
 
-def decode_message(data: bytes) -> FpmChange | None:
-    """One netlink message; None for one that is of no concern to forwarding. Raises FpmError."""
-    if len(data) < _NETLINK.size:
-        raise FpmError("netlink header is cut off")
-    length, kind, _flags, _sequence, _port = _NETLINK.unpack_from(data)
-    if not _NETLINK.size <= length <= len(data):
-        raise FpmError(f"netlink length {length}")
-    body = data[_NETLINK.size : length]
+def decode_messages(data: bytes) -> Iterator[FpmChange]:
+    """One netlink message or more, without those that are of no concern to forwarding. Raises FpmError."""
+    at = 0
+    while at < len(data) or not data:
+        if len(data) - at < _NETLINK.size:
+            raise FpmError("netlink header is cut off")
+        length, kind, _flags, _sequence, _port = _NETLINK.unpack_from(data, at)
+        if not _NETLINK.size <= length <= len(data) - at:
+            raise FpmError(f"netlink length {length}")
+        change = _change(kind, data[at + _NETLINK.size : at + length])
+        if change is not None:
+            yield change
+        at += _aligned(length)
+
+
+def _change(kind: int, body: bytes) -> FpmChange | None:
     if kind in (RTM_NEWROUTE, RTM_DELROUTE):
         return _route(body, gone=kind == RTM_DELROUTE)
     if kind in (RTM_NEWNEXTHOP, RTM_DELNEXTHOP):

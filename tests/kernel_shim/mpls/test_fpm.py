@@ -42,6 +42,16 @@ def test_what_zebra_says_is_understood() -> None:
     assert FpmDecoder().feed(CAPTURED) == SAID
 
 
+def test_a_route_that_is_replaced_goes_and_comes_in_one_frame() -> None:
+    gone = bytes.fromhex("24000000190001050000000000000000" + "02180000fe00000100000000" + "080001000a080000")
+    come = bytes.fromhex("2c000000180001050000000000000000" + "02180000fe00000100000000" + "080001000a080000" + "08001e0009000000")
+    frame = (len(gone + come) + 4).to_bytes(2, "big")
+    net = IPv4Network("10.8.0.0/24")
+    assert FpmDecoder().feed(b"\1\1" + frame + gone + come) == [RouteChange(254, net, gone=True), RouteChange(254, net, (), 9)]
+    with pytest.raises(FpmError):
+        FpmDecoder().feed(b"\1\1" + (len(gone) + 8).to_bytes(2, "big") + gone + bytes(4))
+
+
 @given(st.lists(st.integers(1, 60), max_size=30))
 def test_frames_may_come_in_any_pieces(sizes: list[int]) -> None:
     decoder, at, found = FpmDecoder(), 0, list[FpmChange]()
