@@ -18,7 +18,7 @@ from lab.process import LabError, Process, wait_until
 
 DAEMONS: Final = Path("/usr/lib/frr")
 READY_SECONDS = 30.0
-KEEP_SECONDS: Final = 120  # that a zebra which starts leaves alone what an earlier one put into the kernel
+KEEP_SECONDS: Final = 45  # that a zebra which starts leaves alone what an earlier one put into the kernel
 START_ORDER: Final = ("zebra", "staticd", "bgpd")
 
 _PREPARE: Final = """

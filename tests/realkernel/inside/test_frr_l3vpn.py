@@ -185,3 +185,23 @@ def test_what_is_no_fpm_or_ends_amid_a_message_costs_no_packet(pes: Pes) -> None
     pes.until("blue", pes.targets("blue")[0])
     assert [it.lost() for it in running] == [0, 0]
     assert pes.learned() == everything()
+
+
+def test_an_frr_that_crashes_leaves_its_routes_and_what_it_missed_goes(pes: Pes) -> None:
+    """As watchfrr does, which starts all of it anew when zebra is gone. Both kernels go on meanwhile; the other PE's bgpd does not wait."""
+    connections = pes.counters()["fpm_connections"]
+    missed = ("blue fd00:c:0:0:8000::/65", "1226 to pe (pipe)")
+    pes.ours.frr.crash()
+    pes.linux.tell_of("blue", "ipv6", told=False)
+    assert pes.learned() == everything()
+    pes.ours.frr.revive()
+    pes.until_counted("fpm_connections", connections + 1)
+    wait_until(lambda: pes.learned() == everything() - {missed}, "what is said, and no more", PATIENCE, 0.2)
+    for target in pes.targets("red"):
+        pes.until("red", target)
+    pes.linux.frr.crash()
+    for family in ("-4", "-6"):
+        assert f"encap mpls  111{family[1]} " in pes.routes_in_linux(family, "red")
+    pes.linux.frr.revive()
+    pes.until_all()
+    assert pes.learned() == everything()
