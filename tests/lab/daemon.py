@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import os
 import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import vici  # type: ignore[import-untyped]
 import vici.exception  # type: ignore[import-untyped]
 
 from lab.namespaces import Namespace
-from lab.process import LabError, wait_until
+from lab.process import LabError, Process, wait_until
 from lab.tunnel import CHILD, CONNECTION
 
 READY_SECONDS = 20.0
@@ -216,3 +217,32 @@ class Daemon(abc.ABC):
     def policies(self) -> list[dict[str, Any]]:
         """Installed traps and shunts, as list-policies tells them."""
         return [{"name": name, **raw} for entry in self.request("list-policies", trap="yes", drop="yes", **{"pass": "yes"}) for name, raw in entry.items()]
+
+
+class ForeignDaemon(Daemon):
+    """Another implementation's: one process, `start` keeps it, with a log file of its own in the directory."""
+
+    log_name: ClassVar[str]
+
+    def __init__(self, namespace: Namespace, config: Path) -> None:
+        super().__init__(namespace, config)
+        self._log_path = self.directory / self.log_name
+        self._process: Process | None = None
+
+    def signal(self, number: int) -> None:
+        """SIGSTOP is a peer that is out of reach for a while."""
+        if self._process is not None:
+            os.kill(self._process.pid, number)
+
+    def stop(self) -> None:
+        if self._process is not None and self._process.running:
+            self._process.stop()
+
+    def kill(self) -> None:
+        if self._process is not None and self._process.running:
+            self._process.kill()
+
+    def log(self) -> str:
+        with contextlib.suppress(OSError):
+            return self._log_path.read_text(errors="replace")
+        return ""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,9 +13,9 @@ from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 from cryptography.hazmat.primitives.serialization import pkcs12
 
-from lab.daemon import READY_SECONDS, ChildSa, Daemon, IkeSa, NegotiationFailed
+from lab.daemon import READY_SECONDS, ChildSa, ForeignDaemon, IkeSa, NegotiationFailed
 from lab.namespaces import Namespace
-from lab.process import LabError, Process, wait_until
+from lab.process import LabError, wait_until
 from lab.root import NEWER
 from lab.tunnel import CHILD, CONNECTION
 
@@ -37,16 +35,15 @@ def missing() -> str:
     return ", ".join(str(path) for path in map(NEWER.file, (PLUTO, WHACK, CERTUTIL, PK12UTIL)) if not path.exists())
 
 
-class Libreswan(Daemon):
+class Libreswan(ForeignDaemon):
     """pluto with the connection of the swanctl.conf at `config`, in its own words. Algorithms are its defaults; `options`: further lines of its connection."""
 
     kind = "libreswan"
+    log_name = "pluto.log"
 
     def __init__(self, namespace: Namespace, config: Path, options: Mapping[str, str] | None = None) -> None:
         super().__init__(namespace, config)
         self.options = dict(options or {})
-        self._log_path = self.directory / "pluto.log"
-        self._process: Process | None = None
 
     def _write(self) -> None:
         text = self.config.read_text()
@@ -156,21 +153,3 @@ class Libreswan(Daemon):
             return IkeSa(CONNECTION, "ESTABLISHED", int(number), False, "", "", "", children)
 
         return [ike(number) for number, state, _ in states if state == "ESTABLISHED_IKE_SA"]
-
-    def signal(self, number: int) -> None:
-        """SIGSTOP is a peer that is out of reach for a while."""
-        if self._process is not None:
-            os.kill(self._process.pid, number)
-
-    def stop(self) -> None:
-        if self._process is not None and self._process.running:
-            self._process.stop()
-
-    def kill(self) -> None:
-        if self._process is not None and self._process.running:
-            self._process.kill()
-
-    def log(self) -> str:
-        with contextlib.suppress(OSError):
-            return self._log_path.read_text(errors="replace")
-        return ""

@@ -6,15 +6,14 @@ Copies of the programs run, for Debian's AppArmor profiles bind the installed pa
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 from pathlib import Path
 from typing import ClassVar, Final
 
-from lab.daemon import READY_SECONDS, Daemon
+from lab.daemon import READY_SECONDS, ForeignDaemon
 from lab.namespaces import Namespace
-from lab.process import LabError, Process, wait_until
+from lab.process import LabError, wait_until
 from lab.root import HOST, NEWER, Root
 
 CHARON: Final = Path("/usr/lib/ipsec/charon")
@@ -31,17 +30,16 @@ def missing(root: Root = HOST) -> str:
     return ", ".join(str(path) for path in map(root.file, (CHARON, SWANCTL, LIBIPSEC)) if not path.exists())
 
 
-class StrongSwan(Daemon):
+class StrongSwan(ForeignDaemon):
     """charon with the configuration at `config`. `settings`: further lines of the charon section of strongswan.conf."""
 
     kind = "strongSwan"
+    log_name = "charon.log"
     root: ClassVar[Root] = HOST
 
     def __init__(self, namespace: Namespace, config: Path, settings: str = "") -> None:
         super().__init__(namespace, config)
         self.settings = settings
-        self._log_path = self.directory / "charon.log"
-        self._process: Process | None = None
 
     def _write_settings(self) -> Path:
         path = self.directory / "strongswan.conf"
@@ -114,19 +112,6 @@ swanctl {{
     def load(self, uri: Path | None = None) -> str:
         """`swanctl --load-all` of the configuration, into this daemon or another."""
         return self.swanctl("--load-all", "--noprompt", "--file", str(self.config), uri=uri)
-
-    def stop(self) -> None:
-        if self._process is not None and self._process.running:
-            self._process.stop()
-
-    def kill(self) -> None:
-        if self._process is not None and self._process.running:
-            self._process.kill()
-
-    def log(self) -> str:
-        with contextlib.suppress(OSError):
-            return self._log_path.read_text(errors="replace")
-        return ""
 
 
 class NewerStrongSwan(StrongSwan):
