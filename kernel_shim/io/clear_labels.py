@@ -18,7 +18,7 @@ from kernel_shim.io.settings import RAW_READS
 from kernel_shim.model import Endpoint, IPAddress, KernelError
 from kernel_shim.mpls.encapsulation import UDP_PORT, Encapsulation
 from kernel_shim.mpls.node import Tunnel
-from kernel_shim.packet.ip import Malformed, layout
+from kernel_shim.packet.ip import LARGEST_PACKET, Malformed, layout
 
 # linux/in.h, linux/in6.h, linux/udp.h: what Python's socket module does not name
 IP_PKTINFO: Final = 8
@@ -28,7 +28,6 @@ UDP_NO_CHECK6_RX: Final = 102  # RFC 7510 section 3.1: no checksum is one of its
 
 SOCKET_BUFFER: Final = 4 << 20  # bytes
 CMSG_BYTES: Final = 64
-MAX_PACKET: Final = 65_535
 _INDEX_V4: Final = struct.Struct("=i8x")  # struct in_pktinfo
 _INDEX_V6: Final = struct.Struct("=16xi")  # struct in6_pktinfo
 
@@ -102,7 +101,7 @@ class ClearLabels:
         inside = self._inside()
         for _ in range(RAW_READS):
             try:
-                data, ancillary, _, sender = sock.recvmsg(MAX_PACKET, CMSG_BYTES)
+                data, ancillary, _, sender = sock.recvmsg(LARGEST_PACKET, CMSG_BYTES)
             except BlockingIOError:
                 return
             except OSError:

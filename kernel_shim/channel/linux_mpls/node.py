@@ -47,9 +47,11 @@ class LinuxLabels:
         self._entries: dict[Key, NodeEntry] = {}  # as they were put, or else read
 
     async def put_labels(self, entries: Sequence[NodeEntry]) -> None:
+        if any(isinstance(entry, LabelBinding | VrfRoute) for entry in entries):
+            self._sysctls.set("mpls/platform_labels", str(TABLE_SIZE))
         async with RouteSocket("labels") as netlink:
             for entry in entries:
-                upon = [other for other in self._entries.values() if _rests_upon(other, entry)]
+                upon = [other for other in self._entries.values() if _rests_upon(other, entry)] if isinstance(entry, Tunnel | Vrf) else []
                 known = self._entries.get(entry.key)
                 if isinstance(known, Vrf) and isinstance(entry, Vrf) and (known.interface, known.table) != (entry.interface, entry.table):
                     for other in (*upon, known):  # in the former table they would stay
@@ -103,9 +105,12 @@ class LinuxLabels:
         known = self._entries.get(entry.key)
         return known if known is not None and _as_told(known) == _as_told(entry) else entry
 
-    @property
-    def _vrfs(self) -> dict[str, Vrf]:
-        return {entry.name: entry for entry in self._entries.values() if isinstance(entry, Vrf)}
+    def _vrf(self, name: str) -> Vrf:
+        """KernelError, ENODEV when there is none."""
+        entry = self._entries.get(Key("vrf", (name,)))
+        if not isinstance(entry, Vrf):
+            raise KernelError(errno.ENODEV, f"there is no VRF {name}")
+        return entry
 
     # One entry
 
@@ -123,9 +128,8 @@ class LinuxLabels:
             case Peer():
                 await ingress.admit(netlink, entry)
             case LabelBinding() | VrfRoute():
-                self._sysctls.set("mpls/platform_labels", str(TABLE_SIZE))
                 if not (isinstance(entry, VrfRoute) and routes.stays_within(entry)):
-                    await routes.put_route(netlink, entry, self._vrfs, ours=ours)
+                    await routes.put_route(netlink, entry, self._vrf, ours=ours)
             case _:
                 raise KernelError(errno.EOPNOTSUPP, "Linux sets the traffic class of labels that it pushes to 0")
         return False
@@ -140,7 +144,7 @@ class LinuxLabels:
             case Peer():
                 ingress.gate(entry.name, open_=False)
             case LabelBinding() | VrfRoute() if not (isinstance(entry, VrfRoute) and routes.stays_within(entry)):
-                await routes.delete_route(netlink, entry, self._vrfs)
+                await routes.delete_route(netlink, entry, self._vrf)
 
 
 def _rests_upon(entry: NodeEntry, device: NodeEntry) -> bool:

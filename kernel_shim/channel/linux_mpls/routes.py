@@ -1,14 +1,14 @@
 """Labels and VRF routes as routes of Linux: of the platform's label table, and of a VRF's table with labels put on.
 
-`vrfs` are those that stand, by their names. Reading gives an entry back as far as Linux tells it: of the TTL only whether it is handed
-down, of what comes to light only the VRF.
+`vrf_of` gives the VRF of a name that stands, or raises KernelError. Reading gives an entry back as far as Linux tells it: of the TTL only
+whether it is handed down, of what comes to light only the VRF.
 """
 
 from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from ipaddress import ip_network
 from typing import Any, Final, Self
@@ -36,7 +36,7 @@ RTN_UNICAST: Final = 1
 RTN_BLACKHOLE: Final = 6
 LAST_METRIC: Final = 0xFFFFFFFE  # of the default that ends a VRF's table
 
-Vrfs = Mapping[str, Vrf]
+FindVrf = Callable[[str], Vrf]
 
 
 def stays_within(route: VrfRoute) -> bool:
@@ -44,9 +44,9 @@ def stays_within(route: VrfRoute) -> bool:
     return all(isinstance(path.next_hop, ToInterface) for path in route.paths)
 
 
-async def put_route(netlink: AsyncIPRoute, entry: LabelBinding | VrfRoute, vrfs: Vrfs, *, ours: bool) -> None:
+async def put_route(netlink: AsyncIPRoute, entry: LabelBinding | VrfRoute, vrf_of: FindVrf, *, ours: bool) -> None:
     """`ours`: the one that stands may be replaced. KernelError, EEXIST where somebody else's stands."""
-    message = RouteMessage.of(entry, vrfs)
+    message = RouteMessage.of(entry, vrf_of)
     flags = NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE | (NLM_F_REPLACE if ours else NLM_F_EXCL)
     request = NetlinkRequest(netlink, message, msg_type=RTM_NEWROUTE, msg_flags=flags)
     try:
@@ -60,9 +60,9 @@ async def put_route(netlink: AsyncIPRoute, entry: LabelBinding | VrfRoute, vrfs:
         raise
 
 
-async def delete_route(netlink: AsyncIPRoute, entry: LabelBinding | VrfRoute, vrfs: Vrfs) -> None:
+async def delete_route(netlink: AsyncIPRoute, entry: LabelBinding | VrfRoute, vrf_of: FindVrf) -> None:
     with suppress(NetlinkError):  # it went with a device, or by hand
-        await netlink.route("del", **_key(entry, vrfs))
+        await netlink.route("del", **_key(entry, vrf_of))
 
 
 async def clear_table(netlink: AsyncIPRoute, table: int) -> None:
@@ -93,14 +93,14 @@ class RouteMessage(rtmsg_base, nlmsg):  # type: ignore[misc]
     nla_map = (*rtmsg_base.nla_map, ("RTA_PAD", "none"), ("RTA_UID", "uint32"), ("RTA_TTL_PROPAGATE", "uint8"))
 
     @classmethod
-    def of(cls, entry: LabelBinding | VrfRoute, vrfs: Vrfs) -> Self:
+    def of(cls, entry: LabelBinding | VrfRoute, vrf_of: FindVrf) -> Self:
         """KernelError for what Linux cannot do."""
         message = cls()
-        fields, attributes = _of_label(entry) if isinstance(entry, LabelBinding) else _of_prefix(entry, vrfs)
+        fields, attributes = _of_label(entry) if isinstance(entry, LabelBinding) else _of_prefix(entry, vrf_of)
         for field, value in {**fields, "type": RTN_UNICAST, "proto": ROUTE_PROTOCOL}.items():
             message[field] = value
         labels = _in_place if isinstance(entry, LabelBinding) else _around
-        ways = [(_device(path, vrfs), labels(path) if path.labels else []) for path in entry.paths]
+        ways = [(_device(path, vrf_of), labels(path) if path.labels else []) for path in entry.paths]
         if len(ways) == 1:
             hops = [("RTA_OIF", ways[0][0]), *ways[0][1]]
         else:
@@ -125,11 +125,11 @@ def _of_label(binding: LabelBinding) -> tuple[dict[str, int], Attributes]:
     return fields, [("RTA_DST", _stack((binding.label,))), ("RTA_TTL_PROPAGATE", int(handed_down.pop()))]
 
 
-def _of_prefix(route: VrfRoute, vrfs: Vrfs) -> tuple[dict[str, int], Attributes]:
+def _of_prefix(route: VrfRoute, vrf_of: FindVrf) -> tuple[dict[str, int], Attributes]:
     if len(route.paths) > 1 and route.prefix.version == 6:
         raise KernelError(errno.EOPNOTSUPP, f"route to {route.prefix}: of IPv6 one path here")
     fields = {"family": _family(route), "dst_len": route.prefix.prefixlen}
-    return fields, [("RTA_TABLE", _vrf(route.vrf, vrfs).table), ("RTA_DST", str(route.prefix.network_address))]
+    return fields, [("RTA_TABLE", vrf_of(route.vrf).table), ("RTA_DST", str(route.prefix.network_address))]
 
 
 def _in_place(path: Nhlfe) -> Attributes:
@@ -147,18 +147,18 @@ def _stack(labels: Sequence[Label]) -> list[dict[str, int]]:
     return [{"label": int(label), "tc": 0, "bos": int(at == len(labels) - 1), "ttl": 0} for at, label in enumerate(labels)]
 
 
-def _key(entry: LabelBinding | VrfRoute, vrfs: Vrfs) -> dict[str, Any]:
+def _key(entry: LabelBinding | VrfRoute, vrf_of: FindVrf) -> dict[str, Any]:
     """By which pyroute2 deletes it."""
     if isinstance(entry, LabelBinding):
         return {"family": AF_MPLS, "dst": int(entry.label), "proto": ROUTE_PROTOCOL}
-    return {"family": _family(entry), "dst": str(entry.prefix), "table": _vrf(entry.vrf, vrfs).table, "proto": ROUTE_PROTOCOL}
+    return {"family": _family(entry), "dst": str(entry.prefix), "table": vrf_of(entry.vrf).table, "proto": ROUTE_PROTOCOL}
 
 
 def _family(route: VrfRoute) -> int:
     return AF_INET if route.prefix.version == 4 else AF_INET6
 
 
-def _device(path: Nhlfe, vrfs: Vrfs) -> int:
+def _device(path: Nhlfe, vrf_of: FindVrf) -> int:
     """The index."""
     if path.entropy:
         raise KernelError(errno.EOPNOTSUPP, "Linux has no entropy labels")
@@ -168,7 +168,7 @@ def _device(path: Nhlfe, vrfs: Vrfs) -> int:
         case ToPeer(peer=peer):
             name = tunnel_device(peer)
         case ToVrf(vrf=vrf) | ToInterface(vrf=vrf):
-            name = _vrf(vrf, vrfs).interface
+            name = vrf_of(vrf).interface
         case _:
             raise KernelError(errno.EOPNOTSUPP, "in Linux no label leads to the one beneath it")
     try:
@@ -177,17 +177,10 @@ def _device(path: Nhlfe, vrfs: Vrfs) -> int:
         raise KernelError(errno.ENODEV, f"there is no interface {name}") from None
 
 
-def _vrf(name: str, vrfs: Vrfs) -> Vrf:
-    try:
-        return vrfs[name]
-    except KeyError:
-        raise KernelError(errno.ENODEV, f"there is no VRF {name}") from None
-
-
 # Reading
 
 
-async def read_routes(netlink: AsyncIPRoute, devices: Devices, vrfs: Vrfs) -> list[LabelBinding | VrfRoute]:
+async def read_routes(netlink: AsyncIPRoute, devices: Devices, vrfs: Mapping[str, Vrf]) -> list[LabelBinding | VrfRoute]:
     """Those of ours that lead to peers and into VRFs."""
     hops: dict[str, NextHop] = {tunnel_device(peer): ToPeer(peer) for peer in devices.tunnels}
     hops |= {vrf.interface: ToVrf(vrf.name) for vrf in vrfs.values()}
