@@ -74,6 +74,10 @@ def rekey_child(session: Session, task: Task) -> Steps[None]:
                 session.give_back(offer.spi)
                 delete_spi(session, offer.spi.spi)
                 return
+            # for the peer it came of no other, so it is judged like any new one
+            succession.install(session, build(session, agreed, offer.spi, keying))
+            succession.close(session, old, Reason.PEER_DELETED)
+            return
     except ChildRefused as refused:
         session.give_back(offer.spi if offer else None)
         _not_rekeyed(session, task, old, refused)

@@ -25,6 +25,7 @@ from lab.collisions import (
 from lab.ike_pair import Datagram, Pair, Peer, agree
 
 from kernel_shim.model import Direction
+from vpnd.daemon.crossings import superfluous_child
 from vpnd.ike.effects import ChildClosed, IkeClosed, Reason
 from vpnd.ike.state import ChildSaState
 
@@ -137,16 +138,34 @@ def test_rekeying_meets_the_deletion_of_what_is_gone_already() -> None:
     finish(pair, 0)
 
 
+def lose_child(peer: Peer) -> None:
+    """It has it no more, and did not say so yet."""
+    old = peer.sa.children.pop(1)
+    for sa_id in (old.sa.inbound.id, old.sa.outbound.id):
+        del peer.sad[sa_id]
+    peer.events.append(ChildClosed(old.sa, Reason.EXPIRED))
+
+
 def test_what_the_peer_has_lost_is_made_from_scratch() -> None:
     pair = make_pair()
-    old = pair.b.sa.children.pop(1)
-    for sa_id in (old.sa.inbound.id, old.sa.outbound.id):
-        del pair.b.sad[sa_id]
-    pair.b.events.append(ChildClosed(old.sa, Reason.EXPIRED))
+    lose_child(pair.b)
     rekey_child(pair, pair.a)
     # { N(REKEY_SA(old)), ... } -->  <-- { N(CHILD_SA_NOT_FOUND) }  { SA, Ni, ... } -->  <-- { SA, Nr, ... }
     finish(pair, 1)
-    assert reasons(pair.a) == [Reason.REKEYED]
+    assert reasons(pair.a) == [Reason.PEER_DELETED]
+
+
+def test_what_is_made_from_scratch_crosses_with_what_the_peer_makes() -> None:
+    pair = make_pair()
+    lose_child(pair.a)
+    rekey_child(pair, pair.b)
+    pair.settle()
+    pair.a.run(pair.a.sa, pair.a.sa.create_child(pair.a.connections[0].children["net"], pair.now), pair.now)
+    pair.settle()
+    assert [len(peer.sa.children) for peer in pair.peers] == [2, 2]
+    # both sides judge alike: of two that crossed that of the IKE SA's initiator, a, stays
+    newest = [peer.sa.children[max(peer.sa.children)] for peer in pair.peers]
+    assert [superfluous_child(peer.sa, new.sa) is not None for peer, new in zip(pair.peers, newest, strict=True)] == [False, True]
 
 
 def test_a_child_that_is_deleted_while_it_is_rekeyed_does_not_come_back() -> None:
