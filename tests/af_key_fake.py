@@ -44,11 +44,12 @@ class FakeAfKey:
     answers_at_once: bool = True
     dropped: bool = False  # whether `overrun` says so, once
     sas: dict[_Name, tuple[Extension, ...]] = field(default_factory=dict)
-    larval: list[tuple[IPAddress, IPAddress, Sa2]] = field(default_factory=list)  # of ACQUIREs
+    larval: dict[tuple[IPAddress, IPAddress, Sa2], int] = field(default_factory=dict)  # of ACQUIREs, with when they came
     policies: dict[tuple[Extension, ...], tuple[Extension, ...]] = field(default_factory=dict)
     asked: list[MessageType] = field(default_factory=list)
     spi: int = 0x5000
     acquires: int = 0
+    seconds: int = 1_700_000_000  # its clock
 
     async def connect(self) -> socket.socket:
         own, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
@@ -87,7 +88,7 @@ class FakeAfKey:
 
     def acquire(self, index: int, source: IPAddress, destination: IPAddress, sa2: Sa2) -> None:
         """A packet met the policy of that index."""
-        self.larval.append((source, destination, sa2))
+        self.larval.setdefault((source, destination, sa2), self.seconds)
         self.acquires += 1
         ends = _ends(source, destination)
         self.tell(Message(MessageType.ACQUIRE, SaType.ESP, 0, self.acquires, 0, (*ends, PolicyExtension(2, 2, index))))
@@ -117,8 +118,7 @@ class FakeAfKey:
         source, destination = request.require(Address, ExtensionType.ADDRESS_SRC).address, request.require(Address, ExtensionType.ADDRESS_DST).address
         sa2, spis = request.require(Sa2), request.require(SpiRange)
         larval = (source, destination, sa2)
-        if larval not in self.larval:
-            self.larval.append(larval)
+        self.larval.setdefault(larval, self.seconds)
         if spis.minimum == spis.maximum:
             spi = spis.minimum
         else:
@@ -126,7 +126,7 @@ class FakeAfKey:
             spi = self.spi
         if (destination, spi) in self.sas:
             raise _Refused(errno.ENOENT)
-        self.larval.remove(larval)
+        del self.larval[larval]
         self.sas[destination, spi] = (Sa(spi, state=SaState.LARVAL), *_ends(source, destination), sa2)
         return self.sas[destination, spi]
 
@@ -151,7 +151,11 @@ class FakeAfKey:
     def _dump(self, request: Message) -> None:
         entries = list(self.policies.values() if request.type == MessageType.X_SPDDUMP else self.sas.values())
         if request.type == MessageType.DUMP:
-            entries += [(Sa(0, state=SaState.LARVAL), *_ends(source, destination), sa2) for source, destination, sa2 in self.larval]
+            current = ExtensionType.LIFETIME_CURRENT
+            entries += [
+                (Sa(0, state=SaState.LARVAL), LifetimeExtension(current, addtime=added), *_ends(source, destination), sa2)
+                for (source, destination, sa2), added in self.larval.items()
+            ]
         if not entries:
             raise _Refused(errno.ENOENT)
         for number, extensions in enumerate(entries, 1):

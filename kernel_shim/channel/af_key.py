@@ -214,9 +214,10 @@ class AfKeyChannel:
         return status
 
     async def sas(self) -> Sequence[SaStatus]:
-        """Ours. A larval SA that an ACQUIRE left has SPI 0."""
+        """Ours. A larval SA that an ACQUIRE left has SPI 0; those that nobody has heard of are reported."""
         before = set(self._directions)
-        found = [status for told in await self._dump_sas() if (status := self._status(told)) is not None]
+        dumped = await (self._acquires.read() if self._listeners.any else self._dump_sas())
+        found = [status for told in dumped if (status := self._status(told)) is not None]
         for gone in before - {status.sa.id for status in found}:
             self._directions.pop(gone, None)
         return found
@@ -250,7 +251,7 @@ class AfKeyChannel:
         if isinstance(told, Larval):
             if told.id not in self._directions and (told.spi or self._acquires.asking(told) is None):
                 return None
-            return told.status(self._directions.get(told.id, Direction.OUT))
+            return told.status(self._directions.get(told.id, Direction.OUT), self._acquires.number_of(told))
         if told is None:
             return None
         direction = self._directions.get(told.sa.id)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Final
 
 from kernel_shim.channel.larval import MAX_ACQUIRES, remove_larval
@@ -20,6 +20,20 @@ from kernel_shim.pfkey.sa_messages import sa_id_extensions, spi_request_extensio
 FIRST_FOUND: Final = 0xC0000000  # the first number of ours, for ACQUIREs whose own nobody heard
 
 _Ends = tuple[IPAddress, IPAddress, Mode, ReqId]
+
+
+@dataclass
+class _Standing:
+    """A larval SA that was told of; `added` is its time of birth once a dump has said it."""
+
+    number: AcquireSequence
+    added: int | None = None
+
+    def is_of(self, larval: Larval) -> bool:
+        """Whether it is this one, and no later one of the same ends."""
+        if self.added is None:
+            self.added = larval.added
+        return self.added == larval.added
 
 
 class AfKeyAcquires:
@@ -39,9 +53,11 @@ class AfKeyAcquires:
         self._tell = tell
         self._counters = counters
         self._known: OrderedDict[AcquireSequence, Acquire] = OrderedDict()
-        self._larval: dict[_Ends, AcquireSequence] = {}
+        self._larval: dict[_Ends, _Standing] = {}
         self._next_found = FIRST_FOUND
-        self._look = Look(self._find, "af-key-acquires")
+        self._look = Look(self.read, "af-key-acquires")
+        self._reading = 0  # dumps under way
+        self._ended: set[_Ends] = set()  # meanwhile: the dumps may show them still
 
     def add(self, event: Acquire) -> None:
         """One that the kernel reported: it names the policy and the outer addresses; the rest is the policy's."""
@@ -56,12 +72,12 @@ class AfKeyAcquires:
 
     def answered(self, sa: SecurityAssociation) -> None:
         """An SA took the larval one's place."""
-        self._forget(sa.source, sa.destination, sa.reqid)
+        self._forget(_ends_of(sa))
         self._known.pop(sa.acquire, None)
 
     def expired(self, destination: IPAddress, reqid: ReqId) -> None:
         for ends in [ends for ends in self._larval if ends[1] == destination and ends[3] == reqid]:
-            self._known.pop(self._larval.pop(ends), None)
+            self._forget(ends)
 
     async def failed(self, sequence: AcquireSequence) -> None:
         """KernelError or TimeoutError when the larval SA may stand still: this is to be asked again."""
@@ -70,7 +86,7 @@ class AfKeyAcquires:
             return
         await self.drop(event.source, event.destination, event.mode, event.reqid)
         self._known.pop(sequence, None)
-        self._forget(event.source, event.destination, event.reqid)
+        self._forget((event.source, event.destination, event.mode, event.reqid))
 
     async def drop(self, source: IPAddress, destination: IPAddress, mode: Mode, reqid: ReqId) -> None:
         """GETSPI claims the larval SA of these ends and reqid (xfrm_find_acq). Errors as of `failed`."""
@@ -95,19 +111,41 @@ class AfKeyAcquires:
     async def stop(self) -> None:
         await self._look.stop()
 
-    async def _find(self) -> None:
-        """Its own number a larval SA does not tell, and gets one of ours."""
-        for larval in await self._dump():
-            if not isinstance(larval, Larval) or larval.spi:
-                continue
-            if self._larval.get((larval.source, larval.destination, larval.mode, larval.reqid)) in self._known:
-                continue
-            policy = self.asking(larval)
-            if policy is not None:
-                self._counters["found"] += 1
-                number = AcquireSequence(self._next_found)
-                self._next_found = FIRST_FOUND if self._next_found == 0xFFFFFFFF else self._next_found + 1
-                self._put(Acquire(number, policy.index, larval.reqid, larval.mode, larval.source, larval.destination, policy.selector))
+    async def read(self) -> Sequence[SaStatus | Larval]:
+        """The SAs that the kernel tells. Those ACQUIREs of ours among them that nobody has heard of are reported.
+
+        Its own number a larval SA does not tell: it gets one of ours. Where an SA of the same ends stands it asks for nothing any more.
+        """
+        before = dict(self._larval)
+        self._reading += 1
+        try:
+            found = await self._dump()
+            larval = {_ends_of(told): told for told in found if isinstance(told, Larval) and not told.spi}
+            for ends, standing in list(self._larval.items()):
+                gone = not standing.is_of(larval[ends]) if ends in larval else before.get(ends) is standing
+                if gone:
+                    self._known.pop(self._larval.pop(ends).number, None)
+            served = {_ends_of(told.sa) for told in found if isinstance(told, SaStatus)}
+            for ends in larval.keys() - self._larval.keys() - self._ended - served:
+                policy = self.asking(larval[ends])
+                if policy is not None:
+                    self._report(larval[ends], policy)
+        finally:
+            self._reading -= 1
+            if not self._reading:
+                self._ended.clear()
+        return found
+
+    def number_of(self, larval: Larval) -> AcquireSequence:
+        """0 when nobody was told of it."""
+        standing = self._larval.get(_ends_of(larval))
+        return standing.number if standing is not None and not larval.spi else AcquireSequence(0)
+
+    def _report(self, larval: Larval, policy: Policy) -> None:
+        self._counters["found"] += 1
+        number = AcquireSequence(self._next_found)
+        self._next_found = FIRST_FOUND if self._next_found == 0xFFFFFFFF else self._next_found + 1
+        self._put(Acquire(number, policy.index, larval.reqid, larval.mode, larval.source, larval.destination, policy.selector), larval.added)
 
     def asking(self, larval: Larval) -> Policy | None:
         """The policy of ours that may have left it."""
@@ -118,18 +156,23 @@ class AfKeyAcquires:
                     return policy
         return None
 
-    def _put(self, event: Acquire) -> None:
+    def _put(self, event: Acquire, added: int | None = None) -> None:
         self._known[event.sequence] = event
         if event.source is not None and event.destination is not None:
-            self._larval[event.source, event.destination, event.mode, event.reqid] = event.sequence
+            self._larval[event.source, event.destination, event.mode, event.reqid] = _Standing(event.sequence, added)
         if len(self._known) > MAX_ACQUIRES:
             _, oldest = self._known.popitem(last=False)
             if oldest.source is not None and oldest.destination is not None:
-                self._forget(oldest.source, oldest.destination, oldest.reqid)
+                self._forget((oldest.source, oldest.destination, oldest.mode, oldest.reqid))
         self._tell(event)
 
-    def _forget(self, source: IPAddress, destination: IPAddress, reqid: ReqId) -> None:
-        for mode in Mode:
-            sequence = self._larval.pop((source, destination, mode, reqid), None)
-            if sequence is not None:
-                self._known.pop(sequence, None)
+    def _forget(self, ends: _Ends) -> None:
+        standing = self._larval.pop(ends, None)
+        if standing is not None:
+            self._known.pop(standing.number, None)
+        if self._reading:
+            self._ended.add(ends)
+
+
+def _ends_of(sa: Larval | SecurityAssociation) -> _Ends:
+    return sa.source, sa.destination, sa.mode, sa.reqid

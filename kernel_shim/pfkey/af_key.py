@@ -12,7 +12,22 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from kernel_shim.algorithms import EncryptionId, EspAlgorithm, IntegrityId
-from kernel_shim.model import Action, Capabilities, Direction, IPAddress, KernelError, Mode, Policy, ReqId, SaId, SaState, SaStatus, SecurityAssociation, Spi
+from kernel_shim.model import (
+    AcquireSequence,
+    Action,
+    Capabilities,
+    Direction,
+    IPAddress,
+    KernelError,
+    Mode,
+    Policy,
+    ReqId,
+    SaId,
+    SaState,
+    SaStatus,
+    SecurityAssociation,
+    Spi,
+)
 from kernel_shim.pfkey.constants import AUTH_OF_INTEGRITY, ENCRYPT_OF_ENCRYPTION, IPSEC_PROTO_ANY, ExtensionType
 from kernel_shim.pfkey.event_messages import supported_bits
 from kernel_shim.pfkey.messages import Address, Extension, LifetimeExtension, Message, Sa, Sa2, Supported
@@ -83,23 +98,24 @@ def add_extensions(sa: SecurityAssociation) -> Iterator[Extension]:
 
 @dataclass(frozen=True, slots=True)
 class Larval:
-    """An SA that has no keys yet: reserved by a GETSPI, or left by an ACQUIRE, and then its SPI is 0."""
+    """An SA that has no keys yet: reserved by a GETSPI, or left by an ACQUIRE, and then its SPI is 0. `added` is in seconds of the Unix epoch."""
 
     source: IPAddress
     destination: IPAddress
     spi: Spi
     mode: Mode
     reqid: ReqId
+    added: int
 
     @property
     def id(self) -> SaId:
         return SaId(self.destination, self.spi)
 
-    def status(self, direction: Direction) -> SaStatus:
+    def status(self, direction: Direction, acquire: AcquireSequence) -> SaStatus:
         """With the null cipher, as of XfrmChannel."""
         algorithm = EspAlgorithm(EncryptionId.NULL, 0)
-        sa = SecurityAssociation(self.spi, self.source, self.destination, direction, self.mode, self.reqid, algorithm, replay_window=0)
-        return SaStatus(sa, SaState.LARVAL)
+        sa = SecurityAssociation(self.spi, self.source, self.destination, direction, self.mode, self.reqid, algorithm, replay_window=0, acquire=acquire)
+        return SaStatus(sa, SaState.LARVAL, added=float(self.added))
 
 
 def told_sa(message: Message) -> SaStatus | Larval | None:
@@ -107,7 +123,8 @@ def told_sa(message: Message) -> SaStatus | Larval | None:
     base = message.require(Sa)
     if base.state == SaState.LARVAL:
         sa2 = message.find(Sa2) or Sa2()
-        return Larval(*addresses_from(message), Spi(base.spi), mode_from(sa2.mode), ReqId(sa2.reqid))
+        current = message.find(LifetimeExtension, ExtensionType.LIFETIME_CURRENT)
+        return Larval(*addresses_from(message), Spi(base.spi), mode_from(sa2.mode), ReqId(sa2.reqid), current.addtime if current is not None else 0)
     if not _is_ours(message):
         return None
     return status_from(_without_mark(message))

@@ -1,7 +1,7 @@
 """Events that never came, read from the kernel's tables. Pure.
 
-An ACQUIRE is state: a larval SA of SPI 0, which stands in the way of the next ACQUIRE of its flow. A soft lifetime that is over is seen by age and use.
-A hard one needs nothing here: the SA has vanished.
+An ACQUIRE is state: a larval SA of SPI 0 and of its number, which stands in the way of the next ACQUIRE of its flow. A soft lifetime that is
+over is seen by age and use. A hard one needs nothing here: the SA has vanished.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class LostEvents:
     """`heard` every event that comes; `found` says which of those that the tables tell did not."""
 
     def __init__(self) -> None:
-        self._acquires: OrderedDict[object, None] = OrderedDict()
+        self._acquires: OrderedDict[AcquireSequence, None] = OrderedDict()
         self._expired: set[SaId] = set()
 
     def heard(self, event: KernelEvent) -> None:
@@ -43,44 +43,25 @@ class LostEvents:
         elif isinstance(event, Expire) and not event.hard:
             self._expired.add(event.sa)
 
-    def _heard_of(self, acquire: object) -> None:
+    def _heard_of(self, acquire: AcquireSequence) -> None:
         self._acquires[acquire] = None
         if len(self._acquires) > MAX_HEARD:
             self._acquires.popitem(last=False)
 
     def found(self, actual: Iterable[SaStatus], ours: Mapping[SaId, SecurityAssociation], policies: Iterable[Policy], now: float) -> list[KernelEvent]:
-        """`actual` may have several larval SAs of one destination; `now` is in seconds of the Unix epoch."""
+        """`actual` may have several larval SAs of one destination; `now` is in seconds of the Unix epoch.
+
+        A larval SA without a number could not be refused: a kernel that tells none reports it by itself.
+        """
         actual = list(actual)
-        larval = [status.sa for status in actual if status.state is SaState.LARVAL and not status.sa.spi]
-        self._forget_gone(larval)
-        acquires = self._found_acquires(larval, actual, policies) if larval else []
+        unheard = [it.sa for it in actual if it.state is SaState.LARVAL and not it.sa.spi and it.sa.acquire and it.sa.acquire not in self._acquires]
+        outbound = [policy for policy in policies if policy.direction is Direction.OUT] if unheard else []
+        for sa in unheard:
+            self._heard_of(sa.acquire)
         self._expired &= ours.keys()
         worn = [status.sa for status in actual if status.sa.id in ours and status.sa.id not in self._expired and _worn(status, ours[status.sa.id], now)]
         self._expired.update(sa.id for sa in worn)
-        return [*acquires, *(Expire(sa.id, sa.reqid, hard=False) for sa in worn)]
-
-    def _forget_gone(self, larval: Iterable[SecurityAssociation]) -> None:
-        """Numbers do not come again, the ends of an ACQUIRE without one do."""
-        standing = {_name_of(sa) for sa in larval}
-        for name in [name for name in self._acquires if isinstance(name, tuple) and name not in standing]:
-            del self._acquires[name]
-
-    def _found_acquires(self, larval: list[SecurityAssociation], actual: Iterable[SaStatus], policies: Iterable[Policy]) -> list[Acquire]:
-        served = {(status.sa.destination, status.sa.reqid) for status in actual if status.state is SaState.MATURE and status.sa.direction is Direction.OUT}
-        outbound = [policy for policy in policies if policy.direction is Direction.OUT]
-        found = []
-        for sa in larval:
-            # A kernel that does not say the number of its ACQUIRE says no flow either: there one SA of the policy serves them all.
-            heard = _name_of(sa)
-            if heard in self._acquires or (not sa.acquire and (sa.destination, sa.reqid) in served):
-                continue
-            self._heard_of(heard)
-            found.append(_acquire_of(sa, outbound))
-        return found
-
-
-def _name_of(larval: SecurityAssociation) -> object:
-    return larval.acquire or (larval.source, larval.destination, larval.mode, larval.reqid)
+        return [*(_acquire_of(sa, outbound) for sa in unheard), *(Expire(sa.id, sa.reqid, hard=False) for sa in worn)]
 
 
 def _worn(status: SaStatus, asked: SecurityAssociation, now: float) -> bool:

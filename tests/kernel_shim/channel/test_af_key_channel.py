@@ -138,11 +138,69 @@ async def test_a_dropped_acquire_is_found_and_can_be_given_up(kernel: FakeAfKey,
     assert isinstance(event, Acquire)
     assert (event.policy, event.reqid, event.mode, event.source, event.destination) == (policy.index, 7, Mode.TUNNEL, HERE, PEER)
     await channel.acquire_failed(event.sequence, errno.ETIMEDOUT)
-    assert kernel.larval == []
+    assert kernel.larval == {}
     kernel.acquire(policy.index, HERE, PEER, LARVAL)
     heard = await asyncio.wait_for(events.get(), 10)
     assert isinstance(heard, Acquire)
     assert (heard.sequence, heard.selector) == (AcquireSequence(2), policy.selector)
+
+
+async def test_reading_the_sas_finds_a_dropped_acquire_under_a_number_that_can_be_given_up(kernel: FakeAfKey, channel: AfKeyChannel) -> None:
+    events: asyncio.Queue[KernelEvent] = asyncio.Queue()
+    channel.on_event(events.put_nowait)
+    policy = await channel.add_policy(a_policy(channel))
+    kernel.loses = lambda message: message.type == MessageType.ACQUIRE
+    for _ in range(2):
+        kernel.acquire(policy.index, HERE, PEER, LARVAL)
+        kernel.dropped = False
+        (status,) = await channel.sas()
+        event = await asyncio.wait_for(events.get(), 10)
+        assert isinstance(event, Acquire)
+        assert (status.state, status.sa.acquire) == (SaState.LARVAL, event.sequence)
+        await channel.sas()
+        assert events.empty(), "told once"
+        await channel.acquire_failed(event.sequence, errno.ETIMEDOUT)
+        assert kernel.larval == {}
+
+
+@pytest.mark.parametrize("known", ["told", "found"])
+@pytest.mark.parametrize("seen_gone", [True, False])
+async def test_an_acquire_of_the_same_ends_is_another_when_the_first_expired_and_nobody_heard(
+    kernel: FakeAfKey, channel: AfKeyChannel, known: str, seen_gone: bool
+) -> None:
+    events: asyncio.Queue[KernelEvent] = asyncio.Queue()
+    channel.on_event(events.put_nowait)
+    policy = await channel.add_policy(a_policy(channel))
+    kernel.loses = lambda message: message.type == MessageType.ACQUIRE and (kernel.acquires > 1 or known == "found")
+    kernel.acquire(policy.index, HERE, PEER, LARVAL)
+    kernel.dropped = False
+    await channel.sas()
+    first = await asyncio.wait_for(events.get(), 10)
+    kernel.larval.clear()
+    kernel.seconds += 165
+    if seen_gone:
+        await channel.sas()
+    kernel.acquire(policy.index, HERE, PEER, LARVAL)
+    kernel.dropped = False
+    await channel.sas()
+    second = await asyncio.wait_for(events.get(), 10)
+    assert isinstance(first, Acquire)
+    assert isinstance(second, Acquire)
+    assert first.sequence != second.sequence
+    await channel.acquire_failed(second.sequence, errno.ETIMEDOUT)
+    assert kernel.larval == {}
+
+
+async def test_a_larval_sa_beside_one_that_serves_its_ends_asks_for_nothing(kernel: FakeAfKey, channel: AfKeyChannel) -> None:
+    events: asyncio.Queue[KernelEvent] = asyncio.Queue()
+    channel.on_event(events.put_nowait)
+    policy = await channel.add_policy(a_policy(channel))
+    await channel.add_sa(an_sa())
+    kernel.loses = lambda message: message.type == MessageType.ACQUIRE
+    kernel.acquire(policy.index, HERE, PEER, LARVAL)
+    kernel.dropped = False
+    assert len(await channel.sas()) == 2
+    assert events.empty()
 
 
 async def test_a_larval_sa_goes_also_when_the_answer_about_it_is_lost(kernel: FakeAfKey, channel: AfKeyChannel) -> None:
@@ -154,7 +212,7 @@ async def test_a_larval_sa_goes_also_when_the_answer_about_it_is_lost(kernel: Fa
     assert isinstance(event, Acquire)
     kernel.loses = LosesFirst(MessageType.GETSPI)
     await channel.acquire_failed(event.sequence, errno.ETIMEDOUT)
-    assert (kernel.larval, kernel.sas) == ([], {})
+    assert (kernel.larval, kernel.sas) == ({}, {})
 
 
 async def test_an_acquire_is_found_though_the_tables_cannot_be_read_at_first(kernel: FakeAfKey, channel: AfKeyChannel) -> None:
