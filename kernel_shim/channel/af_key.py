@@ -12,32 +12,27 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from ipaddress import IPv4Address
 from pathlib import Path
 
 from kernel_shim.algorithms import EspAlgorithm
 from kernel_shim.channel.af_key_acquires import AfKeyAcquires
 from kernel_shim.channel.af_key_socket import AfKeyTransport
 from kernel_shim.channel.api import ChannelClosed
-from kernel_shim.channel.linux import ACQUIRE_SECONDS, HoldQueue, is_local, xfrm_statistics
-from kernel_shim.channel.listeners import EventListeners
+from kernel_shim.channel.linux import ACQUIRE_SECONDS, is_local, xfrm_statistics
+from kernel_shim.channel.linux_channel import LinuxChannel, esp_probe, no_esp
 from kernel_shim.channel.pfkey_link import PfKeyLink, RequestRefused, Transport
 from kernel_shim.channel.standing import StandingPolicies
 from kernel_shim.model import (
     Acquire,
-    AcquireSequence,
     Action,
     Capabilities,
     Direction,
     Expire,
-    IPAddress,
     KernelError,
     KernelEvent,
-    Mode,
     NewMapping,
     Policy,
     PolicyIndex,
@@ -65,14 +60,13 @@ from kernel_shim.pfkey.constants import MessageType, SaType
 from kernel_shim.pfkey.messages import Message, PfKeyError, PolicyExtension, Sa
 from kernel_shim.pfkey.policy_messages import require_selector_expressible, selector_extensions
 from kernel_shim.pfkey.sa_messages import sa_id_extensions, spi_request_extensions
-from kernel_shim.secret import Secret
 
 
-class AfKeyChannel:
+class AfKeyChannel(LinuxChannel):
     """A `KernelChannel` to the Linux kernel, in the network namespace of the thread that opens it. Opened once.
 
     `open` raises KernelError(EPROTONOSUPPORT) when the kernel has no AF_KEY, or no ESP unless `require_esp` is unset.
-    Hold queue, `acquire_seconds`, `settings_file` and `listens` as of `XfrmChannel`. Dumps show, and flushes take, only what is ours.
+    Hold queue, `acquire_seconds` and `settings_file` as of `XfrmChannel`. Dumps show, and flushes take, only what is ours.
     """
 
     def __init__(
@@ -84,19 +78,15 @@ class AfKeyChannel:
         settings_file: Path | None = None,
         transport: Transport | None = None,
     ) -> None:
-        self._listens = listens
+        super().__init__(listens=listens, acquire_seconds=acquire_seconds, settings_file=settings_file)
         self._require_esp = require_esp
-        self._acquire_seconds = acquire_seconds
         self._capabilities: Capabilities | None = None
-        self._listeners = EventListeners()
-        self._link = PfKeyLink(transport or AfKeyTransport(), on_event=self._event, on_overrun=self._overrun, on_lost=self._lost)
-        self._hold = HoldQueue(settings_file)
+        self._link = PfKeyLink(transport or AfKeyTransport(), on_event=self._event, on_overrun=self._overrun, on_lost=self._listeners.tell_closed)
         self._standing = StandingPolicies(lambda direction, selector: (direction, selector))
         self._policy_lock = asyncio.Lock()  # so that no kick puts back what was just deleted
         self._directions: dict[SaId, Direction] = {}  # of all that is ours, reserved SPIs included
-        self._closed_listeners: list[Callable[[], None]] = []
         self._counters = {"acquires": 0, "expires": 0, "mappings": 0, "foreign": 0, "malformed": 0, "kicks": 0, "found": 0}
-        self._acquires = AfKeyAcquires(self._link, self._standing, self._dump_sas, self._listeners.tell, self._counters)
+        self._acquires: AfKeyAcquires = AfKeyAcquires(self._link, self._standing, self._dump_sas, self._listeners.tell, self._counters)
 
     def capabilities(self) -> Capabilities:
         """Known once `open` has returned; ChannelClosed before."""
@@ -104,22 +94,13 @@ class AfKeyChannel:
             raise ChannelClosed("the channel is not open")
         return replace(self._capabilities, unresolved_modes=frozenset({self._hold.mode}))
 
-    def on_event(self, listener: Callable[[KernelEvent], None]) -> None:
-        """Larval SAs whose ACQUIREs an earlier listener, or none, has heard are reported too: they stand in the way of the next ACQUIRE."""
-        self._listeners.on_event(listener)
-        if self._link.is_open:
-            self._acquires.look()
-
-    def on_overrun(self, listener: Callable[[], None]) -> None:
-        self._listeners.on_overrun(listener)
-
-    def on_closed(self, listener: Callable[[], None]) -> None:
-        self._closed_listeners.append(listener)
+    @property
+    def _is_open(self) -> bool:
+        return self._link.is_open
 
     # Life
 
     async def open(self) -> None:
-        self._loop = asyncio.get_running_loop()
         await self._link.open()
         try:
             if self._listens:
@@ -131,42 +112,23 @@ class AfKeyChannel:
         except BaseException:
             self._link.close()
             raise
-        if self._listens:
-            self._hold.switch_on(self._acquire_seconds)
-        else:
-            self._hold.look()
+        self._set_hold_queue()
 
     async def close(self) -> None:
         await self._acquires.stop()
         self._link.close()
         self._hold.restore()
 
-    def _lost(self) -> None:
-        for listener in self._closed_listeners:
-            self._loop.call_soon(listener)
-
     async def _probe_esp(self, capabilities: Capabilities) -> None:
         """An SA that nobody can use comes and goes again."""
         if not capabilities.algorithms:
             raise KernelError(errno.EPROTONOSUPPORT, "this kernel's AF_KEY has no algorithm that can be used")
         algorithm: EspAlgorithm = min(capabilities.algorithms, key=repr)
-        address = IPv4Address("127.0.0.1")
-        probe = SecurityAssociation(
-            spi=Spi(secrets.randbelow(1 << 31) + 0x100),
-            source=address,
-            destination=address,
-            direction=Direction.OUT,
-            mode=Mode.TRANSPORT,
-            reqid=ReqId(MAX_REQID),
-            algorithm=algorithm,
-            encryption_key=Secret(secrets.token_bytes(algorithm.encryption_key_length)),
-            integrity_key=Secret(secrets.token_bytes(algorithm.integrity_key_length)),
-            replay_window=0,
-        )
+        probe = esp_probe(algorithm, ReqId(MAX_REQID))
         try:
             await self._link.ask(MessageType.ADD, add_extensions(probe))
         except KernelError as error:
-            raise KernelError(errno.EPROTONOSUPPORT, f"this kernel has no ESP (modules esp4, esp6): {error.detail}") from error
+            raise no_esp(error) from error
         await self.delete_sa(probe.id)
 
     # SAs
@@ -346,10 +308,6 @@ class AfKeyChannel:
 
     # Events
 
-    def _overrun(self) -> None:
-        self._listeners.tell_overrun()
-        self._acquires.look()
-
     def _event(self, event: KernelEvent) -> None:
         if isinstance(event, Acquire):
             self._acquires.add(event)
@@ -383,17 +341,7 @@ class AfKeyChannel:
         self._counters["foreign"] += 1
         return None
 
-    async def acquire_failed(self, sequence: AcquireSequence, errno: int) -> None:
-        """The larval SA goes, so that the next packet asks again. RFC 2367's answer would block its flow until the larval SA expires."""
-        await self._acquires.failed(sequence)
-
     # The rest
-
-    async def bind(self, address: IPAddress) -> tuple[int, int]:
-        raise KernelError(errno.EOPNOTSUPP, "this kernel opens no IKE sockets: the key manager does")
-
-    async def unbind(self, address: IPAddress) -> None:
-        """Nothing was bound."""
 
     async def statistics(self) -> Mapping[str, int]:
         """The channel's own counters, and those of /proc/net/xfrm_stat where the kernel has it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -61,11 +60,10 @@ class PfKeyChannel:
         self._listens = listens
         self._ask_for_extensions = extensions
         self._private = False
-        self._gone = False
         self._capabilities: Capabilities | None = None
-        self._closed_listeners: list[Callable[[], None]] = []
         self._listeners = EventListeners()
-        self._link = PfKeyLink(UnixTransport(path), on_event=self._listeners.tell, on_overrun=self._listeners.tell_overrun, on_lost=self._lost)
+        heard = self._listeners
+        self._link = PfKeyLink(UnixTransport(path), on_event=heard.tell, on_overrun=heard.tell_overrun, on_lost=heard.tell_closed)
 
     def capabilities(self) -> Capabilities:
         """Known once `open` has returned; ChannelClosed before."""
@@ -83,9 +81,7 @@ class PfKeyChannel:
 
     def on_closed(self, listener: Callable[[], None]) -> None:
         """Also when it went away before."""
-        self._closed_listeners.append(listener)
-        if self._gone:
-            asyncio.get_running_loop().call_soon(listener)
+        self._listeners.on_closed(listener)
 
     # Life
 
@@ -104,11 +100,6 @@ class PfKeyChannel:
 
     async def close(self) -> None:
         self._link.close()
-
-    def _lost(self) -> None:
-        self._gone = True
-        for listener in self._closed_listeners:
-            asyncio.get_running_loop().call_soon(listener)
 
     # Requests
 

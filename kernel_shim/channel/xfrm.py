@@ -6,40 +6,26 @@ of reqids and policy indexes; dumps show, and flushes take, only ours.
 
 from __future__ import annotations
 
-import asyncio
-import errno
-import secrets
 import socket
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
-from ipaddress import IPv4Address
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from kernel_shim.algorithms import EncryptionId, EspAlgorithm
-from kernel_shim.channel.linux import ACQUIRE_SECONDS, XFRM, HoldQueue, is_local, xfrm_statistics
+from kernel_shim.channel.linux import ACQUIRE_SECONDS, XFRM, xfrm_statistics
+from kernel_shim.channel.linux_channel import LinuxChannel
 from kernel_shim.channel.linux_mpls import node as linux_mpls
-from kernel_shim.channel.listeners import EventListeners
-from kernel_shim.channel.netlink import LONG_TIMEOUT, SLICE, NetlinkSocket
+from kernel_shim.channel.netlink import NetlinkSocket
 from kernel_shim.channel.xfrm_acquires import XfrmAcquires
-from kernel_shim.channel.xfrm_migration import check_migration, continuation, last_state, only_ports_differ
 from kernel_shim.channel.xfrm_policies import XfrmPolicies
+from kernel_shim.channel.xfrm_sas import XfrmSas
 from kernel_shim.model import (
-    NO_MARK,
     Acquire,
-    AcquireSequence,
     Capabilities,
     Direction,
     Expire,
-    IPAddress,
-    KernelError,
-    KernelEvent,
-    Mark,
-    Mode,
     NewMapping,
     Policy,
-    ReqId,
     SaId,
     SaStatus,
     SecurityAssociation,
@@ -49,8 +35,7 @@ from kernel_shim.model import (
 )
 from kernel_shim.mpls.node import NodeEntry
 from kernel_shim.reasons import DropReason
-from kernel_shim.secret import Secret
-from kernel_shim.xfrm.constants import OURS, Group, MessageType
+from kernel_shim.xfrm.constants import Group, MessageType
 from kernel_shim.xfrm.events import Report, notice_from
 from kernel_shim.xfrm.information import (
     HashThreshold,
@@ -63,11 +48,8 @@ from kernel_shim.xfrm.information import (
     spd_information_from,
 )
 from kernel_shim.xfrm.migrate import Migration
-from kernel_shim.xfrm.ownership import is_ours, kernel_reqid
 from kernel_shim.xfrm.policies import socket_bypass
-from kernel_shim.xfrm.replay import NO_REPLAY_STATE, ReplayState, event_from, get_event_message, set_event_message
-from kernel_shim.xfrm.sa_replies import KernelSa, reqid_of, sa_from
-from kernel_shim.xfrm.sas import Continuation, sa_dump_message, sa_id_message, sa_message, spi_message
+from kernel_shim.xfrm.replay import ReplayState
 from kernel_shim.xfrm.structs import MalformedMessage
 from kernel_shim.xfrm.wire import Message
 
@@ -79,20 +61,11 @@ _IP_XFRM_POLICY: Final = 17
 _IPV6_XFRM_POLICY: Final = 35
 
 
-@dataclass(frozen=True, slots=True)
-class _Known:
-    """What the kernel does not say of an SA, or wants to hear before it says anything."""
-
-    direction: Direction
-    mark: Mark = NO_MARK
-
-
-class XfrmChannel:
+class XfrmChannel(LinuxChannel):
     """A `KernelChannel` to the Linux kernel, in the network namespace of the thread that opens it. Opened once.
 
     `open` raises KernelError(EPROTONOSUPPORT) when the kernel has no ESP, unless `require_esp` is unset (policies and ACQUIREs work all the same).
     The kernel's hold queue is switched on (net.core.xfrm_larval_drop), and a larval SA stands for `acquire_seconds`; both settings are put back by `close`.
-    `listens` False is for tools, which only look: no events, and no settings changed.
     """
 
     def __init__(
@@ -104,37 +77,23 @@ class XfrmChannel:
         event_buffer: int = EVENT_BUFFER,
         settings_file: Path | None = None,
     ) -> None:
-        self._listens = listens
+        super().__init__(listens=listens, acquire_seconds=acquire_seconds, settings_file=settings_file)
         self._require_esp = require_esp
-        self._acquire_seconds = acquire_seconds
         self._requests = NetlinkSocket()
         self._events = NetlinkSocket(GROUPS if listens else (), receive_buffer=event_buffer, on_message=self._event, on_overrun=self._overrun)
-        self._listeners = EventListeners()
-        self._hold = HoldQueue(settings_file)
         self._labels = linux_mpls.LinuxLabels(self._hold.sysctls)
-        self._directed = False  # the kernel knows XFRMA_SA_DIR
-        self._known: dict[SaId, _Known] = {}
-        self._migrating = asyncio.Lock()
         names = ("acquires", "expires", "mappings", "migrations", "reports", "foreign", "malformed", "kicks", "repeated", "found", "moved")
         self._counters = dict.fromkeys(names, 0)
         self._policies = XfrmPolicies(self._requests, self._hold, self._counters)
-        self._acquires = XfrmAcquires(self._requests, self._policies.standing, self._dump_sas, self._listeners.tell, self._counters)
+        self._sas = XfrmSas(self._requests, self._policies, self._listeners, self._counters)
+        self._acquires: XfrmAcquires = self._sas.acquires
 
     def capabilities(self) -> Capabilities:
         return replace(XFRM, unresolved_modes=frozenset({self._hold.mode}), labels=linux_mpls.available())
 
-    def on_event(self, listener: Callable[[KernelEvent], None]) -> None:
-        """Larval SAs whose ACQUIREs an earlier listener, or none, has heard are reported too: they stand in the way of the next ACQUIRE."""
-        self._listeners.on_event(listener)
-        if self._requests.is_open:
-            self._acquires.look()
-
-    def on_overrun(self, listener: Callable[[], None]) -> None:
-        """`listener` is called when events were lost: look at `sas()` and `policies()`."""
-        self._listeners.on_overrun(listener)
-
-    def on_closed(self, listener: Callable[[], None]) -> None:
-        """Never called: this kernel goes away only together with its host."""
+    @property
+    def _is_open(self) -> bool:
+        return self._requests.is_open
 
     # Life
 
@@ -143,14 +102,11 @@ class XfrmChannel:
             self._requests.open()
             self._events.open()
             if self._require_esp:
-                await self._probe_esp()
+                await self._sas.probe()
         except BaseException:
             await self.close()
             raise
-        if not self._listens:
-            self._hold.look()
-            return
-        self._hold.switch_on(self._acquire_seconds)
+        self._set_hold_queue()
 
     async def close(self) -> None:
         await self._acquires.stop()
@@ -158,169 +114,37 @@ class XfrmChannel:
         self._requests.close()
         self._hold.restore()
 
-    async def _probe_esp(self) -> None:
-        """An SA that nobody can use comes and goes again; whether it kept its direction tells whether the kernel knows of such."""
-        address = IPv4Address("127.0.0.1")
-        probe = SecurityAssociation(
-            spi=Spi(secrets.randbelow(1 << 31) + 0x100),
-            source=address,
-            destination=address,
-            direction=Direction.OUT,
-            mode=Mode.TRANSPORT,
-            reqid=ReqId(OURS - 1),
-            algorithm=EspAlgorithm(EncryptionId.AES_GCM_16, 128),
-            encryption_key=Secret(secrets.token_bytes(20)),
-        )
-        try:
-            await self._requests.request(sa_message(replace(probe, replay_window=0), update=False, directed=True), timeout=LONG_TIMEOUT)
-        except KernelError as error:
-            raise KernelError(errno.EPROTONOSUPPORT, f"this kernel has no ESP (modules esp4, esp6): {error.detail}") from error
-        self._directed = (await self._get(probe.id)).direction is not None
-        await self.delete_sa(probe.id)
-
     # SAs
 
     async def get_spi(self, request: SpiRequest) -> Spi:
-        """A repeated request reserves a second SPI; the first expires by itself."""
-        replies = await self._requests.request(spi_message(request))
-        return Spi(self._sa_of(replies, f"ALLOCSPI for {request.destination}").id.spi)
+        return await self._sas.get_spi(request)
 
     async def add_sa(self, sa: SecurityAssociation) -> None:
-        """An outbound one sends what the kernel holds for it on its way at once."""
-        await self._add(sa, None)
-        if sa.direction is Direction.OUT:
-            self._acquires.answered(sa.acquire)
-            await self._policies.kick(sa.reqid)
-
-    async def _add(self, sa: SecurityAssociation, continues: Continuation | None) -> None:
-        message = self._message(sa, update=False, continues=continues)
-        try:
-            await self._requests.request(message, repeat=False, timeout=LONG_TIMEOUT)
-        except TimeoutError:
-            self._counters["repeated"] += 1
-            if not await self._stands(sa):
-                await self._requests.request(message, repeat=False, timeout=LONG_TIMEOUT)
-        self._known[sa.id] = _Known(sa.direction, sa.mark)
+        await self._sas.add(sa)
 
     async def update_sa(self, sa: SecurityAssociation) -> None:
-        await self._requests.request(self._message(sa, update=True), timeout=LONG_TIMEOUT)
-        self._known[sa.id] = _Known(sa.direction, sa.mark)
-
-    def _message(self, sa: SecurityAssociation, *, update: bool, continues: Continuation | None = None) -> Message:
-        device = 0
-        if sa.offload:
-            try:
-                device = socket.if_nametoindex(sa.offload)
-            except OSError:
-                raise KernelError(errno.ENODEV, f"no device {sa.offload} to encrypt") from None
-        return sa_message(sa, update=update, directed=self._directed, device=device, continues=continues)
+        await self._sas.update(sa)
 
     async def delete_sa(self, sa: SaId) -> None:
-        known = self._known.pop(sa, None)
-        await self._requests.request(sa_id_message(MessageType.DELSA, sa, known.mark if known else NO_MARK))
+        await self._sas.delete(sa)
 
     async def migrate_sa(self, old: SecurityAssociation, new: SecurityAssociation) -> None:
-        """What leaves between this and the update of the policy is held, and may cause an ACQUIRE for the old addresses."""
-        check_migration(old, new)
-        if only_ports_differ(old, new):
-            await self.update_sa(new)
-        else:
-            async with self._migrating:
-                if await self._source(old) != old.source:  # their names may be the same: an SA is named by its destination
-                    if await self._source(new) == new.source:
-                        return
-                    raise KernelError(errno.ESRCH, f"no SA {old.spi:08x} to move")
-                last = await last_state(old, lambda: self.delete_sa(old.id))
-                await self._add(replace(new, acquire=AcquireSequence(0)), continuation(last, new.direction, directed=self._directed))
-        self._counters["moved"] += 1
-        if new.direction is Direction.OUT:
-            await self._policies.kick(new.reqid)
-
-    async def _source(self, sa: SecurityAssociation) -> IPAddress | None:
-        """From where an SA of this name comes; None when there is none."""
-        try:
-            return self._sa_of(await self._requests.request(sa_id_message(MessageType.GETSA, sa.id, sa.mark)), "GETSA").source
-        except KernelError as error:
-            if error.errno != errno.ESRCH:
-                raise
-            return None
+        await self._sas.migrate(old, new)
 
     async def get_sa(self, sa: SaId) -> SaStatus:
-        return self._status(await self._get(sa))
-
-    async def _get(self, sa: SaId) -> KernelSa:
-        replies = await self._requests.request(sa_id_message(MessageType.GETSA, sa, self._mark(sa)))
-        return self._sa_of(replies, f"GETSA {sa.spi:08x}")
-
-    def _mark(self, sa: SaId) -> Mark:
-        known = self._known.get(sa)
-        return known.mark if known is not None else NO_MARK
+        return await self._sas.get(sa)
 
     async def replay_state(self, sa: SaId) -> ReplayState:
-        """Sequence numbers and replay window, without the keys that `get_sa` brings along."""
-        replies = await self._requests.request(get_event_message(sa, self._mark(sa)))
-        return (event_from(replies[0]).replay if replies else None) or NO_REPLAY_STATE
+        return await self._sas.replay_state(sa)
 
     async def set_replay_state(self, sa: SaId, state: ReplayState) -> None:
-        """A standing SA goes on from `state`, such as that of a gateway whose place this one takes. Lower numbers out than were sent repeat nonces."""
-        await self._requests.request(set_event_message(sa, state, self._mark(sa)))
+        await self._sas.set_replay_state(sa, state)
 
     async def sas(self) -> Sequence[SaStatus]:
-        """Ours. A larval SA that an ACQUIRE left has SPI 0 and the flow as its selectors; who listens is told of those not yet heard of."""
-        found = await (self._acquires.read() if self._listeners.any else self._dump_sas())
-        standing = {sa.id for sa in found}
-        self._known = {sa: known for sa, known in self._known.items() if sa in standing}
-        return [self._status(sa) for sa in found]
+        return await self._sas.dump()
 
     async def flush_sas(self) -> None:
-        """Ours, larval ones included."""
-        for found in await self._dump_sas():
-            with suppress(KernelError):  # it went of its own accord meanwhile
-                if found.id.spi:
-                    await self.delete_sa(found.id)
-                elif found.larval is not None:
-                    await self._acquires.drop(found.larval)
-
-    async def _stands(self, sa: SecurityAssociation) -> bool:
-        """Whether a request whose answer was lost had its effect."""
-        try:
-            found = self._sa_of(await self._requests.request(sa_id_message(MessageType.GETSA, sa.id, sa.mark)), "GETSA")
-        except KernelError:
-            return False
-        if found.algorithm is None:
-            return False
-        if found.reqid != kernel_reqid(sa.reqid) or found.encryption_key != sa.encryption_key:
-            raise KernelError(errno.EEXIST, f"another SA {sa.spi:08x} to {sa.destination} stands")
-        return True
-
-    def _sa_of(self, replies: Sequence[Message], what: str) -> KernelSa:
-        for message in replies:
-            if message.type == MessageType.NEWSA:
-                return sa_from(message.body, message.attributes)
-        raise MalformedMessage(f"{what}: the kernel acknowledges and tells nothing")
-
-    async def _dump_sas(self) -> list[KernelSa]:
-        messages = await self._requests.request(sa_dump_message())
-        found = []
-        for at in range(0, len(messages), SLICE):
-            for message in messages[at : at + SLICE]:
-                try:
-                    if message.type == MessageType.NEWSA and is_ours(reqid_of(message.body)):
-                        found.append(sa_from(message.body, message.attributes))
-                except MalformedMessage:
-                    self._counters["malformed"] += 1
-            await asyncio.sleep(0)
-        return found
-
-    def _status(self, found: KernelSa) -> SaStatus:
-        """Linux before 6.10 does not tell a direction: ours to know, or to see by whose address the SA ends at."""
-        known = self._known.get(found.id)
-        direction = found.direction or (known.direction if known is not None else None)
-        if direction is None:
-            direction = Direction.IN if is_local(found.id.destination) else Direction.OUT
-        if known is None and found.id.spi:
-            self._known[found.id] = _Known(direction, found.mark)
-        return found.status(direction, _device_name(found.device))
+        await self._sas.flush()
 
     # Policies
 
@@ -374,10 +198,6 @@ class XfrmChannel:
 
     # Events
 
-    def _overrun(self) -> None:
-        self._listeners.tell_overrun()
-        self._acquires.look()
-
     def _event(self, message: Message) -> None:
         try:
             notice = notice_from(message)
@@ -399,7 +219,7 @@ class XfrmChannel:
         elif isinstance(event, Expire):
             self._counters["expires"] += 1
             if event.hard:
-                self._known.pop(event.sa, None)
+                self._sas.gone(event.sa)
             self._listeners.tell(event)
         elif isinstance(event, NewMapping):
             self._counters["mappings"] += 1
@@ -409,17 +229,7 @@ class XfrmChannel:
             self._counters["migrations"] += 1
             self._listeners.tell_overrun()
 
-    async def acquire_failed(self, sequence: AcquireSequence, errno: int) -> None:
-        """The larval SA goes, so that the next packet asks again; it would block its flow for `acquire_seconds`."""
-        await self._acquires.failed(sequence)
-
     # The rest
-
-    async def bind(self, address: IPAddress) -> tuple[int, int]:
-        raise KernelError(errno.EOPNOTSUPP, "this kernel opens no IKE sockets: the key manager does")
-
-    async def unbind(self, address: IPAddress) -> None:
-        """Nothing was bound."""
 
     async def statistics(self) -> Mapping[str, int]:
         """The channel's own counters, those of /proc/net/xfrm_stat where the kernel has it, and of the filters of label tunnels."""
@@ -437,11 +247,3 @@ def bypass_policies(opened: socket.socket) -> None:
     level, option = (socket.IPPROTO_IP, _IP_XFRM_POLICY) if version == 4 else (socket.IPPROTO_IPV6, _IPV6_XFRM_POLICY)
     for direction in (Direction.IN, Direction.OUT):
         opened.setsockopt(level, option, socket_bypass(version, direction))
-
-
-def _device_name(index: int) -> str:
-    """Empty for none, and for one that went meanwhile."""
-    try:
-        return socket.if_indextoname(index) if index else ""
-    except OSError:
-        return ""
