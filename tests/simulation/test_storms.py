@@ -9,7 +9,7 @@ import os
 
 import pytest
 
-from simulation.stress import REKEYING, Act, Storm, rage
+from simulation.stress import EVERYTHING, REKEYING, Act, Storm, rage
 from simulation.wire import Weather
 
 SEEDS = int(os.environ.get("SIMULATION_SEEDS", "1"))
@@ -35,8 +35,9 @@ def test_storms_of_rekeying(acts: tuple[Act, ...], loss: float, seed: int) -> No
 
 
 @pytest.mark.parametrize("seed", range(1, 1 + SEEDS))
-def test_storms_of_deletions(seed: int) -> None:
+@pytest.mark.parametrize(("acts", "loss"), [((Act.REKEY_CHILD, Act.DELETE_CHILD), 0.3), (EVERYTHING, 0.2)], ids=["child", "everything"])
+def test_storms_of_deletions(acts: tuple[Act, ...], loss: float, seed: int) -> None:
     """What is deleted comes back by the traps on both sides at once; packets under way to it are lost, but no tunnel is doubled."""
-    outcome = rage(Storm(weather(0.3), (Act.REKEY_CHILD, Act.DELETE_CHILD), seed=seed))
+    outcome = rage(Storm(weather(loss), acts, seed=seed))
     assert outcome.faults == []
     assert (outcome.repeated, outcome.clear) == (0, 0)

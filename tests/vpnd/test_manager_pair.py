@@ -12,7 +12,7 @@ from vpnd_nodes import A, B, Network, Node, config, mirrored, pair, until
 
 from kernel_shim.model import Acquire, AcquireSequence, Action, Direction, Endpoint, Expire, Flow, KernelError, Mode, NewMapping, PolicyIndex
 from vpnd.control.backend import ChildUpDown, ControlError, LogLine
-from vpnd.daemon import background, demands, endpoints
+from vpnd.daemon import background, duplicates, endpoints
 from vpnd.gate import GateSettings
 
 
@@ -115,7 +115,7 @@ async def test_a_kernel_that_lost_its_sas_gets_new_ones_never_the_old_keys() -> 
 
 @pytest.mark.parametrize("standing", [False, True], ids=["two IKE SAs", "two CHILD_SAs"])
 async def test_when_both_sides_ask_at_once_one_child_remains(standing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demands, "SETTLE", 0.01)
+    monkeypatch.setattr(duplicates, "SETTLE", 0.01)
     a, b, _ = await pair("trap", "trap")
     if standing:
         await a.up()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 from vpnd_nodes import A, B, Network, Node, config, mirrored, until
 
 from kernel_shim.model import Direction, IPAddress
 from vpnd.control.backend import ControlError
-from vpnd.daemon import crossings, demands, uniqueness
+from vpnd.daemon import duplicates, uniqueness
 
 ROAMED = type(A)("127.0.0.13")
 
@@ -15,8 +17,7 @@ ROAMED = type(A)("127.0.0.13")
 @pytest.fixture(autouse=True)
 def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(uniqueness, "REAUTHENTICATION_GRACE", 0.05)
-    monkeypatch.setattr(demands, "SETTLE", 0.02)
-    assert crossings.SETTLE > 0.02
+    monkeypatch.setattr(duplicates, "SETTLE", 0.02)
 
 
 async def gateway(unique: str) -> tuple[Network, Node]:
@@ -119,3 +120,22 @@ async def test_of_two_that_the_peer_narrowed_alike_the_newer_one_stays() -> None
     first = a.spis(Direction.OUT)
     await a.up()
     await until(lambda: mirrored(a, b) and not a.spis(Direction.OUT) & first)
+
+
+async def up_without_child(node: Node) -> None:
+    async for _line in node.operations.initiate(child=None, ike="site", timeout=5.0):
+        pass
+
+
+@pytest.mark.parametrize("childless", ["a", "b", "ab"])
+async def test_of_two_ike_sas_that_crossed_one_without_child_goes(childless: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(duplicates, "AGAIN", 0.05)
+    network = Network()
+    a, b = (Node(network, config(side, connection="childless = allow"), address) for side, address in (("a", A), ("b", B)))
+    await a.start()
+    await b.start()
+    children = 2 - len(childless)
+    await asyncio.gather(*(up_without_child(node) if name in childless else node.up() for name, node in (("a", a), ("b", b))))
+    await until(lambda: len(a.manager) == len(b.manager) == 1 and mirrored(a, b, children))
+    (entry,) = a.manager.entries()
+    assert len(entry.sa.children) == children

@@ -5,20 +5,18 @@ Both sides see both results and judge them alike; who made the superfluous one d
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import Final
 
 from vpnd.config.model import ChildConfig
 from vpnd.ike.effects import ChildSa
 from vpnd.ike.narrowing import resolve
 from vpnd.ike.sa import IkeSa
+from vpnd.ike.session import Origin
 from vpnd.ike.state import Child, ChildSaState, IkeSaState
 
 CROSSING: Final = 60.0  # s; two results further apart than this did not cross, not even with answers lost: somebody wants both
-LOOKS: Final = 4  # at two IKE SAs of the same peers, before they are taken to be wanted both
 STANDING: Final = (ChildSaState.INSTALLED, ChildSaState.REKEYING)
-AGAIN: Final = 15.0  # s, after which a superfluous one is looked for once more: what the peer is in the middle of is over then
-SETTLE: Final = 1.0  # s, for which the superfluous one still takes packets
 
 
 def superfluous_child(ike: IkeSa, child: ChildSa) -> Child | None:
@@ -69,22 +67,41 @@ def still_superfluous(ike: IkeSa, extra: Child) -> list[Child]:
 
 
 def superfluous_ike(ike: IkeSa, others: Iterable[IkeSa]) -> IkeSa | None:
-    """The IKE SA that we are to delete: of two that crossed the one with the lower initiator SPI goes, when the other has all that it has."""
+    """The IKE SA that we are to delete: `ike`, or one that did the same as it."""
     for other in others:
-        if other is ike or other.closed or other.origin is None or ike.origin is None:
-            continue
-        if abs(other.origin.at - ike.origin.at) > CROSSING or other.connection.name != ike.connection.name:
-            continue
-        if other.original_initiator == ike.original_initiator:
-            # of two of ours, for each of two that crossed was reauthenticated, the later one stays
-            loser, winner = (ike, other) if ike.origin.at < other.origin.at else (other, ike)
-        else:
-            loser, winner = (ike, other) if ike.origin.spi < other.origin.spi else (other, ike)
-        if not loser.original_initiator:
-            continue  # the peer's to delete
-        if loser.children and all(any(same(one.sa, kept.sa) for kept in winner.children.values()) for one in loser.children.values()):
-            return loser
+        if gives_way(ike, other):
+            return ike
+        if gives_way(other, ike):
+            return other
     return None
+
+
+def gives_way(ike: IkeSa, other: IkeSa) -> bool:
+    """Whether of two IKE SAs that crossed `ike` is to go, and ours to delete: the other one has all that it has.
+
+    One that has CHILD_SAs stays beside one that has none; else that with the higher SPI of the initiator stays.
+    """
+    if other is ike or not ike.original_initiator or ike.asks_for_children or not (_stands(ike) and _stands(other)):
+        return False
+    if ike.origin is None or other.origin is None or ike.connection.name != other.connection.name or abs(other.origin.at - ike.origin.at) > CROSSING:
+        return False
+    has, others = _served(ike), _served(other)
+    if bool(has) is not bool(others):
+        return not has
+    return has <= others and _lower(ike.origin, other.origin, ours=other.original_initiator)
+
+
+def _stands(ike: IkeSa) -> bool:
+    return not ike.closed and ike.heir is None and ike.state in (IkeSaState.ESTABLISHED, IkeSaState.REKEYING)
+
+
+def _served(ike: IkeSa) -> set[Hashable]:
+    return {_packets(child.sa) for child in ike.children.values() if child.state is not ChildSaState.DELETING}
+
+
+def _lower(one: Origin, other: Origin, *, ours: bool) -> bool:
+    """`ours`: we made both, for each of two that crossed was reauthenticated; the later one stays, which the peer need not judge."""
+    return one.at < other.at if ours else one.spi < other.spi
 
 
 def has_twin(child: ChildSa, ikes: Iterable[IkeSa]) -> bool:
@@ -96,4 +113,8 @@ def has_twin(child: ChildSa, ikes: Iterable[IkeSa]) -> bool:
 
 def same(one: ChildSa, other: ChildSa) -> bool:
     """Whether two CHILD_SAs are for the same packets of the same child."""
-    return (one.name, one.mode, set(one.local_ts), set(one.remote_ts)) == (other.name, other.mode, set(other.local_ts), set(other.remote_ts))
+    return _packets(one) == _packets(other)
+
+
+def _packets(child: ChildSa) -> Hashable:
+    return child.name, child.mode, frozenset(child.local_ts), frozenset(child.remote_ts)

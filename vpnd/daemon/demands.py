@@ -27,18 +27,8 @@ from kernel_shim.model import (
 from vpnd.config.model import ChildConfig, ConnectionConfig, StartAction
 from vpnd.control.backend import ControlError
 from vpnd.daemon.background import Background
-from vpnd.daemon.crossings import (
-    AGAIN,
-    LOOKS,
-    SETTLE,
-    STANDING,
-    doubled,
-    doubled_children,
-    standing_child,
-    still_superfluous,
-    superfluous_child,
-    superfluous_ike,
-)
+from vpnd.daemon.crossings import standing_child
+from vpnd.daemon.duplicates import Duplicates
 from vpnd.daemon.endpoints import Endpoints, backoff
 from vpnd.daemon.ends import Ends
 from vpnd.daemon.entry import ChildKey, Entry
@@ -46,7 +36,7 @@ from vpnd.daemon.ike_demands import IkeDemands, NoWay, begin
 from vpnd.daemon.manager import Manager
 from vpnd.daemon.traps import Traps
 from vpnd.ike.effects import NO_ACQUIRE, ChildFailed, ChildSa, IkeClosed, Reason
-from vpnd.ike.sa import Child, ChildSaState
+from vpnd.ike.sa import ChildSaState
 
 MAXIMUM_WAITING: Final = 1024  # ACQUIREs that wait for one demand; the kernel repeats those beyond
 JUST_NOW: Final = 1.0  # s; longer than an event waits to be read
@@ -81,6 +71,7 @@ class Demands:
         self._endpoints = Endpoints(manager, mark)
         self.traps: Final = Traps(manager, self._endpoints)
         self.ends: Final = Ends(manager, self.traps, self.demand)
+        self.duplicates: Final = Duplicates(manager, self.ends)
         self.ike_sas: Final = IkeDemands(manager, self._endpoints)
         self._demands: dict[ChildKey, Demand] = {}
         self._waiting: dict[ChildKey, list[asyncio.Future[None]]] = {}  # `wait` of the control socket
@@ -205,7 +196,7 @@ class Demands:
         for waiter in self._waiting.pop(key, []):
             if not waiter.done():
                 waiter.set_result(None)
-        self._settle_crossing(entry, child)
+        self.duplicates.child_established(entry, child)
         self.ends.established(entry, child)
         demand = self._demands.get(key)
         if demand is None or demand.entry is not entry:
@@ -231,47 +222,6 @@ class Demands:
         for demand in self._demands.values():
             if demand.entry is old:
                 demand.entry = new
-
-    def _settle_crossing(self, entry: Entry, child: ChildSa, looks: int = LOOKS) -> None:
-        """Both sides may have brought it up at once: ours goes when theirs stays."""
-        loop = asyncio.get_running_loop()
-        crossed = superfluous_child(entry.sa, child)
-        needless = doubled_children(entry.sa, child) if crossed is None else [crossed]
-        for extra in needless:
-            loop.call_later(SETTLE, self._drop_child, entry, extra)
-        if doubled(entry.sa, child):
-            if looks:
-                loop.call_later(AGAIN, self._look_again, entry, looks - 1)
-            return
-        peers = [peer for peer in self._manager.peers_of(entry) if not peer.leaving]
-        loser = superfluous_ike(entry.sa, [peer.sa for peer in peers])
-        for peer in peers:
-            if peer.sa is loser:
-                loop.call_later(SETTLE, self._drop_ike, peer)
-        if len(peers) > 1 and looks:
-            loop.call_later(AGAIN, self._look_again, entry, looks - 1)
-
-    def _look_again(self, entry: Entry, looks: int) -> None:
-        """What was about to end may have been kept, and what is to end may have been busy."""
-        entry = entry.current
-        standing = next((child for child in entry.sa.children.values() if child.state in STANDING), None)
-        if standing is not None and not entry.sa.closed and not entry.leaving:
-            self._settle_crossing(entry, standing.sa, looks)
-
-    def _drop_child(self, entry: Entry, extra: Child) -> None:
-        """While it still is superfluous, or what it was rekeyed to: the peer may be rekeying it at this moment."""
-        needless = still_superfluous(entry.current.sa, extra)
-        for child in needless:
-            self.ends.end(entry, child.sa.id)
-        if needless:
-            asyncio.get_running_loop().call_later(AGAIN, self._drop_child, entry, extra)
-
-    def _drop_ike(self, entry: Entry) -> None:
-        """If it still is superfluous."""
-        entry = entry.current
-        sa = entry.sa
-        if not sa.closed and all(self._manager.has_twin(sa.local_id, sa.remote_id, child.sa) for child in sa.children.values()):
-            self._manager.run(entry, sa.delete(asyncio.get_running_loop().time(), Reason.REPLACED))
 
     def child_failed(self, entry: Entry, effect: ChildFailed) -> None:
         key = (entry.sa.connection.name, effect.name)

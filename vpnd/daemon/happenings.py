@@ -29,6 +29,7 @@ class Happenings:
     def ike_established(self, entry: Entry) -> None:
         self._manager.news.publish(IkeUpDown(True, ike_status(entry, NO_USAGE)))
         self._demands.ike_sas.established(entry)
+        self._demands.duplicates.ike_established(entry)
 
     def ike_rekeyed(self, old: Entry, new: Entry) -> None:
         self._manager.news.publish(IkeRekeyed(ike_status(old, NO_USAGE, children=()), ike_status(new, NO_USAGE, children=())))
