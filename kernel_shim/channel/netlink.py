@@ -91,8 +91,7 @@ class NetlinkSocket:
         try:
             self._socket = self._opened()
         except OSError as error:
-            needed = ", CAP_NET_ADMIN is needed" if error.errno == errno.EPERM else ""
-            raise KernelError(error.errno or errno.EIO, f"NETLINK_XFRM does not open: {error.strerror}{needed}") from error
+            raise KernelError.of(error, "NETLINK_XFRM does not open", needs="CAP_NET_ADMIN") from error
         self._buffer = bytearray(READ_SIZE)
         self._loop.add_reader(self._socket, self._readable)
 

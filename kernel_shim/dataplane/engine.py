@@ -54,7 +54,7 @@ from kernel_shim.sa.database import Sad, covers
 from kernel_shim.sa.entry import SaEntry
 
 FRAME_CAPACITY: Final = virtio.LENGTH + LARGEST_PACKET
-DATAGRAM_CAPACITY: Final = 65535  # the most that one UDP_GRO receive yields
+DATAGRAM_CAPACITY: Final = LARGEST_PACKET  # the most that one UDP_GRO receive yields
 
 DRAIN_SLICES: Final = 4  # slices of waiting packets sent between two looks at the sockets; about a millisecond
 

@@ -350,7 +350,7 @@ class Capture:
             fresh.write_text(json.dumps(entry) + "\n")
             fresh.replace(path)
         except OSError as error:
-            raise KernelError(error.errno or errno.EIO, f"state file {path}: {error.strerror}") from error
+            raise KernelError.of(error, f"state file {path}") from error
 
 
 def in_host_vrf(interface: str) -> bool:

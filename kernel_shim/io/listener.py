@@ -57,7 +57,7 @@ class Listener:
                 os.umask(previous)
         except OSError as error:
             self._socket.close()
-            raise KernelError(error.errno or errno.EIO, f"socket {path}: {error.strerror}") from error
+            raise KernelError.of(error, f"socket {path}") from error
         except KernelError:
             self._socket.close()
             raise

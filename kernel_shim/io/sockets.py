@@ -67,7 +67,7 @@ def _open(kind: int, protocol: int, local: Endpoint, mark: int, *, fragment: boo
     try:
         opened = socket.socket(family, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, protocol)
     except OSError as error:
-        raise KernelError(error.errno or errno.EIO, f"{what}: {error.strerror}") from error
+        raise KernelError.of(error, what) from error
     try:
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
         for forced, plain in ((SO_RCVBUFFORCE, socket.SO_RCVBUF), (SO_SNDBUFFORCE, socket.SO_SNDBUF)):
@@ -170,7 +170,7 @@ class GatewaySockets:
         except OSError as error:
             for one in opened:
                 one.close()
-            raise KernelError(error.errno or errno.EIO, f"UDP {nat_t}: {error.strerror}") from error
+            raise KernelError.of(error, f"UDP {nat_t}") from error
         except KernelError:
             for one in opened:
                 one.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import struct
@@ -46,7 +45,7 @@ class Tun:
         try:
             self.descriptor: Final = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
-            raise KernelError(error.errno or errno.EIO, f"/dev/net/tun does not open: {error.strerror}") from error
+            raise KernelError.of(error, "/dev/net/tun does not open") from error
         try:
             fcntl.ioctl(self.descriptor, TUNSETIFF, struct.pack("16sH22x", name.encode(), IFF_TUN | IFF_NO_PI | IFF_VNET_HDR | IFF_TUN_EXCL))
             fcntl.ioctl(self.descriptor, TUNSETVNETHDRSZ, struct.pack("i", VNET_HEADER))
@@ -59,8 +58,7 @@ class Tun:
                 route.link("set", index=self.index, mtu=mtu, txqlen=TRANSMIT_QUEUE, state="up")
         except OSError as error:
             os.close(self.descriptor)
-            needed = ", CAP_NET_ADMIN is needed" if error.errno == errno.EPERM else ""
-            raise KernelError(error.errno or errno.EIO, f"interface {name}: {error.strerror}{needed}") from error
+            raise KernelError.of(error, f"interface {name}", needs="CAP_NET_ADMIN") from error
 
     def _offload(self) -> bool:
         basic = TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6

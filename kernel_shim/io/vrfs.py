@@ -24,9 +24,10 @@ from kernel_shim.io.tun import Tun
 from kernel_shim.model import IPAddress, IPNetwork, KernelError
 from kernel_shim.mpls.lfib import Key, ToInterface
 from kernel_shim.mpls.node import NodeEntry, Tunnel, Vrf, VrfRoute
+from kernel_shim.packet.ip import LARGEST_PACKET
 
 # The host never finds a packet too big for this interface: its errors know no VRF, and the data plane's go back by the interface.
-VRF_MTU: Final = 65535
+VRF_MTU: Final = LARGEST_PACKET
 
 
 class VrfDevices:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass, field
+from typing import Self
 
 from kernel_shim.algorithms import EspAlgorithm
 from kernel_shim.model.policies import Mode, Unresolved
@@ -15,6 +17,12 @@ class KernelError(Exception):
         super().__init__(f"{detail} (errno {errno})")
         self.errno = errno
         self.detail = detail
+
+    @classmethod
+    def of(cls, error: OSError, what: str, needs: str = "") -> Self:
+        """Of a system call for `what` that failed. `needs`: the capability without which it ends with EPERM."""
+        hint = f", {needs} is needed" if needs and error.errno == errno.EPERM else ""
+        return cls(error.errno or errno.EIO, f"{what}: {error.strerror}{hint}")
 
 
 @dataclass(frozen=True, slots=True)

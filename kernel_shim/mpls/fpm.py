@@ -49,7 +49,6 @@ MPLS_IPTUNNEL_DST: Final = 1
 NLA_TYPE_MASK: Final = 0x3FFF
 
 # Limits of this implementation
-MAX_FRAME: Final = 65535  # octets: what the length can say
 MAX_HOPS: Final = 64  # of one route or group
 
 _FRAME: Final = Struct("!BBH")

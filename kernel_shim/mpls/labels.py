@@ -10,6 +10,7 @@ from typing import Final, NamedTuple, NewType
 Label = NewType("Label", int)
 Buffer = bytes | bytearray | memoryview
 
+LABEL_BITS: Final = 20
 # Special-purpose labels (RFC 3032 section 2.1, RFC 6790, RFC 7274)
 IPV4_EXPLICIT_NULL: Final = Label(0)
 ROUTER_ALERT: Final = Label(1)
@@ -20,7 +21,7 @@ GENERIC_ASSOCIATED_CHANNEL: Final = Label(13)
 OAM_ALERT: Final = Label(14)
 EXTENSION: Final = Label(15)
 FIRST_LABEL: Final = Label(16)  # the first that means what its LFIB says
-LAST_LABEL: Final = Label((1 << 20) - 1)
+LAST_LABEL: Final = Label((1 << LABEL_BITS) - 1)
 
 ENTRY: Final = 4  # octets
 LARGEST_TTL: Final = 255

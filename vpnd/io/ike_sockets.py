@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import socket
 from collections.abc import Callable
 from typing import Final
@@ -33,7 +31,7 @@ def open_ike_sockets(address: IPAddress, bypass: Bypass) -> tuple[int, int]:
             natt.setsockopt(socket.IPPROTO_UDP, _UDP_ENCAP, _UDP_ENCAP_ESPINUDP)
         except OSError as error:
             natt.close()
-            raise KernelError(error.errno or errno.EIO, f"port {PORT_NAT_T} takes no ESP: {error.strerror}") from error
+            raise KernelError.of(error, f"port {PORT_NAT_T} takes no ESP") from error
     except BaseException:
         plain.close()
         raise
@@ -51,6 +49,5 @@ def _open(address: IPAddress, port: int, bypass: Bypass) -> socket.socket:
         opened.bind((str(address), port))
     except OSError as error:
         opened.close()
-        number = error.errno or errno.EIO
-        raise KernelError(number, f"port {port} of {address}: {os.strerror(number)}") from error
+        raise KernelError.of(error, f"port {port} of {address}") from error
     return opened

@@ -19,7 +19,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 from kernel_shim.channel.linux_mpls.devices import tunnel_device
 from kernel_shim.channel.route_socket import link_named
 from kernel_shim.model import KernelError
-from kernel_shim.mpls.labels import Label, LabelRange, LabelSet
+from kernel_shim.mpls.labels import LABEL_BITS, Label, LabelRange, LabelSet
 from kernel_shim.mpls.lfib import PLATFORM, Peer
 
 ETH_P_MPLS_UC: Final = 0x8847
@@ -27,7 +27,6 @@ INGRESS: Final = 0xFFFF0000  # the handle of that qdisc, and the parent of its f
 FLOW: Final = 0x10001  # the class of what passes, which a filter must name and ingress passes over
 U32_FIRST_KEY: Final = 4 + 16  # behind the attribute's header and struct tc_u32_sel
 U32_KEY: Final = struct.Struct("!II")  # mask and value of struct tc_u32_key
-LABEL_BITS: Final = 20
 BEHIND_LABEL: Final = 12  # bits of a stack entry
 
 # Choices and limits of this implementation

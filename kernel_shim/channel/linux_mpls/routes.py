@@ -22,7 +22,7 @@ from pyroute2.netlink.rtnl.rtmsg import rtmsg_base
 
 from kernel_shim.channel.linux_mpls.devices import Devices, tunnel_device
 from kernel_shim.model import ROUTE_PROTOCOL, KernelError
-from kernel_shim.mpls.labels import LARGEST_TTL, Label
+from kernel_shim.mpls.labels import LABEL_BITS, LARGEST_TTL, Label
 from kernel_shim.mpls.lfib import PLATFORM, NextHop, Nhlfe, ToInterface, ToPeer, ToVrf, TtlModel
 from kernel_shim.mpls.node import LabelBinding, Vrf, VrfRoute
 
@@ -30,7 +30,6 @@ AF_INET: Final = 2
 AF_INET6: Final = 10
 AF_MPLS: Final = 28
 LWTUNNEL_ENCAP_MPLS: Final = 1
-LABEL_BITS: Final = 20
 RT_TABLE_MAIN: Final = 254
 RTN_UNICAST: Final = 1
 RTN_BLACKHOLE: Final = 6
