@@ -55,6 +55,7 @@ secrets {{ ike-1 {{
 
 A, B = ip_address("127.0.0.11"), ip_address("127.0.0.12")
 DEFAULTS = DaemonConfig()
+HASTY = Retransmission(0.05, 1.2, 3)
 
 
 @dataclass
@@ -71,14 +72,23 @@ class Network:
 
 
 class Node:
-    def __init__(self, network: Network, config: str, address: object, *, gate: GateSettings | None = None, settings: DaemonConfig = DEFAULTS) -> None:
+    def __init__(
+        self,
+        network: Network,
+        config: str,
+        address: object,
+        *,
+        gate: GateSettings | None = None,
+        settings: DaemonConfig = DEFAULTS,
+        retransmission: Retransmission = HASTY,
+    ) -> None:
         self.network = network
         self.kernel = FakeKernel()
         self.channels: list[FakeChannel] = []
         loaded = load_text(config, Path("/nonexistent"))
         counters = Counters()
         side = KernelSide(self._connect, counters)
-        ike = IkeSettings(retransmission=Retransmission(0.05, 1.2, 3), rekeyed_delay=0.02)
+        ike = IkeSettings(retransmission=retransmission, rekeyed_delay=0.02)
         self.manager = Manager(
             side, self, CredentialStore.of(loaded.configuration), ike, gate or GateSettings(), counters, tokens=TokenMaker(str(address).encode())
         )
@@ -136,11 +146,18 @@ def config(side: str, start: str = "none", secret: str = "between us", connectio
 
 
 async def pair(
-    start_a: str = "none", start_b: str = "none", secret_b: str = "between us", *, connection: str = "", child: str = "", settings: DaemonConfig = DEFAULTS
+    start_a: str = "none",
+    start_b: str = "none",
+    secret_b: str = "between us",
+    *,
+    connection: str = "",
+    child: str = "",
+    settings: DaemonConfig = DEFAULTS,
+    retransmission: Retransmission = HASTY,
 ) -> tuple[Node, Node, Network]:
     network = Network()
-    a = Node(network, config("a", start_a, connection=connection, child=child), A, settings=settings)
-    b = Node(network, config("b", start_b, secret_b, connection=connection, child=child), B, settings=settings)
+    a = Node(network, config("a", start_a, connection=connection, child=child), A, settings=settings, retransmission=retransmission)
+    b = Node(network, config("b", start_b, secret_b, connection=connection, child=child), B, settings=settings, retransmission=retransmission)
     await b.start()
     await a.start()
     return a, b, network

@@ -96,7 +96,7 @@ def _stands(ike: IkeSa) -> bool:
 
 
 def _served(ike: IkeSa) -> set[Hashable]:
-    return {_packets(child.sa) for child in ike.children.values() if child.state is not ChildSaState.DELETING}
+    return {packets(child.sa) for child in ike.children.values() if child.state is not ChildSaState.DELETING}
 
 
 def _lower(one: Origin, other: Origin, *, ours: bool) -> bool:
@@ -113,8 +113,9 @@ def has_twin(child: ChildSa, ikes: Iterable[IkeSa]) -> bool:
 
 def same(one: ChildSa, other: ChildSa) -> bool:
     """Whether two CHILD_SAs are for the same packets of the same child."""
-    return _packets(one) == _packets(other)
+    return packets(one) == packets(other)
 
 
-def _packets(child: ChildSa) -> Hashable:
+def packets(child: ChildSa) -> Hashable:
+    """The same for CHILD_SAs that are for the same packets of the same child."""
     return child.name, child.mode, frozenset(child.local_ts), frozenset(child.remote_ts)

@@ -1,7 +1,8 @@
 """Why CHILD_SAs come up: ACQUIREs of traps, start actions, the operator.
 
 A demand is one CHILD_SA that is wanted now. There is at most one a child configuration at a time: further ACQUIREs
-wait for its outcome, and those whose flow it turns out not to cover make the next demand.
+wait for its outcome, and those whose flow it turns out not to cover make the next demand. Nor is a peer asked for one
+that it was asked for already, for a demand that came to its end otherwise or by a reauthentication: what comes of that is waited for.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ class Demand:
     waiters: list[asyncio.Future[ChildSa]] = field(default_factory=list)
     attempts: int = 1
     entry: Entry | None = None
+    joined: bool = False  # it waits for what somebody else asked the peer of `entry` for
 
 
 class Demands:
@@ -132,6 +134,9 @@ class Demands:
             self._settle(key, demand, child.sa)
             return
         demand.entry = entry
+        demand.joined = entry.sa.asks_for(demand.child.name)
+        if demand.joined:
+            return
         acquire = next(iter(demand.acquires), NO_ACQUIRE)
         reqid = self._manager.reqid(demand.connection, demand.child)
         effects = entry.sa.create_child(demand.child, now, flow=demand.flow, acquire=acquire, reqid=reqid)
@@ -153,7 +158,8 @@ class Demands:
             self._background.start(self._pursue(key, demand, delay))
             return
         # no ticket is tried twice, so what comes after a failed resumption is a full exchange
-        if reason in (Reason.REDIRECTED, Reason.RESUMPTION_FAILED) and config is not None and not self._stopping:
+        elsewhere = reason in (Reason.REDIRECTED, Reason.RESUMPTION_FAILED) or self._stands_elsewhere(demand, reason)
+        if elsewhere and config is not None and not self._stopping:
             demand.entry = None
             self._background.start(self._pursue(key, demand))
             return
@@ -166,6 +172,14 @@ class Demands:
         self._background.start(self._refuse(list(demand.acquires)))
         if StartAction.START in demand.child.start_action and not self._stopping:
             self._retry_later(key, demand)
+
+    def _stands_elsewhere(self, demand: Demand, reason: Reason) -> bool:
+        """Whether it fails because its IKE SA goes, and another one of the connection stays: one of the two was superfluous, or came to nothing."""
+        superfluous = reason in (Reason.REPLACED, Reason.PEER_DELETED) or demand.joined
+        if not superfluous or demand.entry is None or demand.entry.usable:
+            return False
+        other = self._manager.established(demand.connection.name)
+        return other is not None and other.sa.established_at is not None
 
     async def _refuse(self, acquires: Sequence[AcquireSequence]) -> None:
         for sequence in acquires:
@@ -201,11 +215,15 @@ class Demands:
         demand = self._demands.get(key)
         if demand is None or demand.entry is not entry:
             return
-        self._settle(key, demand, child)
         left = {sequence: flow for sequence, flow in demand.acquires.items() if flow is not None and not covers(child, flow)}
-        if left:
+        if left and entry.sa.asks_for(child.name):
+            return  # ours is still to come
+        self._settle(key, demand, child)
+        if not left:
+            self._manager.run(entry, entry.sa.child_unwanted(child.name, asyncio.get_running_loop().time()))
+        else:
             sequence, flow = next(iter(left.items()))
-            if flow == demand.flow:
+            if flow == demand.flow and not demand.joined:
                 # the peer narrowed away the very flow that asked: asking again would yield the same
                 self._background.start(self._refuse(list(left)))
                 return
@@ -226,7 +244,12 @@ class Demands:
     def child_failed(self, entry: Entry, effect: ChildFailed) -> None:
         key = (entry.sa.connection.name, effect.name)
         demand = self._demands.get(key)
-        if demand is not None and demand.entry is entry:
+        if demand is None or demand.entry is not entry:
+            return
+        if demand.joined and entry.usable:
+            demand.entry = None
+            self._background.start(self._pursue(key, demand))  # what was refused to somebody else is not refused to it
+        else:
             self._failed(key, demand, effect.reason, effect.detail)
 
     def ike_closed(self, entry: Entry, effect: IkeClosed) -> None:

@@ -10,6 +10,7 @@ import asyncio
 from typing import Final
 
 from kernel_shim.model import Endpoint
+from vpnd.daemon.crossings import packets
 from vpnd.daemon.entry import Entry
 from vpnd.daemon.manager import Manager
 from vpnd.ike.effects import Effect, Reason
@@ -54,10 +55,10 @@ class Reauthentications:
         self._old[new] = old
         old.leaving = True
         effects: list[Effect] = []
-        for child in sa.children.values():
-            if child.state not in GOING:
-                config = connection.children.get(child.sa.name, child.config)
-                effects += new.sa.create_child(config, self._now(), reqid=child.sa.reqid, like=child.sa)
+        # of two that crossed, or that a rekeying leaves for a moment, one comes along
+        for child in {packets(child.sa): child for child in sa.children.values() if child.state not in GOING}.values():
+            config = connection.children.get(child.sa.name, child.config)
+            effects += new.sa.create_child(config, self._now(), reqid=child.sa.reqid, like=child.sa)
         self._manager.run(new, [*effects, *new.sa.initiate(self._now(), resume=False)])
 
     # News of the manager

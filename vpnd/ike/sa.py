@@ -293,7 +293,20 @@ class IkeSa(Lifecycle):
         self._start_next()
         return self._done()
 
+    def child_unwanted(self, name: str, now: float) -> list[Effect]:
+        """What `create_child` was to bring up of that configuration came up otherwise: unless the peer was asked already, it is not asked."""
+        self.now = now
+        for task in [task for task in self.queue if _creates(task, name)]:
+            self.queue.remove(task)
+        for task in [task for task in self.postponed if _creates(task, name)]:
+            self.call_off(task)
+        return self._done()
+
     # Status
+
+    def asks_for(self, name: str) -> bool:
+        """Whether a CHILD_SA of that configuration that we asked for, or are to ask for, is neither up nor refused."""
+        return any(task is not None and task.child is not None and task.child.child.name == name for task in (self.active, *self.queue, *self.postponed))
 
     @property
     def tasks_queued(self) -> Sequence[str]:
@@ -307,6 +320,11 @@ class IkeSa(Lifecycle):
     @property
     def tasks_active(self) -> Sequence[str]:
         return (self.active.name,) if self.active else ()
+
+
+def _creates(task: Task, name: str) -> bool:
+    """Whether somebody asked for it who takes any; not one that is to be like another."""
+    return task.child is not None and task.child.child.name == name and task.child.like is None
 
 
 def _resume(session: Session, task: Task) -> Steps[None]:
