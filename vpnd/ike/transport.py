@@ -1,4 +1,4 @@
-"""How an IKE SA talks: message ids, protection, retransmission, and the exchanges that are under way in both directions.
+"""How an IKE SA talks: message ids, retransmission, and the exchanges that are under way in both directions.
 
 A datagram's way: 1 sort out -> 2 response or request -> 3 open -> 4 the exchange -> 5 answer.
 """
@@ -10,21 +10,22 @@ from dataclasses import dataclass
 from typing import Final
 
 from kernel_shim.model import Direction, Endpoint, IPAddress, SaId, Spi
-from vpnd.config.model import ConnectionConfig, Fragmentation
+from vpnd.config.model import ConnectionConfig
 from vpnd.ike import succession
 from vpnd.ike.context import IkeContext
 from vpnd.ike.crypto.sk import open_chain
-from vpnd.ike.effects import AllocateSpi, ChildClosed, ChildEstablished, Effect, InstallSa, Reason, RemoveSa, Send
+from vpnd.ike.effects import AllocateSpi, ChildClosed, ChildEstablished, Effect, InstallSa, Reason, RemoveSa
 from vpnd.ike.exchanges import create_child_sa, ike_auth, ike_followup_ke, ike_intermediate, informational, mobike
-from vpnd.ike.fragments import SMALLEST_PACKET, Inner, Outgoing, Reassembly, packet_limit, refit, seal
+from vpnd.ike.fragments import Outgoing, Reassembly, refit
 from vpnd.ike.iana import Exchange, NotifyType, ProtocolId
+from vpnd.ike.protection import Protection
 from vpnd.ike.session import Session
 from vpnd.ike.state import MAX_TASKS, IkeSaState
 from vpnd.ike.steps import Ask, IkeCrypto, KeepWaiting, Response, Steps, Task, Tell
 from vpnd.ike.window import Inbox, Outstanding, Serving
 from vpnd.ike.wire.errors import IntegrityFailure, MalformedMessage
-from vpnd.ike.wire.header import Header, MessageId
-from vpnd.ike.wire.message import Message, decode_payloads, plain_form, plain_message
+from vpnd.ike.wire.header import Header
+from vpnd.ike.wire.message import Message
 from vpnd.ike.wire.payloads import DeletePayload, NotifyPayload, Payload, SkfPayload
 
 UNPROTECTED_ERROR_GRACE: Final = 2.0  # s that an unprotected error gives the true answer to arrive
@@ -64,8 +65,8 @@ class _Fallback:
     payloads: tuple[Payload, ...]
 
 
-class Transport(Session):
-    """The part of an IKE SA between its exchanges and the datagrams."""
+class Transport(Protection):
+    """The part of an IKE SA between its exchanges and its messages."""
 
     def __init__(self, context: IkeContext, connection: ConnectionConfig, local: Endpoint, remote: Endpoint, *, initiator: bool, now: float) -> None:
         super().__init__(context, connection, local, remote, initiator=initiator, now=now)
@@ -80,7 +81,6 @@ class Transport(Session):
         self._fallback: _Fallback | None = None
         self._waits: dict[int, _SpiWait] = {}
         self._heard_at = now
-        self._sent_at = now
 
     # Our exchanges
 
@@ -280,31 +280,7 @@ class Transport(Session):
         if self.established_at is None:
             self.close(Reason.INVALID_SYNTAX, f"{self.describe()}: {why}")
 
-    # 3
-
-    def _open(self, datagram: bytes, message: Message, fragments: Reassembly) -> Message | None:
-        """None for what is not protected by our keys, and while fragments are missing. Raises MalformedMessage for what the peer itself got wrong."""
-        sealed = message.encrypted
-        if self.crypto is None or sealed is None:
-            return None
-        if isinstance(sealed, SkfPayload) and not (self.fragmentation and fragments.wants(message.header.message_id, sealed)):
-            return None
-        try:
-            chain = open_chain(datagram, sealed, self.crypto.receive)
-        except IntegrityFailure:
-            return None
-        if isinstance(sealed, SkfPayload):
-            authenticated = self.established_at is not None
-            inner = fragments.add(message.header.message_id, sealed, chain, datagram, authenticated=authenticated, now=self.now)
-            if inner is None:
-                return None
-        else:
-            fragments.clear()
-            inner = Inner(sealed.first, chain)
-        # RFC 9242 section 3.3.2
-        intermediate = message.header.exchange == Exchange.IKE_INTERMEDIATE
-        plain = plain_form(fragments.first_datagram or datagram, inner.first, inner.chain) if intermediate else b""
-        return Message(message.header, decode_payloads(inner.first, inner.chain), plain)
+    # 3 (the rest is `Protection`)
 
     def _repeats_in_other_fragments(self, datagram: bytes, message: Message) -> bool:
         """RFC 7383 section 2.5.2: the first fragment of an answered request that the peer cut anew."""
@@ -382,36 +358,8 @@ class Transport(Session):
             self.close(response.close.reason, response.close.detail)
         self._start_next()
 
-    def _seal(self, exchange: int, message_id: int, payloads: Sequence[Payload], *, response: bool, serving: Serving | None = None) -> Outgoing:
-        header = Header(self.wire_spi_i, self.wire_spi_r, exchange, MessageId(message_id), initiator=self.initiator, response=response)
-        limit = self._limit(serving.local, serving.remote, piece=serving.piece) if serving else self._limit(self.local, self.remote)
-        if exchange == Exchange.IKE_INTERMEDIATE:
-            self.intermediate.cover(self.keys.suite.prf, self.keys.keys, plain_message(header, payloads), response=response)
-        return seal(header, payloads, self.keys.send, self.context.entropy, limit)
-
     def _seal_answer(self, serving: Serving, payloads: Sequence[Payload]) -> Outgoing:
         return self._seal(serving.exchange, serving.message_id, payloads, response=True, serving=serving)
-
-    def _limit(self, local: Endpoint, remote: Endpoint, *, narrow: bool = False, piece: int = 0) -> int:
-        """The octets of IKE message that a datagram may have; 0: any number.
-
-        `narrow`: as few as every path carries. `piece`: the length of a fragment of the request that is being answered; the path back is taken to be like it.
-        """
-        if not self.fragmentation or self.connection.fragmentation is Fragmentation.ACCEPT:
-            return 0
-        smallest = SMALLEST_PACKET[local.address.version]
-        packet = smallest if narrow else self.context.settings.fragment_size or smallest
-        known = self.context.path_mtu(local.address, remote.address)
-        limit = packet_limit(local, max(min(packet, known), smallest) if known else packet)
-        return max(min(limit, piece), packet_limit(local, smallest)) if piece else limit
-
-    def _count(self, exchange: int, *, incoming: bool, response: bool) -> None:
-        self.context.exchanged(self.connection.name, exchange, incoming=incoming, response=response)
-
-    def _send(self, message: Outgoing, local: Endpoint, remote: Endpoint) -> None:
-        self._sent_at = self.now
-        for datagram in message.datagrams:
-            self.emit(Send(local, remote, datagram))
 
     def _done(self) -> list[Effect]:
         effects, self.effects = self.effects, []

@@ -8,25 +8,25 @@ from typing import Final, TypeVar
 
 from kernel_shim.model import Endpoint
 from kernel_shim.secret import Secret
-from vpnd.auth.signature import SUPPORTED_HASHES
-from vpnd.config.model import AuthMethod, Childless, ConnectionConfig, Fragmentation
+from vpnd.config.model import AuthMethod, Childless, ConnectionConfig
 from vpnd.ike.context import IkeContext
 from vpnd.ike.cookie import COOKIE_MAXIMUM, stateless_reply
 from vpnd.ike.crypto.exchange import KeyExchange
 from vpnd.ike.crypto.groups import group, implemented_groups
 from vpnd.ike.effects import AuthenticationRejected, Effect, Reason, Redirected, Send
 from vpnd.ike.exchanges import redirect
+from vpnd.ike.exchanges.opening import answer, capabilities, first_request, read_request, take_answer, take_request
 from vpnd.ike.iana import CertEncoding, Exchange, NotifyType
 from vpnd.ike.keymat import IkeSuite, ike_keys, skeyseed
-from vpnd.ike.nat import HASH_LENGTH, detection_payloads, floated
+from vpnd.ike.nat import HASH_LENGTH
 from vpnd.ike.proposal import Proposal, accept, number_proposals, select
 from vpnd.ike.session import Session
 from vpnd.ike.state import IkeSaState
 from vpnd.ike.steps import NONCE_LENGTH, Ask, IkeCrypto, KeepWaiting, Steps, ask, error_name, first_error, reason_of
 from vpnd.ike.wire.errors import MalformedMessage
-from vpnd.ike.wire.header import NO_SPI, Header, MessageId
-from vpnd.ike.wire.message import Message, decode_message, encode_message
-from vpnd.ike.wire.payloads import CertReqPayload, KePayload, NoncePayload, NotifyPayload, Payload, SaPayload, VendorIdPayload
+from vpnd.ike.wire.header import NO_SPI
+from vpnd.ike.wire.message import Message
+from vpnd.ike.wire.payloads import CertReqPayload, KePayload, NoncePayload, NotifyPayload, Payload, SaPayload
 
 MAX_REQUESTED: Final = 256  # authorities that a CERTREQ names; more would not fit a datagram
 MAX_RESTARTS: Final = 4  # cookies and other groups that one attempt answers; they come from anybody
@@ -99,22 +99,7 @@ def _request(session: Session, proposals: Sequence[Proposal], exchange: KeyExcha
     # RFC 9370 section 2.2.2
     if any(proposal.asks_additional for proposal in proposals):
         payloads.append(NotifyPayload(NotifyType.INTERMEDIATE_EXCHANGE_SUPPORTED))
-    header = Header(session.wire_spi_i, NO_SPI, Exchange.IKE_SA_INIT, MessageId(0), initiator=True, response=False)
-    session.init_request = encode_message(Message(header, tuple(payloads)))
-    return session.init_request
-
-
-def capabilities(session: Session, spi_r: bytes, local: Endpoint, remote: Endpoint, fake: bytes | None) -> list[Payload]:
-    context, spi_i = session.context, session.wire_spi_i
-    # RFC 7427 section 4
-    hashes = b"".join(number.to_bytes(2, "big") for number in SUPPORTED_HASHES)
-    payloads: list[Payload] = [*detection_payloads(spi_i, spi_r, local, remote, fake), NotifyPayload(NotifyType.SIGNATURE_HASH_ALGORITHMS, hashes)]
-    # RFC 7383 section 2.3
-    if session.connection.fragmentation is not Fragmentation.NO:
-        payloads.append(NotifyPayload(NotifyType.IKEV2_FRAGMENTATION_SUPPORTED))
-    if context.settings.vendor_id:
-        payloads.append(VendorIdPayload(context.settings.vendor_id))
-    return payloads
+    return first_request(session, Exchange.IKE_SA_INIT, payloads)
 
 
 def _complete(session: Session, proposals: Sequence[Proposal], exchange: KeyExchange, response: Message) -> KeepWaiting | None:
@@ -140,14 +125,9 @@ def _complete(session: Session, proposals: Sequence[Proposal], exchange: KeyExch
     session.nonce_r = nonce.data
     session.proposal = chosen
     _derive(session, suite, shared)
-    features(session, response, session.local, session.remote, response.header.responder_spi)
-    session.init_response = session.received
     session.notice_certificate_requests(response)
     session.peer_knows_ppk = session.connection.ppk_id is not None and response.notify(NotifyType.USE_PPK) is not None
-    session.peer_childless = response.notify(NotifyType.CHILDLESS_IKEV2_SUPPORTED) is not None
-    # RFC 7296 section 2.23: a NAT, real or pretended, moves us to port 4500; RFC 4555 section 3.3: so does the wish for MOBIKE
-    if session.nat_local or session.nat_remote or session.nat_fake or (session.nat_supported and session.connection.mobike):
-        session.local, session.remote = floated(session.local), floated(session.remote)
+    take_answer(session, response)
     return None
 
 
@@ -156,15 +136,6 @@ def _derive(session: Session, suite: IkeSuite, shared: Secret) -> None:
     keys = ike_keys(suite, seed, session.nonce_i, session.nonce_r, session.wire_spi_i, session.wire_spi_r)
     session.crypto = IkeCrypto.of(suite, keys, session.initiator)
     session.intermediate.pending.extend(session.proposal.additional if session.proposal else ())
-
-
-def features(session: Session, message: Message, local: Endpoint, remote: Endpoint, spi_r: bytes) -> None:
-    session.notice_nat(message, session.wire_spi_i, spi_r, local, remote)
-    announced = message.notify(NotifyType.IKEV2_FRAGMENTATION_SUPPORTED) is not None
-    session.fragmentation = announced and session.connection.fragmentation is not Fragmentation.NO
-    hashes = message.notify(NotifyType.SIGNATURE_HASH_ALGORITHMS)
-    data = hashes.data if hashes else b""
-    session.peer_hashes = tuple(int.from_bytes(data[at : at + 2], "big") for at in range(0, len(data) - 1, 2))
 
 
 # Responder
@@ -184,15 +155,10 @@ def respond(
     make: Callable[[ConnectionConfig], S], context: IkeContext, datagram: bytes, local: Endpoint, remote: Endpoint, now: float
 ) -> tuple[S | None, list[Effect]]:
     """The IKE SA, opened by `make`, with its answer; or a refusal that leaves no state."""
-    try:
-        request = decode_message(datagram)
-    except MalformedMessage:
-        # RFC 7296 section 2.21.1: what is not syntactically right and not protected is dropped
+    request = read_request(datagram, Exchange.IKE_SA_INIT)
+    if request is None:
         return None, []
     header = request.header
-    opens = header.exchange == Exchange.IKE_SA_INIT and header.initiator and not header.response and header.message_id == 0
-    if not opens or header.initiator_spi == NO_SPI or header.responder_spi != NO_SPI:
-        return None, []
 
     def refuse(notify: int, data: bytes = b"", why: str = "") -> tuple[None, list[Effect]]:
         reject: list[Effect] = [AuthenticationRejected(None, None, f"{remote}: {why}")] if why else []
@@ -225,13 +191,9 @@ def respond(
         return refuse(NotifyType.NO_PROPOSAL_CHOSEN, why="the chosen proposal is not implemented")
 
     session = make(choice.connection)
-    session.state = IkeSaState.CONNECTING
     session.candidates = choice.candidates
-    session.spi_remote = int.from_bytes(header.initiator_spi, "big")
-    session.nonce_i, session.nonce_r = nonce.data, context.entropy(NONCE_LENGTH)
     session.proposal = choice.proposal
-    session.init_request = datagram
-    features(session, request, local, remote, NO_SPI)
+    take_request(session, datagram, request, nonce.data, local, remote)
     redirect.notice(session, request)
     _derive(session, suite, shared)
     fake = context.entropy(HASH_LENGTH) if session.nat_fake else None
@@ -246,9 +208,7 @@ def respond(
         payloads.append(NotifyPayload(NotifyType.CHILDLESS_IKEV2_SUPPORTED))
     if choice.proposal.additional:
         payloads.append(NotifyPayload(NotifyType.INTERMEDIATE_EXCHANGE_SUPPORTED))
-    reply = Header(session.wire_spi_i, session.wire_spi_r, Exchange.IKE_SA_INIT, MessageId(0), initiator=False, response=True)
-    session.init_response = encode_message(Message(reply, tuple(payloads)))
-    return session, [Send(local, remote, session.init_response)]
+    return session, answer(session, Exchange.IKE_SA_INIT, payloads, local, remote)
 
 
 def _choose(candidates: Sequence[ConnectionConfig], offered: Sequence[Proposal], intermediate: bool) -> _Choice | None:

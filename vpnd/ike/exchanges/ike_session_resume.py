@@ -13,18 +13,17 @@ from vpnd.config.model import AuthMethod, ConnectionConfig
 from vpnd.ike.context import IkeContext
 from vpnd.ike.cookie import COOKIE_MAXIMUM, stateless_reply
 from vpnd.ike.effects import Effect, Reason, Send
-from vpnd.ike.exchanges.ike_sa_init import capabilities, features
+from vpnd.ike.exchanges.opening import answer, capabilities, first_request, read_request, take_answer, take_request
 from vpnd.ike.iana import Exchange, NotifyType
 from vpnd.ike.identity import Identity
 from vpnd.ike.keymat import IkeSuite, ike_keys, resumed_skeyseed
-from vpnd.ike.nat import HASH_LENGTH, floated
+from vpnd.ike.nat import HASH_LENGTH
 from vpnd.ike.resumption import LIFETIME, MAX_AGE, Resumable, Ticket
 from vpnd.ike.session import Session
 from vpnd.ike.state import IkeSaState
 from vpnd.ike.steps import NONCE_LENGTH, Ask, IkeCrypto, KeepWaiting, Steps, ask
-from vpnd.ike.wire.errors import MalformedMessage
-from vpnd.ike.wire.header import NO_SPI, Header, MessageId
-from vpnd.ike.wire.message import Message, decode_message, encode_message
+from vpnd.ike.wire.header import NO_SPI
+from vpnd.ike.wire.message import Message
 from vpnd.ike.wire.payloads import NoncePayload, NotifyPayload, Payload
 
 LIFETIME_LENGTH: Final = 4  # octets before the ticket in TICKET_LT_OPAQUE, RFC 5723 section 7.2
@@ -67,11 +66,7 @@ def initiate(session: Session, ticket: Ticket) -> Steps[bool]:
     session.spi_remote = int.from_bytes(response.header.responder_spi, "big")
     session.nonce_r = nonce.data
     _derive(session, state)
-    features(session, response, session.local, session.remote, response.header.responder_spi)
-    session.init_response = session.received
-    session.peer_childless = response.notify(NotifyType.CHILDLESS_IKEV2_SUPPORTED) is not None
-    if session.nat_local or session.nat_remote or session.nat_fake or (session.nat_supported and session.connection.mobike):
-        session.local, session.remote = floated(session.local), floated(session.remote)
+    take_answer(session, response)
     return True
 
 
@@ -79,9 +74,7 @@ def _request(session: Session, ticket: Ticket, fake: bytes | None, cookie: bytes
     payloads: list[Payload] = [NotifyPayload(NotifyType.COOKIE, cookie)] if cookie is not None else []
     payloads += [NoncePayload(session.nonce_i), NotifyPayload(NotifyType.TICKET_OPAQUE, ticket.data)]
     payloads += capabilities(session, NO_SPI, session.local, session.remote, fake)
-    header = Header(session.wire_spi_i, NO_SPI, Exchange.IKE_SESSION_RESUME, MessageId(0), initiator=True, response=False)
-    session.init_request = encode_message(Message(header, tuple(payloads)))
-    return Ask(Exchange.IKE_SESSION_RESUME, plain=session.init_request)
+    return Ask(Exchange.IKE_SESSION_RESUME, plain=first_request(session, Exchange.IKE_SESSION_RESUME, payloads))
 
 
 def ask_for_ticket(session: Session) -> tuple[NotifyPayload, ...]:
@@ -107,34 +100,23 @@ def respond(
     make: Callable[[ConnectionConfig], S], context: IkeContext, datagram: bytes, local: Endpoint, remote: Endpoint, now: float
 ) -> tuple[S | None, list[Effect]]:
     """The IKE SA, opened by `make`, with its answer; or a refusal that leaves no state."""
-    try:
-        request = decode_message(datagram)
-    except MalformedMessage:
-        return None, []
-    header, nonce = request.header, request.first(NoncePayload)
-    opens = header.exchange == Exchange.IKE_SESSION_RESUME and header.initiator and not header.response and header.message_id == 0
-    if not opens or header.responder_spi != NO_SPI or nonce is None:
+    request = read_request(datagram, Exchange.IKE_SESSION_RESUME)
+    nonce = request.first(NoncePayload) if request is not None else None
+    if request is None or nonce is None:
         return None, []
     ticket = request.notify(NotifyType.TICKET_OPAQUE)
     state = context.resumption.office.open(ticket.data, now) if ticket is not None else None
     connection = next((each for each in context.candidates(local, remote) if state is not None and _still_fits(context, each, state)), None)
     # RFC 5723 section 4.3.2: then the initiator comes with a full exchange
     if state is None or connection is None:
-        return None, [Send(local, remote, stateless_reply(header, NotifyType.TICKET_NACK))]
+        return None, [Send(local, remote, stateless_reply(request.header, NotifyType.TICKET_NACK))]
     session = make(connection)
-    session.state = IkeSaState.CONNECTING
-    session.candidates = (connection,)
-    session.spi_remote = int.from_bytes(header.initiator_spi, "big")
-    session.nonce_i, session.nonce_r = nonce.data, context.entropy(NONCE_LENGTH)
-    session.init_request = datagram
-    features(session, request, local, remote, NO_SPI)
+    take_request(session, datagram, request, nonce.data, local, remote)
     _derive(session, state)
     fake = context.entropy(HASH_LENGTH) if session.nat_fake else None
     payloads: list[Payload] = [NoncePayload(session.nonce_r), *capabilities(session, session.wire_spi_r, local, remote, fake)]
     payloads.append(NotifyPayload(NotifyType.CHILDLESS_IKEV2_SUPPORTED))
-    reply = Header(session.wire_spi_i, session.wire_spi_r, Exchange.IKE_SESSION_RESUME, MessageId(0), initiator=False, response=True)
-    session.init_response = encode_message(Message(reply, tuple(payloads)))
-    return session, [Send(local, remote, session.init_response)]
+    return session, answer(session, Exchange.IKE_SESSION_RESUME, payloads, local, remote)
 
 
 def give_ticket(session: Session, request: Message) -> tuple[NotifyPayload, ...]:

@@ -88,7 +88,7 @@ def test_a_scheme_that_the_peer_does_not_allow() -> None:
 
 @pytest.mark.parametrize("kind", ["rsa", "ecdsa256", "ecdsa384", "ecdsa521"])
 def test_a_peer_without_rfc_7427_gets_the_classic_methods(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vpnd.ike.exchanges.ike_sa_init.SUPPORTED_HASHES", ())
+    monkeypatch.setattr("vpnd.ike.exchanges.opening.SUPPORTED_HASHES", ())
     pair = certificate_pair(kind)
     pair.connect()
     # IKE_AUTH { ..., AUTH(1 or 9 to 11), ... } -->
@@ -96,7 +96,7 @@ def test_a_peer_without_rfc_7427_gets_the_classic_methods(kind: str, monkeypatch
 
 
 def test_ed25519_needs_rfc_7427(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vpnd.ike.exchanges.ike_sa_init.SUPPORTED_HASHES", tuple(SUPPORTED_HASHES[:3]))
+    monkeypatch.setattr("vpnd.ike.exchanges.opening.SUPPORTED_HASHES", tuple(SUPPORTED_HASHES[:3]))
     pair = certificate_pair("ed25519")
     pair.connect()
     assert pair.a.closed is Reason.NO_CREDENTIALS

@@ -207,7 +207,7 @@ def test_transport_mode_through_a_nat(nat_a: str | None, nat_b: str | None) -> N
 def test_a_kernel_that_needs_encapsulation_does_not_go_without(monkeypatch: pytest.MonkeyPatch) -> None:
     pair = psk_pair()
     pair.a.capabilities = replace(pair.a.capabilities, encapsulation_required=True)
-    monkeypatch.setattr("vpnd.ike.exchanges.ike_sa_init.detection_payloads", lambda *_: ())  # a peer without NAT traversal
+    monkeypatch.setattr("vpnd.ike.exchanges.opening.detection_payloads", lambda *_: ())  # a peer without NAT traversal
     pair.connect()
     assert pair.a.failed == [Reason.KERNEL_REFUSED]
     assert pair.a.closed is Reason.KERNEL_REFUSED
