@@ -13,31 +13,16 @@ from lab.frr import Frr, missing
 from lab.gateway import Gateway
 from lab.namespaces import Namespace
 from lab.process import wait_until
-from lab.providers import Provider, Providers, providers
+from lab.providers import Provider, Providers, label_connection, providers
 from lab.traffic import LongPing, ping
 
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(180), pytest.mark.skipif(bool(missing()), reason=f"missing: {missing()}")]
 
-CONNECTION = """
-connections {{
-  {name} {{
-    local_addrs = {near}
-    remote_addrs = {far}
-    proposals = aes128gcm16-prfsha256-x25519
-    local {{ auth = psk }}
-    remote {{ auth = psk }}
-    children {{
-      {name} {{
-        mode = transport
-        local_ts = {near}[gre]
-        remote_ts = {far}[gre]
-        esp_proposals = aes128gcm16
-        start_action = trap
-      }}
-    }}
-  }}
-}}
-"""
+
+def connection(name: str, near: str, far: str) -> str:
+    return f"connections {{ {label_connection(name, near, far, child=name)} }}\n"
+
+
 SECRETS = 'secrets { ike-all { secret = "labels are only numbers" } }\n'
 EDGE = """
 mpls {{
@@ -107,8 +92,7 @@ class Core:
 
 def _edge(pe: Provider, other: Provider, near: str, far: str, label: int, theirs: int) -> str:
     own, others = pe.customers["red"].net4, other.customers["red"].net4
-    connection = CONNECTION.format(name="core", near=near, far=far)
-    return connection + SECRETS + EDGE.format(label=label, own=own, near=near, far=far, theirs=theirs, others=others)
+    return connection("core", near, far) + SECRETS + EDGE.format(label=label, own=own, near=near, far=far, theirs=theirs, others=others)
 
 
 @pytest.fixture
@@ -124,10 +108,7 @@ def core(tmp_path: Path, grace: int) -> Iterator[Core]:
             "b": (lab.b.gateway, _edge(lab.b, lab.a, "203.0.113.6", "203.0.113.5", 200, 300)),
             "core": (
                 node,
-                CONNECTION.format(name="a", near="203.0.113.1", far="203.0.113.2")
-                + CONNECTION.format(name="b", near="203.0.113.5", far="203.0.113.6")
-                + SECRETS
-                + CORE % grace,
+                connection("a", "203.0.113.1", "203.0.113.2") + connection("b", "203.0.113.5", "203.0.113.6") + SECRETS + CORE % grace,
             ),
         }
         gateways = {}

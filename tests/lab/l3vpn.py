@@ -16,36 +16,21 @@ from lab.frr import Frr
 from lab.gateway import Gateway
 from lab.namespaces import Namespace
 from lab.provider_edges import MakeGateway
-from lab.providers import Provider
+from lab.providers import Provider, label_connection
 
 CUSTOMERS: Final = {"red": 1, "blue": 2}
 THROUGH: Final = "through"  # the GRE device
 
-CONNECTION: Final = """
-connections {{
-  pe {{
-    local_addrs = {near}
-    remote_addrs = {far}
-    proposals = aes128gcm16-prfsha256-x25519
-    local {{ auth = psk }}
-    remote {{ auth = psk }}
-    children {{
-      labels {{
-        mode = transport
-        local_ts = {near}[gre]
-        remote_ts = {far}[gre]
-        esp_proposals = aes128gcm16
-        start_action = trap
-      }}
+ROUTING: Final = """
       routing {{
         local_ts = 10.255.0.{own}/32, fd00:ff::{own}/128
         remote_ts = 10.255.0.{other}/32, fd00:ff::{other}/128
         esp_proposals = aes128gcm16
         start_action = trap
       }}
-    }}
-  }}
-}}
+"""
+CONFIGURATION: Final = """
+connections {{ {connection} }}
 secrets {{ ike-pe {{ secret = "two customers and a route reflector" }} }}
 mpls {{
   {fpm}
@@ -111,7 +96,8 @@ def configuration(number: int, near: Provider, far: Provider, *, fpm: bool) -> s
     interface = "" if fpm else "interface = {}\n"
     vrfs = "".join(f"{name} {{ {interface.format(name)} table = {100 + vpn}\n members = ce-{name} }}\n" for name, vpn in CUSTOMERS.items())
     feed = "fpm = yes\n fpm_settle = 20\n fpm_grace = 120" if fpm else ""
-    return CONNECTION.format(near=near.wan4, far=far.wan4, own=number, other=3 - number, fpm=feed, vrfs=vrfs)
+    connection = label_connection("pe", near.wan4, far.wan4, children=ROUTING.format(own=number, other=3 - number))
+    return CONFIGURATION.format(connection=connection, near=near.wan4, far=far.wan4, other=3 - number, fpm=feed, vrfs=vrfs)
 
 
 def make_devices(node: Namespace, near: Provider, far: Provider) -> None:

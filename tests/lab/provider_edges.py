@@ -11,31 +11,14 @@ from lab.capture import Capture
 from lab.gateway import Gateway
 from lab.namespaces import Namespace
 from lab.process import LabError, wait_until
-from lab.providers import CUSTOMERS, Provider, Providers, providers
+from lab.providers import CUSTOMERS, Provider, Providers, label_connection, providers
 from lab.topology import WAN
 from lab.traffic import ping
 
 MakeGateway = Callable[[Namespace, Path], Gateway]
 
 CONFIGURATION = """
-connections {{
-  pe {{
-    local_addrs = {near}
-    remote_addrs = {far}
-    proposals = aes128gcm16-prfsha256-x25519
-    local {{ auth = psk }}
-    remote {{ auth = psk }}
-    children {{
-      labels {{
-        mode = transport
-        local_ts = {near}[gre]
-        remote_ts = {far}[gre]
-        esp_proposals = aes128gcm16
-        start_action = trap
-      }}
-    }}
-  }}
-}}
+connections {{ {connection} }}
 secrets {{ ike-pe {{ secret = "three customers and a wire" }} }}
 mpls {{
   ttl = {ttl}
@@ -61,7 +44,8 @@ def configuration(near: Provider, far: Provider, customers: Sequence[str] = CUST
             vrfs += f"{name} {{\n members = {mine.member}\n table = {101 + number}\n label = {100 + number}\n prefixes = {mine.net4}, {mine.net6}\n }}\n"
         if name in customers and name in labels:
             remote_vrfs += f"{name} {{\n label = {labels[name]}\n prefixes = {theirs.net4}, {theirs.net6}\n }}\n"
-    return CONFIGURATION.format(near=near.wan4, far=far.wan4, ttl=ttl, vrfs=vrfs, remote_vrfs=remote_vrfs)
+    connection = label_connection("pe", near.wan4, far.wan4)
+    return CONFIGURATION.format(connection=connection, near=near.wan4, far=far.wan4, ttl=ttl, vrfs=vrfs, remote_vrfs=remote_vrfs)
 
 
 @dataclass

@@ -18,7 +18,7 @@ from kernel_shim.mpls.labels import Entry, Label, write_stack
 from lab.gateway import Gateway
 from lab.namespaces import Namespace
 from lab.process import wait_until
-from lab.providers import CUSTOMERS, SUBNET4, SUBNET6, Provider, Providers, providers
+from lab.providers import CUSTOMERS, SUBNET4, SUBNET6, Provider, Providers, label_connection, providers
 from lab.traffic import ping
 
 RED, BLUE, GREEN = LABELS = (100, 101, 102)
@@ -28,25 +28,6 @@ FORGER: Final = IPv4Address("10.0.0.250")  # nobody's address
 
 _PROTOCOLS: Final = {Encapsulation.GRE: "gre", Encapsulation.IP: "137", Encapsulation.UDP: "udp"}
 _GREEN: Final = {True: "import = 65000:1\n export = 65000:2\n", False: "import = 65000:2\n export = 65000:1\n"}  # the hub's, a spoke's
-
-
-def _connection(near: Provider, far: Provider, protocol: str) -> str:
-    return f"""
-  {far.gateway.role} {{
-    local_addrs = {near.wan4}
-    remote_addrs = {far.wan4}
-    proposals = aes128gcm16-prfsha256-x25519
-    local {{ auth = psk }}
-    remote {{ auth = psk }}
-    children {{ labels {{
-        mode = transport
-        local_ts = {near.wan4}[{protocol}]
-        remote_ts = {far.wan4}[{protocol}]
-        esp_proposals = aes128gcm16
-        start_action = trap
-    }} }}
-  }}
-"""
 
 
 def mesh_configuration(near: Provider, others: Sequence[Provider], encapsulation: Encapsulation, *, options: str = "", default: str = "") -> str:
@@ -59,7 +40,7 @@ def mesh_configuration(near: Provider, others: Sequence[Provider], encapsulation
             vrfs += f"{name} {{\n members = {it.member}\n table = {label}\n label = {label}\n prefixes = {it.net4}, {it.net6}\n"
             vrfs += f"{_GREEN[letter == 'a'] if name == 'green' else ''} }}\n"
     for far in others:
-        connections += _connection(near, far, _PROTOCOLS[encapsulation])
+        connections += label_connection(far.gateway.role, near.wan4, far.wan4, _PROTOCOLS[encapsulation])
         there = far.gateway.role[-1]
         remote = ""
         for name, label in zip(CUSTOMERS, LABELS, strict=True):

@@ -61,6 +61,29 @@ class Providers:
         return self.edges[2]
 
 
+def label_connection(name: str, near: object, far: object, protocol: str = "gre", *, child: str = "labels", children: str = "") -> str:
+    """A connection from address to address, with an SA on demand for the packets that carry labels, in that protocol. `children`: further ones."""
+    return f"""
+  {name} {{
+    local_addrs = {near}
+    remote_addrs = {far}
+    proposals = aes128gcm16-prfsha256-x25519
+    local {{ auth = psk }}
+    remote {{ auth = psk }}
+    children {{
+      {child} {{
+        mode = transport
+        local_ts = {near}[{protocol}]
+        remote_ts = {far}[{protocol}]
+        esp_proposals = aes128gcm16
+        start_action = trap
+      }}
+      {children}
+    }}
+  }}
+"""
+
+
 def _provider(lab: Lab, letter: str, number: int, halvings: int) -> Provider:
     gateway = lab.namespace(f"pe-{letter}")
     # Strict reverse path checks know nothing of rules by interface.
