@@ -9,7 +9,7 @@ import logging
 from typing import Any, Final
 
 import structlog
-from simulation.hour import Life, Outcome, live
+from simulation.hour import Life, LifeOutcome, live
 from simulation.wire import Weather
 
 from bench.rows import Row
@@ -33,7 +33,7 @@ def run() -> list[Row | dict[str, Any]]:
         structlog.configure(**before)
 
 
-def rows(life: Life, outcome: Outcome) -> tuple[Row, ...]:
+def rows(life: Life, outcome: LifeOutcome) -> tuple[Row, ...]:
     settled = outcome.memory[len(outcome.memory) // 2 :]
     growth = 100 * (settled[-1] / settled[0] - 1)
     what = (

@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import resource
 import tempfile
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Final
@@ -15,6 +14,7 @@ from typing import Final
 from kernel_shim.model import Direction
 from simulation import clock
 from simulation.gateway import Gateway, settled, until
+from simulation.outcome import Outcome
 from simulation.wire import CLEAR, Weather, Wire
 
 HUB: Final = IPv4Address("192.0.2.1")
@@ -36,28 +36,14 @@ class Life:
 
 
 @dataclass(slots=True)
-class Outcome:
-    """`missing`: packets that neither arrived nor were among those that the wire lost. Sizes in MB, at the ends of slices."""
+class LifeOutcome(Outcome):
+    """Memory is that at the ends of slices."""
 
-    sent: int = 0
-    received: int = 0
-    wire_lost: int = 0
-    repeated: int = 0
-    clear: int = 0
     numbers_repeated: int = 0  # (SA, sequence number) that were used twice
-    child_rekeys: int = 0
-    ike_rekeys: int = 0
     equal: bool = False
     sas: int = 0
     ike_sas: tuple[int, int] = (0, 0)
-    memory: list[float] = field(default_factory=list)
     cpu_seconds: float = 0.0
-    counters: dict[str, int] = field(default_factory=dict)
-    drops: dict[str, int] = field(default_factory=dict)  # by our kernels, under their reasons
-
-    @property
-    def missing(self) -> int:
-        return self.sent - self.received - self.wire_lost
 
 
 def far_address(number: int) -> IPv4Address:
@@ -100,7 +86,7 @@ def configuration(life: Life, *, hub: bool) -> str:
     return "connections {\n" + "\n".join(connections) + '\n}\nsecrets { ike-1 { secret = "the same for all" } }\n'
 
 
-async def _traffic(life: Life, a: Gateway, b: Gateway, outcome: Outcome, seconds: float, first: int) -> int:
+async def _traffic(life: Life, a: Gateway, b: Gateway, outcome: LifeOutcome, seconds: float, first: int) -> int:
     """Probes in both directions of every tunnel, evenly spread; the number after the last one."""
     hosts = [tuple(address.packed for address in hosts_of(number)) for number in range(life.tunnels)]
     step = life.gap / life.tunnels
@@ -118,8 +104,8 @@ def _received(gateways: Sequence[Gateway]) -> int:
     return sum(gateway.received.total() for gateway in gateways)
 
 
-async def _live(life: Life, directory: Path) -> Outcome:
-    outcome, wire = Outcome(), Wire(life.seed, CLEAR)
+async def _live(life: Life, directory: Path) -> LifeOutcome:
+    outcome, wire = LifeOutcome(), Wire(life.seed, CLEAR)
     a = Gateway(wire, [HUB], configuration(life, hub=True), directory, "hub", life.seed)
     b = Gateway(wire, [far_address(number) for number in range(life.tunnels)], configuration(life, hub=False), directory, "sites", life.seed + 1)
     await b.start()
@@ -134,34 +120,22 @@ async def _live(life: Life, directory: Path) -> Outcome:
         for gateway in (a, b):
             gateway.forget_probes()
         wire.forget_numbers()
-        outcome.memory.append(resident())
+        outcome.note_memory()
     wire.weather = CLEAR
     outcome.equal = await settled(a, b, life.tunnels, QUIET)
-    outcome.received, outcome.wire_lost = _received((a, b)), wire.counts["esp.lost"]
-    outcome.repeated, outcome.clear = a.repeated + b.repeated, a.clear + b.clear
+    outcome.gather((a, b), wire)
     outcome.numbers_repeated = wire.counts["esp.repeated"]
     outcome.sas = len(a.sas(Direction.OUT)) + len(a.sas(Direction.IN))
     outcome.ike_sas = (len(a.manager), len(b.manager))
-    outcome.counters = dict(Counter(a.counters.snapshot()) + Counter(b.counters.snapshot()))
-    statistics = Counter(a.engine.statistics()) + Counter(b.engine.statistics())
-    outcome.drops = {name: number for name, number in statistics.items() if name.startswith("drop_")}
-    # Both sides count each.
-    outcome.child_rekeys, outcome.ike_rekeys = outcome.counters.get("child_rekeyed", 0) // 2, outcome.counters.get("ike_rekeyed", 0) // 2
     await a.stop()
     await b.stop()
     return outcome
 
 
-def live(life: Life) -> Outcome:
+def live(life: Life) -> LifeOutcome:
     """One life, in a loop of its own."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_utime
     with tempfile.TemporaryDirectory() as directory:
         outcome = clock.run(_live(life, Path(directory)))
     outcome.cpu_seconds = resource.getrusage(resource.RUSAGE_SELF).ru_utime - before
     return outcome
-
-
-def resident() -> float:
-    """MB of this process in memory now."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize() / 1e6

@@ -19,7 +19,8 @@ from typing import Final
 from kernel_shim.model import Direction, SaState
 from simulation import clock
 from simulation.gateway import Gateway, settled, until
-from simulation.hour import HUB, Life, configuration, far_address, hosts_of, resident
+from simulation.hour import HUB, Life, configuration, far_address, hosts_of
+from simulation.outcome import Outcome
 from simulation.wire import CLEAR, Weather, Wire
 from vpnd.daemon.entry import Entry
 from vpnd.ike.context import IkeSettings, Retransmission
@@ -61,24 +62,11 @@ class Storm:
 
 
 @dataclass(slots=True)
-class Outcome:
-    """`missing`: packets that neither arrived nor were among those that the wire lost. `faults`: what was not as it should be, and when."""
+class StormOutcome(Outcome):
+    """`faults`: what was not as it should be, and when. Memory is that after each storm."""
 
-    sent: int = 0
-    received: int = 0
-    wire_lost: int = 0
     ike_lost: int = 0
-    repeated: int = 0
-    clear: int = 0
     faults: list[str] = field(default_factory=list)
-    child_rekeys: int = 0
-    ike_rekeys: int = 0
-    memory: list[float] = field(default_factory=list)  # MB, after each storm
-    drops: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def missing(self) -> int:
-        return self.sent - self.received - self.wire_lost
 
 
 def tunnel_faults(gateways: tuple[Gateway, Gateway], tunnels: int) -> Iterator[str]:
@@ -114,7 +102,7 @@ def leftovers(gateways: tuple[Gateway, Gateway]) -> Iterator[str]:
 class _Running:
     def __init__(self, storm: Storm, directory: Path) -> None:
         self.storm = storm
-        self.outcome = Outcome()
+        self.outcome = StormOutcome()
         self.dice = random.Random(storm.seed)
         self.wire = Wire(storm.seed, CLEAR)
         life = Life(storm.tunnels, 0.0, storm.gap, storm.weather, NEVER, NEVER, storm.seed)
@@ -125,7 +113,7 @@ class _Running:
         self._talking = True
         self._hosts = [tuple(address.packed for address in hosts_of(number)) for number in range(storm.tunnels)]
 
-    async def run(self) -> Outcome:
+    async def run(self) -> StormOutcome:
         storm, outcome = self.storm, self.outcome
         await self.b.start()
         await self.a.start()
@@ -138,18 +126,13 @@ class _Running:
                 await asyncio.sleep(self.dice.uniform(0.0, storm.between))
             self.wire.weather = CLEAR
             await self._calm(f"after storm {number}")
-            outcome.memory.append(resident())
+            outcome.note_memory()
         self._talking = False
         await talk
         await asyncio.sleep(10.0)
         await self._end()
-        statistics = Counter(self.a.engine.statistics()) + Counter(self.b.engine.statistics())
-        outcome.drops = {name: number for name, number in statistics.items() if name.startswith("drop_") and number}
-        counters = Counter(self.a.counters.snapshot()) + Counter(self.b.counters.snapshot())
-        outcome.child_rekeys, outcome.ike_rekeys = counters["child_rekeyed"] // 2, counters["ike_rekeyed"] // 2
-        outcome.received = sum(gateway.received.total() for gateway in self.both)
-        outcome.wire_lost, outcome.ike_lost = self.wire.counts["esp.lost"], self.wire.counts["ike.lost"]
-        outcome.repeated, outcome.clear = self.a.repeated + self.b.repeated, self.a.clear + self.b.clear
+        outcome.gather(self.both, self.wire)
+        outcome.ike_lost = self.wire.counts["ike.lost"]
         for gateway in self.both:
             await gateway.stop()
         return outcome
@@ -211,11 +194,11 @@ class _Running:
         self.outcome.faults += [f"at the end: {fault}" for fault in leftovers(self.both)]
 
 
-def rage(storm: Storm) -> Outcome:
+def rage(storm: Storm) -> StormOutcome:
     """All storms of it, in a loop of its own."""
     with tempfile.TemporaryDirectory() as directory:
 
-        async def run() -> Outcome:
+        async def run() -> StormOutcome:
             return await _Running(storm, Path(directory)).run()
 
         return clock.run(run())
