@@ -5,7 +5,10 @@ SIMULATION_SEEDS=N in the environment tries so many seeds of each.
 
 from __future__ import annotations
 
+import gc
 import os
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -41,3 +44,18 @@ def test_storms_of_deletions(acts: tuple[Act, ...], loss: float, seed: int) -> N
     outcome = rage(Storm(weather(loss), acts, seed=seed))
     assert outcome.faults == []
     assert (outcome.repeated, outcome.clear) == (0, 0)
+
+
+def objects() -> Counter[str]:
+    """Of our own types."""
+    gc.collect()
+    types = (type(one) for one in gc.get_objects())
+    return Counter(f"{kind.__module__}.{kind.__qualname__}" for kind in types if str(kind.__module__).partition(".")[0] in ("vpnd", "kernel_shim"))
+
+
+def test_nothing_of_gateways_outlasts_them() -> None:
+    short = Storm(weather(0.2), EVERYTHING, tunnels=4, storms=1)
+    rage(short)  # what is made once and kept
+    before = objects()
+    rage(replace(short, seed=2))
+    assert objects() - before == Counter()

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from kernel_shim.model import Endpoint
-from vpnd.config.model import ConnectionConfig
-from vpnd.ike.context import IkeContext
 from vpnd.ike.effects import (
     Effect,
     Reason,
@@ -25,10 +22,6 @@ from vpnd.ike.transport import ANSWER_ARRIVES, Transport
 class Lifecycle(Transport):
     """The part of an IKE SA that keeps time."""
 
-    def __init__(self, context: IkeContext, connection: ConnectionConfig, local: Endpoint, remote: Endpoint, *, initiator: bool, now: float) -> None:
-        super().__init__(context, connection, local, remote, initiator=initiator, now=now)
-        self._deleting_for = Reason.DELETED
-
     # Steps of inputs
 
     def wind_up(self, reason: Reason) -> None:
@@ -38,7 +31,7 @@ class Lifecycle(Transport):
             self.close(reason, self.describe())
             return
         self.state = IkeSaState.DELETING
-        self._deleting_for = reason
+        self.deleting_for = reason
         for task in (*self.queue, *self.postponed):
             self.fail_child(task, reason)
         self.queue.clear()
@@ -180,7 +173,7 @@ class Lifecycle(Transport):
         elif outstanding.copy(self.now, self.random()):
             self._repeat(outstanding)
         elif self.active is not None and self.active.name == "IKE_DELETE":
-            self.close(self._deleting_for, f"{self.describe()}: no answer to the delete")
+            self.close(self.deleting_for, f"{self.describe()}: no answer to the delete")
         else:
             self.close(Reason.PEER_SILENT, f"{self.describe()}: no answer to message {outstanding.message_id} after {outstanding.copies} retransmissions")
 

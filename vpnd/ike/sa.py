@@ -106,7 +106,7 @@ class IkeSa(Lifecycle):
             return []
         if crash_detection.proves_loss(self, message):
             # a peer that heard our DELETE, and whose answer was lost, has it no more either
-            self.close(self._deleting_for if self.state is IkeSaState.DELETING else Reason.PEER_RESTARTED, self.describe())
+            self.close(self.deleting_for if self.state is IkeSaState.DELETING else Reason.PEER_RESTARTED, self.describe())
         elif header.response:
             self._response(datagram, message, local, remote)
         else:

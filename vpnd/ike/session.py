@@ -90,6 +90,7 @@ class Session:
         self.created_at = now
         self.established_at: float | None = None
         self.close_reason: Reason | None = None
+        self.deleting_for = Reason.DELETED  # while it is DELETING
         self.children: dict[int, Child] = {}
         # for the exchanges
         self.now = now
@@ -355,6 +356,8 @@ class Session:
         self.queue = deque(task for task in self.queue if task.name == "IKE_DELETE")
         self.postponed.clear()
         self.emit(IkeHandedOver(heir))
+        if self.state is IkeSaState.DELETING:
+            heir.wind_up(self.deleting_for)  # what was to be deleted goes on under the new keys
 
     def postpone(self, task: Task, limit: int = RETRIES) -> bool:
         """Begin the exchange anew after a while; False when it has been tried often enough."""

@@ -64,14 +64,10 @@ def rekey(session: Session, task: Task) -> Steps[None]:
         await_deletion(session, theirs)
         new.wind_up(Reason.REKEYED)
         return
-    deleting = session.state is IkeSaState.DELETING
     session.hand_over(new)
     crash_detection.announce(new)
     if theirs is not None:
         session.end_by(theirs, session.now + REPLACED_TIMEOUT)
-    if deleting:
-        # what was to be deleted goes on under the new keys
-        new.wind_up(Reason.DELETED)
     session.wind_up(Reason.REKEYED)
 
 
@@ -219,10 +215,7 @@ def _derive(session: Session, new: Session, chosen: Proposal, suite: IkeSuite, s
 
 def await_deletion(session: Session, heir: Session) -> None:
     """`heir` takes over; who made it deletes the old one."""
-    deleting = session.state is IkeSaState.DELETING
     session.hand_over(heir)
-    if deleting:
-        heir.wind_up(Reason.DELETED)
-    else:
+    if session.state is not IkeSaState.DELETING:
         session.state = IkeSaState.REKEYED
         session.ends_at = session.now + REPLACED_TIMEOUT

@@ -254,6 +254,22 @@ def test_ike_rekeying_meets_its_deletion(order: str) -> None:
     assert pair.a.closed is Reason.PEER_DELETED
 
 
+def test_a_deletion_is_not_forgotten_when_the_peer_is_done_with_its_own_rekeying_first() -> None:
+    pair = make_pair()
+    # CREATE_CHILD_SA { SA, Ni, KEi } is lost  <-- CREATE_CHILD_SA { SA, Ni, KEi }
+    collide(pair, rekey_ike, rekey_ike)
+    pair.take()
+    deliver(pair, "b")
+    # our own deletion waits for the answer to the rekeying; <-- INFORMATIONAL { D(IKE) } of what b has rekeyed comes first
+    (old, _theirs) = pair.a.standing
+    pair.a.run(old, old.delete(pair.now), pair.now)
+    deliver(pair, "a")
+    deliver(pair, "b")
+    pair.wait(10.0)
+    agree(pair, 0)
+    assert pair.a.standing == pair.b.standing == []
+
+
 @pytest.mark.parametrize("who", ["a", "b", "ab"])
 @pytest.mark.parametrize("both", [False, True], ids=["one rekeys", "both rekey"])
 def test_an_ike_sa_that_is_deleted_while_it_is_rekeyed_goes_with_its_successor(both: bool, who: str) -> None:
