@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import random
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -74,6 +76,12 @@ class Core:
         self.frr.tell(*lines)
         with self.connect() as other, contextlib.suppress(ConnectionError):
             assert other.recv(1) == b""
+
+    def lsps(self) -> dict[int, str]:
+        """What was made of the labels that zebra says."""
+        rows = json.loads(self.gateway.vpnctl("--json", "mpls", "lfib"))
+        assert {(row["owner"], row["state"]) for row in rows} <= {("fpm", "ok")}
+        return {int(row["label"]): row["paths"][0] for row in rows}
 
     def until_connected(self, times: int) -> None:
         wait_until(lambda: self.gateway.log().count("a routing daemon is connected") == times, f"connection {times}", 30.0)
@@ -192,3 +200,40 @@ def test_garbage_and_a_second_connection_cost_no_packet(core: Core) -> None:
     wait_until(lambda: "cannot be read" in core.gateway.log(), "garbage is told", 10.0)
     core.say_anew(f"no {FORWARD}")
     core.until(passing=False)
+
+
+@pytest.mark.parametrize("grace", [120])
+def test_labels_that_change_while_zebra_connects_again(core: Core) -> None:
+    """Before, amid and after the reading of its tables that each connection begins with; of the last one all is known. No packet of other labels is lost."""
+    chosen, lsps = random.Random(8), dict[int, int]()
+
+    def change(count: int) -> list[str]:
+        lines = []
+        for label in chosen.sample(range(1000, 1100), count):
+            if label in lsps:
+                lines.append(f"no mpls lsp {label} 203.0.113.6 {lsps.pop(label)}")
+            if chosen.random() < 0.7:
+                lsps[label] = chosen.randrange(2000, 3000)
+                lines.append(f"mpls lsp {label} 203.0.113.6 {lsps[label]}")
+        return lines
+
+    def taken_over(sock: socket.socket) -> bool:
+        try:
+            return sock.recv(1) == b""
+        except TimeoutError:
+            return False
+        except ConnectionError:
+            return True
+
+    running = core.start_ping()
+    core.frr.tell(*change(60))
+    for _ in range(3):
+        with core.connect() as other:  # zebra's own ends
+            other.settimeout(0.05)
+            while not taken_over(other):
+                core.frr.tell(*change(10))
+        core.frr.tell(*change(10))
+    core.say_anew(*change(10))
+    told = {label: f"{out} to b (pipe)" for label, out in lsps.items()} | {100: "200 to b (pipe)", 300: "400 to a (pipe)"}
+    wait_until(lambda: core.lsps() == told, "what zebra says, and no more", 30.0, 0.2)
+    assert running.lost() == 0

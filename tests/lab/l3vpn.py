@@ -47,6 +47,9 @@ route-map through-gre permit 10
 router bgp 65000
  bgp router-id 10.255.0.{own}
  no bgp default ipv4-unicast
+ no bgp suppress-duplicates
+ bgp graceful-restart
+ bgp graceful-restart preserve-fw-state
  timers bgp 20 60
  neighbor 10.255.0.{other} remote-as 65000
  neighbor 10.255.0.{other} update-source 10.255.0.{own}
@@ -130,6 +133,10 @@ class Edge:
     def tell_of(self, customer: str, family: str, *, told: bool) -> None:
         """Whether the other PE hears of this customer's site."""
         self.bgp(f"router bgp 65000 vrf {customer}", f"address-family {family} unicast", "export vpn" if told else "no export vpn")
+
+    def relabel(self, customer: str, family: str, label: int) -> None:
+        """Under which label this customer's site is to be reached from now on."""
+        self.bgp(f"router bgp 65000 vrf {customer}", f"address-family {family} unicast", f"label vpn export {label}")
 
     def kill(self) -> None:
         self.frr.kill()

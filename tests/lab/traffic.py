@@ -5,6 +5,7 @@ Every server says that it listens before anything is sent to it, and every recei
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -37,6 +38,8 @@ ICMPV6_ERRORS: Final = (1, 2, 3, 4)
 IP_MTU_DISCOVER: Final = 10  # linux/in.h
 IPV6_MTU_DISCOVER: Final = 23  # linux/in6.h
 PMTUDISC_DO: Final = 2
+
+_NUMBERS: Final = itertools.count()
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +155,8 @@ class LongPing:
     """Echoes until `lost` is asked for."""
 
     def __init__(self, host: Namespace, target: IPAddress, interval: float = 0.05) -> None:
-        self._process = host.start(["ping", "-n", "-i", str(interval), str(target)], f"ping-{target}")
+        # A log of its own: answers to an earlier one would stand for those that this one misses.
+        self._process = host.start(["ping", "-n", "-i", str(interval), str(target)], f"ping-{target}-{next(_NUMBERS)}")
 
     def lost(self, timeout: float = 30.0) -> int:
         """How many had no answer, of those before the next one that has; LabError when none comes within `timeout` seconds."""

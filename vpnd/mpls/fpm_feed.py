@@ -1,7 +1,8 @@
 """What a routing daemon says over connection after connection, and what the label node makes of it. Pure: bytes, events and `now` in, entries out.
 
 Routes outlive the connection that said them. A new one says everything again; what it has not said once it has been quiet for
-`settle` seconds goes, and all goes that nobody has said again `grace` seconds after the connection's end.
+`settle` seconds goes, and all goes that nobody has said again `grace` seconds after the connection's end. One that has said nothing yet is
+not quiet but slow, or no routing daemon: it, too, has `grace` seconds.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class FpmFeed:
         self._decoder: FpmDecoder | None = None
         self._adopted: set[Key] = set()
         self._dropped: set[Key] = set()
-        self._connected_at = self._heard_at = 0.0
+        self._connected_at = 0.0
+        self._heard_at: float | None = None  # on this connection
         self._ended_at: float | None = None  # and what stands was not confirmed since
         self._unconfirmed = False  # of what stands, the connection has not said all yet
 
@@ -71,7 +73,7 @@ class FpmFeed:
         """A connection came; one that was there has ended."""
         self._decoder = FpmDecoder()
         self._rib.begin()
-        self._connected_at = self._heard_at = now
+        self._connected_at, self._heard_at = now, None
         self._ended_at = None
         self._unconfirmed = True
 
@@ -102,7 +104,9 @@ class FpmFeed:
     def deadline(self) -> float | None:
         """When `tick` has something to do."""
         if self._decoder is not None:
-            return min(self._heard_at + self.settle, self._connected_at + self.grace) if self._unconfirmed else None
+            latest = self._connected_at + self.grace
+            quiet = latest if self._heard_at is None else self._heard_at + self.settle
+            return min(quiet, latest) if self._unconfirmed else None
         return None if self._ended_at is None else self._ended_at + self.grace
 
     def tick(self, now: float) -> int:

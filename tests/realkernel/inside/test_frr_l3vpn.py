@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 from lab.capture import Capture
@@ -56,9 +58,13 @@ class Pes:
     def start_ping(self, customer: str) -> list[LongPing]:
         return [LongPing(self.lab.a.customers[customer].host, target, 0.2) for target in self.targets(customer)]
 
+    def lfib(self) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = json.loads(self.ours.gateway.vpnctl("--json", "mpls", "lfib"))
+        return rows
+
     def learned(self) -> set[tuple[str, str]]:
         """What FRR says to ours of labels, and of routes to the other PE."""
-        rows = json.loads(self.ours.gateway.vpnctl("--json", "mpls", "lfib"))
+        rows = self.lfib()
         told = {(row.get("label") or f"{row['vrf']} {row['prefix']}", row["paths"][0], row["owner"], row["state"]) for row in rows}
         return {(name, path) for name, path, owner, state in told if (owner, state) == ("fpm", "ok") and (name.isdecimal() or " to pe" in path)}
 
@@ -71,6 +77,10 @@ class Pes:
 
     def routes_in_linux(self, family: str, customer: str) -> str:
         return self.linux.gateway.namespace.run(["ip", family, "route", "show", "table", str(100 + CUSTOMERS[customer])]).stdout
+
+    def labels_in_linux(self) -> set[str]:
+        """Those of FRR."""
+        return set(re.findall(r"^(\d+) .* proto bgp", self.linux.gateway.namespace.run(["ip", "-f", "mpls", "route"]).stdout, re.MULTILINE))
 
 
 @pytest.fixture(scope="module")
@@ -137,8 +147,30 @@ def test_a_family_is_withdrawn_while_the_other_and_the_other_customer_stay(pes: 
     assert pes.counters().get("fpm_swept", 0) == 0
 
 
-def test_a_killed_bgpd_takes_its_routes_along_and_brings_them_back(pes: Pes) -> None:
-    """Zebra removes them at once."""
+def relabelled(pes: Pes, linux: int, ours: int) -> None:
+    """Red's sites get other labels: of IPv4 that behind Linux, of IPv6 that behind ours."""
+    pes.linux.relabel("red", "ipv4", linux)
+    pes.ours.relabel("red", "ipv6", ours)
+    expected = {(name.replace("1116", str(ours)), path.replace("1214", str(linux))) for name, path in everything()}
+    wait_until(lambda: pes.learned() == expected, "the LFIB has the new labels and not the old", PATIENCE, 0.2)
+    wait_until(lambda: f"encap mpls  {ours} " in pes.routes_in_linux("-6", "red"), "Linux sends the new label", PATIENCE, 0.2)
+    for target in pes.targets("red"):
+        pes.until("red", target)
+    assert {row["label"] for row in pes.lfib() if row.get("label") and row["owner"] == "fpm"} == {"1114", str(ours), "1124", "1126"}
+    assert pes.labels_in_linux() == {str(linux), "1216", "1224", "1226"}
+
+
+def test_a_label_that_changes_is_followed_at_either_end(pes: Pes) -> None:
+    connections = pes.counters()["fpm_connections"]
+    running = pes.start_ping("blue")
+    relabelled(pes, linux=1298, ours=1198)
+    relabelled(pes, linux=1214, ours=1116)
+    assert [it.lost() for it in running] == [0, 0]
+    assert pes.counters()["fpm_connections"] == connections
+
+
+def test_a_killed_bgpd_takes_its_labels_along_and_brings_them_back(pes: Pes) -> None:
+    """Zebra 8.4 removes labels at once, and with graceful restart keeps routes without them; such a route leads nowhere."""
     connections = pes.counters()["fpm_connections"]
     pes.ours.frr.kill_daemon("bgpd")
     wait_until(lambda: pes.learned() == set(), "zebra says that all is gone", PATIENCE, 0.2)
@@ -187,21 +219,24 @@ def test_what_is_no_fpm_or_ends_amid_a_message_costs_no_packet(pes: Pes) -> None
     assert pes.learned() == everything()
 
 
-def test_an_frr_that_crashes_leaves_its_routes_and_what_it_missed_goes(pes: Pes) -> None:
-    """As watchfrr does, which starts all of it anew when zebra is gone. Both kernels go on meanwhile; the other PE's bgpd does not wait."""
+def test_an_frr_that_crashes_and_comes_back_costs_no_packet(pes: Pes) -> None:
+    """As watchfrr does, which starts all of it anew when zebra is gone. Both kernels go on meanwhile, and so does the other PE: graceful restart."""
     connections = pes.counters()["fpm_connections"]
+    blue4, _ = pes.targets("blue")
+    running = [*pes.start_ping("red"), LongPing(pes.lab.a.customers["blue"].host, blue4, 0.2)]
     missed = ("blue fd00:c:0:0:8000::/65", "1226 to pe (pipe)")
     pes.ours.frr.crash()
     pes.linux.tell_of("blue", "ipv6", told=False)
     assert pes.learned() == everything()
+    for family in ("-4", "-6"):
+        assert f"encap mpls  111{family[1]} " in pes.routes_in_linux(family, "red")
     pes.ours.frr.revive()
     pes.until_counted("fpm_connections", connections + 1)
     wait_until(lambda: pes.learned() == everything() - {missed}, "what is said, and no more", PATIENCE, 0.2)
-    for target in pes.targets("red"):
-        pes.until("red", target)
     pes.linux.frr.crash()
-    for family in ("-4", "-6"):
-        assert f"encap mpls  111{family[1]} " in pes.routes_in_linux(family, "red")
+    assert pes.learned() == everything() - {missed}
+    assert pes.labels_in_linux() >= {"1214", "1216", "1224"}
     pes.linux.frr.revive()
     pes.until_all()
+    assert [it.lost() for it in running] == [0, 0, 0]
     assert pes.learned() == everything()

@@ -65,6 +65,18 @@ def test_what_a_new_connection_does_not_say_again_goes_once_it_is_quiet(feed: Fp
     assert feed.deadline is None
 
 
+def test_one_who_says_nothing_yet_takes_nothing_away_before_the_grace(feed: FpmFeed) -> None:
+    feed.begin(0.0)
+    feed.hear(said(100, 200), 0.0)
+    feed.begin(30.0)  # on that connection nothing comes
+    assert feed.deadline == 30.0 + GRACE
+    feed.begin(60.0)
+    assert feed.tick(59.0 + GRACE) == 0
+    feed.hear(said(101, 201), 60.0 + GRACE - 1)
+    assert feed.deadline == 60.0 + GRACE
+    assert feed.tick(60.0 + GRACE) == 1
+
+
 def test_one_who_never_falls_silent_is_measured_by_the_grace(feed: FpmFeed) -> None:
     feed.begin(0.0)
     feed.hear(said(100, 200), 0.0)
