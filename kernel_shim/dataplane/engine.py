@@ -104,6 +104,7 @@ class Engine:
         self._bundles: Final[BundleCache[Bundle]] = BundleCache(self._generations, self._out_keys.mask)
         self._admissions: Final[BundleCache[Admission]] = BundleCache(self._generations, self._in_keys.mask)
         self._node: Final = LabelNode(self._labels_changed)
+        self._tunnels_moved = False  # tunnels or SAs have other ends than when SAs found their tunnels; many at once are looked at once
         resolution = Resolution(self._spd, self._sad, self._out_keys, self._bundles, self._paths, self._node)
         self._outbound: Final = Outbound(
             sink,
@@ -149,6 +150,10 @@ class Engine:
         Never raises.
         """
         self._now = now
+        if self._tunnels_moved:
+            self._tunnels_moved = False
+            for entry in self._sad:
+                self._find_tunnel(entry)
         self._inbound.take(local, remote, length, segment_size, now, traffic_class)
 
     def labels_in_clear(self, local: Endpoint, remote: Endpoint, encapsulation: Encapsulation, packet: memoryview, now: float) -> None:
@@ -246,6 +251,7 @@ class Engine:
 
     def migrate(self, migration: Migration, now: float) -> Policy:
         self._now = now
+        self._tunnels_moved = True
         return self._policies.migrate(migration, self._sad.move)
 
     def delete_policy(self, direction: Direction, selector: Selector) -> Policy:
@@ -284,6 +290,8 @@ class Engine:
             raise KernelError(errno.ESRCH, f"no {key.kind} {' '.join(map(str, key.name))}")
         if key.kind == "vrf":
             self._labels.drop_vrf(str(key.name[0]))
+        elif key.kind == "tunnel":
+            self._labels.drop_peer(str(key.name[0]))
 
     def set_vrf_addresses(self, vrf: str, addresses: Iterable[IPAddress]) -> None:
         """The host's own towards that customer, one of each IP version at most."""
@@ -391,8 +399,7 @@ class Engine:
 
     def _labels_changed(self, key: Key) -> None:
         if key.kind == "tunnel":
-            for entry in self._sad:
-                self._find_tunnel(entry)
+            self._tunnels_moved = True
         self._generations.bump_route()
         if self._labels.refresh_masks():
             self._outbound.lost(self._pending.rekey(self._outbound.key_of), self._now)

@@ -93,6 +93,7 @@ class Labels:
         self._landings: Final[BundleCache[Landing]] = BundleCache(generations)
         self._vrfs: dict[str, VrfOrigin] = {}
         self._transits: dict[str, TransitOrigin] = {}
+        self._spreads = node.spreads
         self._number = 0
         self._buffer: Final = memoryview(bytearray(virtio.LENGTH + LARGEST_PACKET + tail_room))
         self._switch: Final = LabelSwitch(node.forwarder, lambda peer: self._limit_to(peer, limit), address=node.address)
@@ -110,15 +111,20 @@ class Labels:
     def drop_vrf(self, name: str) -> None:
         self._vrfs.pop(name, None)
 
+    def drop_peer(self, name: str) -> None:
+        self._transits.pop(name, None)
+
     def refresh_masks(self) -> bool:
-        """Whether flow keys are cut by another mask from now on."""
+        """Whether flow keys are cut by another mask from now on. Asked after each of a million entries, so VRFs are not looked at in vain."""
+        if self._spreads == self._node.spreads:
+            return False
+        self._spreads = self._node.spreads
         changed = [origin.keys.set_mask(origin.wanted_mask) for origin in self._vrfs.values()]
         return any(changed)
 
     def _transit(self, peer: str) -> TransitOrigin:
         origin = self._transits.get(peer)
         if origin is None:
-            self._transits = {name: it for name, it in self._transits.items() if self._node.tunnel(name) is not None}
             self._number += 1
             origin = self._transits[peer] = TransitOrigin(peer, self._number, self._node)
         return origin

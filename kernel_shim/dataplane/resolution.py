@@ -111,7 +111,7 @@ class Resolution:
         """The newest mature SA that the template asks for and that covers the flow; a dying one when there is no other."""
         destination = template.destination or flow.destination
         dying = None
-        for entry in reversed(self._sad.outbound(template.reqid) if template.reqid else self._sad.outbound_all()):
+        for entry in reversed(self._sad.outbound(template.reqid) if template.reqid else self._sad.outbound_to(destination)):
             sa = entry.sa
             if sa.mode is not template.mode or sa.destination != destination or (template.source or sa.source) != sa.source or not covers(sa, flow):
                 continue

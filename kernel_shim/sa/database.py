@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from heapq import heapify, heappop, heappush
-from typing import Final
+from typing import Final, TypeVar
 
 from kernel_shim.algorithms import EncryptionId, EspAlgorithm
 from kernel_shim.esp.cipher import EspCipher, make_cipher
@@ -36,6 +36,8 @@ MAX_SAS: Final = 262_144
 LARVAL_SECONDS: Final = 165.0  # as long as a key manager may retransmit an exchange (RFC 7296 section 2.4: "several minutes")
 REMEMBERED_KEYS: Final = 65_536  # outbound keys that are refused for good; 16 bytes each
 
+K = TypeVar("K")
+
 _NO_ALGORITHM: Final = EspAlgorithm(EncryptionId.NULL, 0)
 _STALE_DEADLINES: Final = 64
 
@@ -60,6 +62,7 @@ class Sad:
         self._entries: dict[SaId, SaEntry] = {}
         self._inbound: dict[int, tuple[SaEntry, ...]] = {}
         self._outbound: dict[ReqId, list[SaEntry]] = {}
+        self._outbound_to: dict[IPAddress, list[SaEntry]] = {}
         self._deadlines: list[tuple[float, int, SaEntry]] = []
         self._serial = 0
         self._keys: dict[bytes, None] = {}
@@ -87,9 +90,9 @@ class Sad:
         """The outbound SAs of `reqid`, newest last. Not to be changed."""
         return self._outbound.get(reqid, [])
 
-    def outbound_all(self) -> list[SaEntry]:
-        """Every outbound SA, newest last."""
-        return sorted((entry for entries in self._outbound.values() for entry in entries), key=lambda entry: entry.serial)
+    def outbound_to(self, destination: IPAddress) -> list[SaEntry]:
+        """The outbound SAs to that address, of whatever reqid, newest last. Not to be changed."""
+        return self._outbound_to.get(destination, [])
 
     # Changes
 
@@ -167,6 +170,10 @@ class Sad:
         if sa.id != entry.sa.id:
             del self._entries[entry.sa.id]
             self._entries[sa.id] = entry
+            if sa.direction is Direction.OUT:
+                _take_out(self._outbound_to, entry.sa.destination, entry)
+                self._outbound_to.setdefault(sa.destination, []).append(entry)
+                self._outbound_to[sa.destination].sort(key=lambda other: other.serial)
         entry.configure(sa)
         self._watch(entry)
         self._changed()
@@ -182,6 +189,7 @@ class Sad:
         self._entries.clear()
         self._inbound.clear()
         self._outbound.clear()
+        self._outbound_to.clear()
         self._deadlines.clear()
         for entry in entries:
             entry.state = SaState.DEAD
@@ -252,6 +260,7 @@ class Sad:
             self._inbound[sa.spi] = (*self._inbound.get(sa.spi, ()), entry)
         else:
             self._outbound.setdefault(sa.reqid, []).append(entry)
+            self._outbound_to.setdefault(sa.destination, []).append(entry)
         self._watch(entry)
         self._changed()
 
@@ -265,9 +274,8 @@ class Sad:
             else:
                 del self._inbound[sa.spi]
         else:
-            self._outbound[sa.reqid].remove(entry)
-            if not self._outbound[sa.reqid]:
-                del self._outbound[sa.reqid]
+            _take_out(self._outbound, sa.reqid, entry)
+            _take_out(self._outbound_to, sa.destination, entry)
         entry.state = SaState.DEAD
         self._changed()
 
@@ -320,6 +328,12 @@ class Sad:
         if len(self._keys) >= REMEMBERED_KEYS:
             del self._keys[next(iter(self._keys))]
         self._keys[fingerprint] = None
+
+
+def _take_out(table: dict[K, list[SaEntry]], key: K, entry: SaEntry) -> None:
+    table[key].remove(entry)
+    if not table[key]:
+        del table[key]
 
 
 def _same_keys(one: SecurityAssociation, other: SecurityAssociation) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from ipaddress import ip_address, ip_network
 
 import pytest
@@ -13,7 +14,7 @@ from scapy.layers.inet import ICMP, IP, TCP, UDP
 from scapy.layers.l2 import GRE
 from scapy.packet import Raw
 
-from kernel_shim.model import Mode
+from kernel_shim.model import AddressRange, Direction, Migration, Mode, Move, PolicyIndex, ReqId
 from kernel_shim.mpls.diffserv import ClassMap
 from kernel_shim.mpls.encapsulation import UDP_PORT, Encapsulation
 from kernel_shim.mpls.labels import Entry, Label, write_stack
@@ -321,3 +322,18 @@ def test_the_nodes_own_classes_count() -> None:
     pair.left.engine.remove_label_entry(Key("classes", ()), pair.now)
     pair.put("red", packet(7, ttl=33, dscp=46))
     assert MPLS(pair.plaintext(pair.left)[1][4:]).cos == 5
+
+
+def test_an_sa_that_moved_carries_the_labels_of_the_tunnel_between_its_new_ends() -> None:
+    pair = Pes()
+    pair.connect()
+    left, right = (ip_address(address) for address in OUTER[4])
+    roamed, engine = ip_address("198.51.100.7"), pair.right.engine
+    (policy,) = (policy for policy in engine.policies() if policy.direction is Direction.IN)
+    engine.put_label_entry(Tunnel("left", right, roamed), pair.now)
+    engine.migrate(Migration(Direction.IN, policy.selector, (Move(Mode.TRANSPORT, ReqId(0), left, right, roamed, right),)), pair.now)
+    (policy,) = (policy for policy in engine.policies() if policy.direction is Direction.IN)
+    engine.add_policy(replace(policy, selector=replace(policy.selector, source=AddressRange.host(roamed)), index=PolicyIndex(0)), pair.now)
+    pair.put("red", packet(1))
+    pair.right.take([replace(sent, local=sent.local._replace(address=roamed)) for sent in pair.left.sent()], pair.now)
+    assert pair.right.landed("red") == [packet(1)]

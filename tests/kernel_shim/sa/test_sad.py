@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernel_shim.algorithms import EncryptionId, EspAlgorithm
-from kernel_shim.model import Direction, Expire, KernelError, Lifetime, Mode, ReqId, SaState, SpiRequest, UdpEncapsulation
+from kernel_shim.model import Direction, Expire, KernelError, Lifetime, Mode, Move, ReqId, SaState, SpiRequest, UdpEncapsulation
 from kernel_shim.sa.database import REMEMBERED_KEYS, Sad
 from kernel_shim.sa.replay import ReplayWindow
 from kernel_shim.sa.spi import SLOTS, choose_spi
@@ -241,3 +241,19 @@ def test_an_update_that_is_not_of_the_sa_changes_nothing() -> None:
     assert sad.outbound(sa.reqid) == [entry]
     assert sad.delete(sa.id) is entry
     assert len(sad) == 0
+
+
+def test_outbound_sas_are_found_by_their_destination_newest_last() -> None:
+    sad, _ = new_sad()
+    near, far = pair.sa(True, Direction.OUT), ip_address("198.51.100.7")
+    first, second = sad.add(near, 0.0), sad.add(pair.sa(True, Direction.OUT, spi=0x2000, reqid=ReqId(8)), 0.0)
+    other = sad.add(pair.sa(True, Direction.OUT, spi=0x3000, destination=far), 0.0)
+    assert sad.outbound_to(near.destination) == [first, second]
+    assert sad.outbound_to(far) == [other]
+    sad.move([Move(near.mode, near.reqid, near.source, near.destination, near.source, far)])
+    assert sad.outbound_to(near.destination) == [second]
+    assert sad.outbound_to(far) == [first, other]
+    sad.delete(first.sa.id)
+    assert sad.outbound_to(far) == [other]
+    sad.flush()
+    assert sad.outbound_to(far) == sad.outbound_to(near.destination) == []
