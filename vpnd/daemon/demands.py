@@ -175,7 +175,7 @@ class Demands:
 
     def _stands_elsewhere(self, demand: Demand, reason: Reason) -> bool:
         """Whether it fails because its IKE SA goes, and another one of the connection stays: one of the two was superfluous, or came to nothing."""
-        superfluous = reason in (Reason.REPLACED, Reason.PEER_DELETED) or demand.joined
+        superfluous = reason in (Reason.REPLACED, Reason.PEER_DELETED, Reason.PEER_RESTARTED) or demand.joined
         if not superfluous or demand.entry is None or demand.entry.usable:
             return False
         other = self._manager.established(demand.connection.name)

@@ -57,8 +57,8 @@ def delete_ike(reason: Reason) -> Task:
         twins = [session.has_twin(child) for child in session.children.values()]
         for child in list(session.children.values()):
             succession.cease(session, child)
-        # one that a peer keeps unheard would take what is meant for its twin; what the peer should have deleted itself it may never have had
-        patient = any(twins) or (reason is Reason.REKEYED and session.ends_at is None)
+        # one that a peer keeps unheard would take what is meant for its twin, or for what replaced it; what it should have deleted itself it may never have had
+        patient = any(twins) or reason is Reason.REPLACED or (reason is Reason.REKEYED and session.ends_at is None)
         tries = None if patient else DELETE_TRIES
         yield from ask(Ask(Exchange.INFORMATIONAL, (DeletePayload(ProtocolId.IKE),), tries=tries))
         session.close(reason, session.describe())

@@ -120,3 +120,14 @@ def test_an_unheard_deletion_is_repeated_as_long_as_a_twin_would_suffer() -> Non
     pair.wait(100.0, lambda datagram: pair.now < deaf)
     agree(pair, 1)
     assert len(pair.a.standing) == len(pair.b.standing) == 1
+
+
+def test_an_unheard_deletion_of_what_was_replaced_is_repeated_without_children_as_well() -> None:
+    pair = psk_pair(NET)
+    pair.connect()
+    pair.a.run(pair.a.sa, pair.a.sa.delete_child(1, pair.now), pair.now)
+    pair.settle()
+    pair.a.run(pair.a.sa, pair.a.sa.delete(pair.now, Reason.REPLACED), pair.now)
+    deaf = pair.now + 60.0
+    pair.wait(100.0, lambda datagram: pair.now < deaf)
+    assert pair.a.standing == pair.b.standing == []
