@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import hypothesis
 import lab.process
 import pytest
-from lab import strongswan
+from lab import openiked, strongswan
 from lab.forks import fork_servers
 from lab.root import HOST, NEWER, newer_peers
 from realkernel import guest
@@ -51,6 +51,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "newer: meets the strongSwan of a newer Debian")
+    config.addinivalue_line("markers", "openiked: meets OpenIKED")
     config.addinivalue_line("markers", "root: needs root, /dev/net/tun, iproute2 and nftables, but no second gateway")
 
 
@@ -78,6 +79,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     for marker, peer in (("interop", HOST), ("newer", NEWER)):
         if item.get_closest_marker(marker):
             lacks = ", ".join(filter(None, (lacks, strongswan.missing(peer))))
+    if item.get_closest_marker("openiked"):
+        lacks = ", ".join(filter(None, (lacks, openiked.missing())))
     if lacks:
         reason = f"missing: {lacks}"
         if CI:
