@@ -54,6 +54,7 @@ class AfKeyAcquires:
         self._counters = counters
         self._known: OrderedDict[AcquireSequence, Acquire] = OrderedDict()
         self._larval: dict[_Ends, _Standing] = {}
+        self._to: dict[tuple[IPAddress, ReqId], set[_Ends]] = {}  # those of `_larval` by all that an EXPIRE tells
         self._next_found = FIRST_FOUND
         self._look = Look(self.read, "af-key-acquires")
         self._reading = 0  # dumps under way
@@ -76,7 +77,7 @@ class AfKeyAcquires:
         self._known.pop(sa.acquire, None)
 
     def expired(self, destination: IPAddress, reqid: ReqId) -> None:
-        for ends in [ends for ends in self._larval if ends[1] == destination and ends[3] == reqid]:
+        for ends in list(self._to.get((destination, reqid), ())):
             self._forget(ends)
 
     async def failed(self, sequence: AcquireSequence) -> None:
@@ -124,7 +125,7 @@ class AfKeyAcquires:
             for ends, standing in list(self._larval.items()):
                 gone = not standing.is_of(larval[ends]) if ends in larval else before.get(ends) is standing
                 if gone:
-                    self._known.pop(self._larval.pop(ends).number, None)
+                    self._take_out(ends)
             served = {_ends_of(told.sa) for told in found if isinstance(told, SaStatus)}
             for ends in larval.keys() - self._larval.keys() - self._ended - served:
                 policy = self.asking(larval[ends])
@@ -159,7 +160,9 @@ class AfKeyAcquires:
     def _put(self, event: Acquire, added: int | None = None) -> None:
         self._known[event.sequence] = event
         if event.source is not None and event.destination is not None:
-            self._larval[event.source, event.destination, event.mode, event.reqid] = _Standing(event.sequence, added)
+            ends = event.source, event.destination, event.mode, event.reqid
+            self._larval[ends] = _Standing(event.sequence, added)
+            self._to.setdefault((event.destination, event.reqid), set()).add(ends)
         if len(self._known) > MAX_ACQUIRES:
             _, oldest = self._known.popitem(last=False)
             if oldest.source is not None and oldest.destination is not None:
@@ -167,11 +170,20 @@ class AfKeyAcquires:
         self._tell(event)
 
     def _forget(self, ends: _Ends) -> None:
-        standing = self._larval.pop(ends, None)
-        if standing is not None:
-            self._known.pop(standing.number, None)
+        self._take_out(ends)
         if self._reading:
             self._ended.add(ends)
+
+    def _take_out(self, ends: _Ends) -> None:
+        standing = self._larval.pop(ends, None)
+        if standing is None:
+            return
+        self._known.pop(standing.number, None)
+        _, destination, _, reqid = ends
+        alike = self._to[destination, reqid]
+        alike.discard(ends)
+        if not alike:
+            del self._to[destination, reqid]
 
 
 def _ends_of(sa: Larval | SecurityAssociation) -> _Ends:

@@ -13,6 +13,7 @@ _STRINGS: Final = {0x0C: "utf-8", 0x13: "ascii", 0x14: "latin-1", 0x16: "ascii",
 _CONTEXT: Final = 0xA0
 
 MAX_INTEGER_OCTETS: Final = 8  # no number in an AlgorithmIdentifier is larger
+MAX_IDENTIFIER_OCTETS: Final = 64  # of an object identifier; peers may say any length, and each octet costs more than the one before
 
 
 class DerError(ValueError):
@@ -65,18 +66,7 @@ class DerReader:
         return int.from_bytes(content, "big", signed=True)
 
     def object_identifier(self) -> str:
-        content = self._element(_OBJECT_IDENTIFIER)
-        if not content or content[-1] & 0x80:
-            raise DerError("malformed object identifier")
-        arcs: list[int] = []
-        value = 0
-        for octet in content:
-            value = value << 7 | octet & 0x7F
-            if not octet & 0x80:
-                arcs.append(value)
-                value = 0
-        first = min(arcs[0] // 40, 2)
-        return ".".join(str(arc) for arc in (first, arcs[0] - 40 * first, *arcs[1:]))
+        return dotted(self._element(_OBJECT_IDENTIFIER))
 
     def _peek(self) -> int | None:
         return None if self.at_end() else self._data[self._offset]
@@ -100,6 +90,21 @@ class DerReader:
             raise DerError("truncated element")
         self._offset = start + length
         return content
+
+
+def dotted(content: bytes) -> str:
+    """An object identifier, from the content of its element. DerError for one that is none, or longer than anybody's."""
+    if not content or content[-1] & 0x80 or len(content) > MAX_IDENTIFIER_OCTETS:
+        raise DerError("malformed object identifier")
+    arcs: list[int] = []
+    arc = 0
+    for octet in content:
+        arc = arc << 7 | octet & 0x7F
+        if not octet & 0x80:
+            arcs.append(arc)
+            arc = 0
+    first = min(arcs[0] // 40, 2)
+    return ".".join(str(arc) for arc in (first, arcs[0] - 40 * first, *arcs[1:]))
 
 
 def _element(tag: int, content: bytes) -> bytes:

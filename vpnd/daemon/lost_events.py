@@ -20,6 +20,7 @@ from kernel_shim.model import (
     KernelEvent,
     Policy,
     PolicyIndex,
+    ReqId,
     SaId,
     SaState,
     SaStatus,
@@ -55,13 +56,16 @@ class LostEvents:
         """
         actual = list(actual)
         unheard = [it.sa for it in actual if it.state is SaState.LARVAL and not it.sa.spi and it.sa.acquire and it.sa.acquire not in self._acquires]
-        outbound = [policy for policy in policies if policy.direction is Direction.OUT] if unheard else []
+        outbound: dict[ReqId, list[Policy]] = {}
+        for policy in policies if unheard else ():
+            for reqid in {template.reqid for template in policy.templates if policy.direction is Direction.OUT}:
+                outbound.setdefault(reqid, []).append(policy)
         for sa in unheard:
             self._heard_of(sa.acquire)
         self._expired &= ours.keys()
         worn = [status.sa for status in actual if status.sa.id in ours and status.sa.id not in self._expired and _worn(status, ours[status.sa.id], now)]
         self._expired.update(sa.id for sa in worn)
-        return [*(_acquire_of(sa, outbound) for sa in unheard), *(Expire(sa.id, sa.reqid, hard=False) for sa in worn)]
+        return [*(_acquire_of(sa, outbound.get(sa.reqid, ())) for sa in unheard), *(Expire(sa.id, sa.reqid, hard=False) for sa in worn)]
 
 
 def _worn(status: SaStatus, asked: SecurityAssociation, now: float) -> bool:
@@ -74,8 +78,9 @@ def _worn(status: SaStatus, asked: SecurityAssociation, now: float) -> bool:
 
 
 def _acquire_of(sa: SecurityAssociation, outbound: Iterable[Policy]) -> Acquire:
+    """`outbound`: the policies that ask for its reqid."""
     flow = _flow_of(sa)
-    asking = next((policy for policy in outbound if any(it.reqid == sa.reqid for it in policy.templates) and _covers(policy.selector, flow)), None)
+    asking = next((policy for policy in outbound if _covers(policy.selector, flow)), None)
     return Acquire(
         sequence=AcquireSequence(sa.acquire),
         policy=asking.index if asking is not None else PolicyIndex(0),

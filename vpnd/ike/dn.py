@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from typing import Final, NamedTuple
 
+from vpnd.auth.der import dotted
+
 SEQUENCE: Final = 0x30
 SET: Final = 0x31
 OBJECT_IDENTIFIER: Final = 0x06
@@ -151,7 +153,7 @@ def decode_dn(der: bytes) -> tuple[Attribute, ...]:
     for number, rdn in enumerate(_contents_each(name, SET)):
         for pair in _contents_each(rdn, SEQUENCE):
             (_, oid), (tag, value) = _pair(pair)
-            attributes.append(Attribute(number, _decode_oid(oid), tag, value))
+            attributes.append(Attribute(number, dotted(oid), tag, value))
             if len(attributes) > MAX_ATTRIBUTES:
                 raise ValueError(f"more than {MAX_ATTRIBUTES} attributes")
     return tuple(attributes)
@@ -276,17 +278,3 @@ def _encode_oid(oid: str) -> bytes:
             groups.append(arc & 0x7F | 0x80)
         content += bytes(reversed(groups))
     return _tlv(OBJECT_IDENTIFIER, bytes(content))
-
-
-def _decode_oid(content: bytes) -> str:
-    if not content or content[-1] & 0x80 or len(content) > 64:
-        raise ValueError("DER object identifier is not valid")
-    arcs: list[int] = []
-    arc = 0
-    for octet in content:
-        arc = arc << 7 | octet & 0x7F
-        if not octet & 0x80:
-            arcs.append(arc)
-            arc = 0
-    first = min(arcs[0] // 40, 2)
-    return ".".join(str(part) for part in (first, arcs[0] - 40 * first, *arcs[1:]))

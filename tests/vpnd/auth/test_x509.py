@@ -9,13 +9,17 @@ import pytest
 from cryptography import x509
 from vpnd_certificates import Authority, key, name, usage
 
-from vpnd.auth.der import DerError, canonical_name
+from vpnd.auth.der import MAX_IDENTIFIER_OCTETS, DerError, canonical_name
 from vpnd.auth.x509 import Certificate, CertificateRefused, check_peer
 from vpnd.ike.identity import Identity
 
 UTC_NOW = datetime(2026, 6, 1, tzinfo=UTC)
 CA = Authority()
 PRIVATE = key("ecdsa256")
+
+
+def tlv(tag: int, content: bytes) -> bytes:
+    return bytes((tag, 0x82)) + len(content).to_bytes(2, "big") + content
 
 
 def check(der: bytes, identity: str = "gw.example", authorities: Sequence[Authority] = (CA,), pinned: Sequence[bytes] = ()) -> None:
@@ -56,6 +60,15 @@ def test_what_a_certificate_asserts(identity: str, asserted: bool) -> None:
     else:
         with pytest.raises(CertificateRefused, match="does not assert"):
             check(der, identity)
+
+
+@pytest.mark.parametrize("octets", [MAX_IDENTIFIER_OCTETS, 3000, 60_000])
+def test_a_name_with_a_long_object_identifier_is_nobodys(octets: int) -> None:
+    """An arc of 3,000 octets has more digits than Python turns into text."""
+    attribute = tlv(0x30, tlv(0x06, b"\x81" * octets + b"\x01") + tlv(0x0C, b"gw"))
+    identity = Identity.of_dn(tlv(0x30, tlv(0x31, attribute)))
+    assert not Certificate.parse(CA.issue("gw", PRIVATE)).asserts(identity)
+    assert str(identity)
 
 
 def test_wildcards_in_a_certificate_are_not_wildcards() -> None:
