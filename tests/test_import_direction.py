@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 EDGES = (
     "kernel_shim.core_dumps",
     "kernel_shim.logs",
+    "kernel_shim.nft",
     "kernel_shim.service",
     "kernel_shim.io",
     "kernel_shim.channel",

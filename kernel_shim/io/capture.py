@@ -23,12 +23,12 @@ from kernel_shim.io.guard import COUNTER as CLEAR_COUNTER
 from kernel_shim.io.guard import GuardPlan
 from kernel_shim.io.leak_guard import COUNTER as LEAK_COUNTER
 from kernel_shim.io.leak_guard import VRF_COUNTER, LeakGuardPlan
-from kernel_shim.io.nft import Nft
 from kernel_shim.io.notices import GuardNotices, HostNotices, Notice
 from kernel_shim.io.routes import HostRoutes
 from kernel_shim.io.settings import PROTOCOL_NUMBER, ShimSettings
 from kernel_shim.io.tun import Tun, read_sysctl, write_sysctl
 from kernel_shim.model import Action, Direction, IPAddress, IPNetwork, KernelError, Policy
+from kernel_shim.nft import Nft
 
 STATE_VERSION: Final = 1
 REVERSE_PATH_MARK: Final = "ipv4/conf/all/src_valid_mark"

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Final, NamedTuple
 
-from kernel_shim.io.nft import FAMILY, NEIGHBOUR_DISCOVERY, interface_set
 from kernel_shim.io.pair_sets import PairSets
 from kernel_shim.model import ANY_PROTOCOL, PROTOCOL_ICMP, PROTOCOL_ICMPV6, Action, Direction, IPAddress, IPNetwork, Policy, PortRange
+from kernel_shim.nft import FAMILY, NEIGHBOUR_DISCOVERY, interface_set
 
 MAX_SHAPES: Final = 1024
 COUNTER: Final = "clear_dropped"

@@ -12,9 +12,9 @@ from typing import Final, NamedTuple
 
 from kernel_shim.io.capture_plan import LINK_SCOPE, CapturePlan
 from kernel_shim.io.guard import VRF_INTERFACES, VRF_MEMBERS, VRF_WAYS
-from kernel_shim.io.nft import FAMILY, NEIGHBOUR_DISCOVERY, interface_set
 from kernel_shim.io.pair_sets import PairSets
 from kernel_shim.model import IPNetwork, Policy
+from kernel_shim.nft import FAMILY, NEIGHBOUR_DISCOVERY, interface_set
 
 COUNTER: Final = "leak_dropped"
 VRF_COUNTER: Final = "vrf_errors_dropped"

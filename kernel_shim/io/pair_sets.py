@@ -13,8 +13,8 @@ from itertools import product
 from typing import Final, Generic, Protocol, TypeVar
 
 from kernel_shim.io.capture_plan import sides
-from kernel_shim.io.nft import ADDRESS_TYPE, FAMILY, prefix_mask
 from kernel_shim.model import IPNetwork, KernelError, Policy
+from kernel_shim.nft import ADDRESS_TYPE, FAMILY, prefix_mask
 
 
 class Shape(Protocol):

@@ -34,8 +34,10 @@ mpls {{
 """
 
 
-def configuration(near: Provider, far: Provider, customers: Sequence[str] = CUSTOMERS, remote: Mapping[str, int] | None = None, ttl: str = "pipe") -> str:
-    """`remote`: the labels under which this node sends into the peer's VRFs."""
+def configuration(
+    near: Provider, far: Provider, customers: Sequence[str] = CUSTOMERS, remote: Mapping[str, int] | None = None, ttl: str = "pipe", outer: int = 4
+) -> str:
+    """`remote`: the labels under which this node sends into the peer's VRFs; `outer`: the tunnel's IP version."""
     vrfs, remote_vrfs = "", ""
     labels = {name: 100 + number for number, name in enumerate(CUSTOMERS)} if remote is None else remote
     for number, name in enumerate(CUSTOMERS):
@@ -44,8 +46,9 @@ def configuration(near: Provider, far: Provider, customers: Sequence[str] = CUST
             vrfs += f"{name} {{\n members = {mine.member}\n table = {101 + number}\n label = {100 + number}\n prefixes = {mine.net4}, {mine.net6}\n }}\n"
         if name in customers and name in labels:
             remote_vrfs += f"{name} {{\n label = {labels[name]}\n prefixes = {theirs.net4}, {theirs.net6}\n }}\n"
-    connection = label_connection("pe", near.wan4, far.wan4)
-    return CONFIGURATION.format(connection=connection, near=near.wan4, far=far.wan4, ttl=ttl, vrfs=vrfs, remote_vrfs=remote_vrfs)
+    ends = (near.wan4, far.wan4) if outer == 4 else (near.wan6, far.wan6)
+    connection = label_connection("pe", *ends)
+    return CONFIGURATION.format(connection=connection, near=ends[0], far=ends[1], ttl=ttl, vrfs=vrfs, remote_vrfs=remote_vrfs)
 
 
 @dataclass
@@ -55,10 +58,11 @@ class Edges:
     b: Gateway
     wire: Capture | None
     ttl: str = "pipe"
+    outer: int = 4
 
     def write(self, customers: Sequence[str] = CUSTOMERS) -> None:
         for gateway, near, far in ((self.a, self.lab.a, self.lab.b), (self.b, self.lab.b, self.lab.a)):
-            gateway.config.write_text(configuration(near, far, customers, ttl=self.ttl))
+            gateway.config.write_text(configuration(near, far, customers, ttl=self.ttl, outer=self.outer))
 
     def lost(self, name: str, count: int = 2, timeout: float = 5.0) -> int:
         near, far = self.lab.a.customers[name], self.lab.b.customers[name]
@@ -78,15 +82,18 @@ class Edges:
 
 @contextlib.contextmanager
 def provider_edges(
-    directory: Path, *, capture: bool = True, make_a: MakeGateway = Gateway, make_b: MakeGateway = Gateway, narrow: int = 0, ttl: str = "pipe"
+    directory: Path, *, capture: bool = True, make_a: MakeGateway = Gateway, make_b: MakeGateway = Gateway, narrow: int = 0, ttl: str = "pipe", outer: int = 4
 ) -> Iterator[Edges]:
-    """Both run, and nothing is negotiated yet; with a capture on the wire since before they started. `narrow`: as in `providers`; `ttl`: of the section."""
+    """Both run, and nothing is negotiated yet; with a capture on the wire since before they started.
+
+    `narrow`: as in `providers`; `ttl`: of the section; `outer`: the tunnel's IP version.
+    """
     with providers(narrow=narrow) as lab, contextlib.ExitStack() as stack:
         wire = stack.enter_context(Capture(lab.a.gateway, WAN)) if capture else None
         for letter in "ab":
             (directory / letter).mkdir()
         a, b = (make(pe.gateway, directory / letter / "gateway.conf") for letter, pe, make in (("a", lab.a, make_a), ("b", lab.b, make_b)))
-        found = Edges(lab, a, b, wire, ttl)
+        found = Edges(lab, a, b, wire, ttl, outer)
         found.write()
         for gateway in (a, b):
             stack.callback(gateway.kill)

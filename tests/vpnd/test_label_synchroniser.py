@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 from collections.abc import AsyncIterator, Sequence
 from ipaddress import ip_address, ip_network
@@ -14,7 +15,7 @@ from kernel_shim.mpls.labels import Label
 from kernel_shim.mpls.lfib import Key, Nhlfe, ToInterface, ToPeer
 from kernel_shim.mpls.node import LabelBinding, LabelNode, NodeEntry, Tunnel, Vrf, VrfRoute
 from vpnd.daemon import repair
-from vpnd.daemon.label_synchroniser import FPM, STATIC, LabelSynchroniser
+from vpnd.daemon.label_synchroniser import FPM, SLICE, STATIC, LabelSynchroniser
 from vpnd.telemetry.counters import Counters
 
 
@@ -100,6 +101,29 @@ async def test_only_what_differs_is_touched(labels: LabelSynchroniser) -> None:
     labels.replace(STATIC, ALL)
     await labels.examine()
     assert kernel.changes() == []
+
+
+async def test_others_have_their_turns_in_an_examination_and_what_changes_then_is_not_lost(labels: LabelSynchroniser) -> None:
+    """Of many entries, at every boundary between two slices."""
+    kernel = FakeNode()
+    many = [LabelBinding(Label(1000 + number), LABEL.paths) for number in range(3 * SLICE)]
+    labels.replace(STATIC, [*ALL, *many])
+    await labels.attach(kernel)
+    gone = False
+    for boundary in range(1, 30):
+        label = many[boundary * 100]
+        kernel.node.remove(label.key)  # which the examination is to put right
+        examination = asyncio.create_task(labels.examine())
+        for _ in range(boundary):
+            await asyncio.sleep(0)
+        gone = gone or not examination.done()
+        labels.withdraw(STATIC, [TUNNEL.key]) if boundary % 2 else labels.put(STATIC, [TUNNEL])
+        await examination
+        await labels.settled()
+        wanted = {entry.key: entry for entry in [*ALL, *many] if boundary % 2 == 0 or entry is not TUNNEL}
+        assert there(kernel) == wanted
+        assert labels.standing == wanted
+    assert gone
 
 
 async def test_what_drifted_is_put_right(labels: LabelSynchroniser) -> None:

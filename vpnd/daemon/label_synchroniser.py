@@ -7,8 +7,8 @@ named first in `OWNERS` counts, so what an operator wrote is never overruled. Wh
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from typing import Final
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import Final, TypeVar
 
 import structlog
 
@@ -26,6 +26,10 @@ FED: Final = ("label", "route")  # kinds of entries that a feed can be the owner
 
 _ORDER: Final = {kind: at for at, kind in enumerate(("classes", "vrf", "tunnel", "peer", "label", "route"))}
 """An entry goes in after those that it rests upon, and away before them."""
+
+SLICE: Final = 1024  # entries that are looked at before the rest of the loop has its turn
+
+T = TypeVar("T")
 
 log = structlog.get_logger("mpls")
 
@@ -46,6 +50,10 @@ class DesiredLabels:
     def wanted(self) -> Mapping[Key, None]:
         """In the order in which they were wanted."""
         return {key: None for entries in self._by_owner.values() for key in entries}
+
+    def keys(self) -> list[Key]:
+        """As `wanted`, some of them twice."""
+        return [key for entries in self._by_owner.values() for key in entries]
 
     def owner(self, key: Key) -> str:
         return next((owner for owner, entries in self._by_owner.items() if key in entries), "")
@@ -155,17 +163,28 @@ class LabelSynchroniser:
         if channel is None:
             return
         async with self._turn:
-            standing = {entry.key: entry for entry in await channel.labels()}
-            drifted = {key for key in standing.keys() | self._standing.keys() if standing.get(key) != self._standing.get(key)}
+            found = await channel.labels()
+            self._changed.clear()  # what changes from here on has a turn of its own
+            standing: dict[Key, NodeEntry] = {}
+            drifted = 0
+            async for entry in _in_slices(found):
+                standing[entry.key] = entry
+                drifted += self._standing.get(entry.key) != entry
+            async for key in _in_slices(list(self._standing)):
+                drifted += key not in standing
+            if self._channel is not channel:
+                return  # it went meanwhile
             if self._standing and drifted:
-                self._counters.add("kernel_labels_drifted", len(drifted))
+                self._counters.add("kernel_labels_drifted", drifted)
             self._standing = standing
             if attached and (orphans := [entry for key, entry in standing.items() if key.kind in FED and self.desired[key] is None]) and self.adopt(orphans):
                 self.desired.put(FPM, orphans)
-            wrong = [key for key in {**self.desired.wanted, **standing} if standing.get(key) != self.desired[key]]
-            self._changed.clear()
+            wrong: dict[Key, None] = {}
+            async for key in _in_slices([*self.desired.keys(), *standing]):
+                if standing.get(key) != self.desired[key]:
+                    wrong[key] = None
             if wrong:
-                await self._carry(channel, wrong)
+                await self._carry(channel, list(wrong))
 
     # Inside
 
@@ -245,6 +264,14 @@ class LabelSynchroniser:
             log.warning("entries of the label node not removed", entries=len(entries), error=str(error))
             return False
         return True
+
+
+async def _in_slices(items: Sequence[T]) -> AsyncIterator[T]:
+    """One by one; the rest of the loop has its turn in between."""
+    for start in range(0, len(items), SLICE):
+        for item in items[start : start + SLICE]:
+            yield item
+        await asyncio.sleep(0)
 
 
 def _order(key: Key) -> int:

@@ -10,7 +10,7 @@ from typing import Final
 
 import structlog
 
-from kernel_shim.model import Action, AddressRange, Direction, IPAddress, KernelError, PortRange, Selector
+from kernel_shim.model import NO_MARK, Action, AddressRange, Direction, IPAddress, KernelError, PortRange, Selector
 from kernel_shim.mpls.allocator import LabelsExhausted
 from kernel_shim.mpls.encapsulation import UDP_PORT, Encapsulation
 from kernel_shim.mpls.labels import FIRST_LABEL, LAST_LABEL, Label
@@ -161,6 +161,8 @@ def _read(path: Path) -> dict[str, Label]:
 
 def _covers(selector: Selector, tunnel: Tunnel) -> bool:
     """Whether every packet of the tunnel matches; the source port of MPLS-in-UDP is the flow's."""
+    if selector.mark != NO_MARK:
+        return False
     if selector.protocol not in (0, tunnel.encapsulation) or selector.version != tunnel.local.version:
         return False
     if tunnel.encapsulation is Encapsulation.UDP and not (selector.source_ports.any and selector.destination_ports.contains(PortRange(UDP_PORT, UDP_PORT))):

@@ -9,21 +9,29 @@ child for the same protocol, of which the kernel has one only.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Final
 
-from kernel_shim.model import Action, AddressRange, Direction, Policy, PortRange, Selector
+from kernel_shim.channel.linux_mpls.detour import MARK
+from kernel_shim.model import Action, AddressRange, Direction, Mark, Policy, PortRange, Selector
 from kernel_shim.mpls.node import Tunnel
 
+PRIORITY_FIRST: Final = 0
 PRIORITY_LAST: Final = 0xFFFFFFFF
 
 _PORTLESS: Final = PortRange(0, 0)
 
 
 def without_sa(tunnel: Tunnel) -> Iterator[Policy]:
-    """The policies that drop what the tunnel would send or take in clear; none for a network that is said to be managed."""
-    if tunnel.managed:
-        return
+    """The policies that drop what the tunnel would send or take in clear; none for a network that is said to be managed.
+
+    Over IPv6 one more: what has the mark of the detour (`kernel_shim.channel.linux_mpls.detour`) passes, and meets the others when it comes back.
+    """
     near, far = AddressRange(tunnel.local, tunnel.local), AddressRange(tunnel.remote, tunnel.remote)
     outbound = Selector(near, far, int(tunnel.encapsulation), _PORTLESS, _PORTLESS)
+    if tunnel.local.version == 6:
+        yield Policy(replace(outbound, mark=Mark(MARK, 0xFFFFFFFF)), Direction.OUT, Action.BYPASS, PRIORITY_FIRST)
+    if tunnel.managed:
+        return
     yield Policy(outbound, Direction.OUT, Action.DISCARD, PRIORITY_LAST)
     yield Policy(outbound.reversed(), Direction.IN, Action.DISCARD, PRIORITY_LAST)

@@ -15,7 +15,10 @@ from typing import Any, Final, Self
 from zlib import crc32
 
 from pyroute2 import AsyncIPRoute
+from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 
+from kernel_shim.channel.linux_mpls import detour
+from kernel_shim.channel.linux_mpls.mtu import device_mtu, outer_mtu
 from kernel_shim.channel.route_socket import ALIAS, Link, alias, all_links, data, kind, link_named, make_link
 from kernel_shim.model import KernelError
 from kernel_shim.mpls.encapsulation import Encapsulation
@@ -26,10 +29,24 @@ IPPROTO_MPLS: Final = 137
 _VRF: Final = f"{ALIAS} vrf "
 _TUNNEL: Final = f"{ALIAS} tunnel "
 _ENCAPSULATIONS: Final = {"gre": Encapsulation.GRE, "ip6gre": Encapsulation.GRE, "ipip": Encapsulation.IP}
+_NO_ENCAPSULATION_LIMIT: Final = 1  # linux/ip6_tunnel.h, IP6_TNL_F_IGN_ENCAP_LIMIT: no destination option before GRE
 
 # Choices of this implementation
-TUNNEL_MTU: Final = 1400  # octets of a label stack with its packet: with GRE, IPv6, ESP and UDP around them within 1500
 TUNNEL_TTL: Final = 64
+
+
+class _Ip6Gre(ifinfmsg.ifinfo.ip6gre_data):  # type: ignore[misc]
+    """pyroute2's, which ends before the last of linux/if_tunnel.h."""
+
+    nla_map = (
+        *ifinfmsg.ifinfo.ip6gre_data.nla_map,
+        ("IFLA_IP6GRE_COLLECT_METADATA", "flag"),
+        ("IFLA_IP6GRE_IGNORE_DF", "uint8"),
+        ("IFLA_IP6GRE_FWMARK", "uint32"),
+    )
+
+
+ifinfmsg.ifinfo.register_link_kind(module={"ip6gre": _Ip6Gre})
 
 
 def tunnel_device(peer: str) -> str:
@@ -46,6 +63,7 @@ class Devices:
     tables: Mapping[str, int]  # likewise
     vrfs: Mapping[str, Vrf]  # ours
     tunnels: Mapping[str, Tunnel]  # by the peer
+    mtus: Mapping[int, int]  # of all links, by index
 
     @classmethod
     async def read(cls, route: AsyncIPRoute) -> Self:
@@ -59,7 +77,8 @@ class Devices:
             if (name := alias(link).removeprefix(_VRF)) != alias(link):
                 vrfs[name] = Vrf(name, device, tables[device], tuple(sorted(members[device])))
         tunnels = {tunnel.peer: tunnel for link in links if (tunnel := _tunnel(link)) is not None}
-        return cls({name: index for index, name in names.items()}, members, tables, vrfs, tunnels)
+        mtus = {link["index"]: int(link.get("IFLA_MTU")) for link in links}
+        return cls({name: index for index, name in names.items()}, members, tables, vrfs, tunnels, mtus)
 
     def stands(self, vrf: Vrf) -> bool:
         """Whether there is such a device, with those of the members that exist, and with no others if it is ours."""
@@ -68,10 +87,16 @@ class Devices:
         there, wanted = self.members[vrf.interface], {name for name in vrf.members if name in self.indexes}
         return wanted == there if vrf.name in self.vrfs else wanted <= there
 
+    async def fits(self, route: AsyncIPRoute, tunnel: Tunnel) -> bool:
+        """Whether the MTU of its device is that of the route to the peer."""
+        return self.mtus[self.indexes[tunnel_device(tunnel.peer)]] == device_mtu(tunnel, await outer_mtu(route, tunnel, self.mtus))
+
 
 def _tunnel(link: Link) -> Tunnel | None:
     peer, device = alias(link).removeprefix(_TUNNEL), kind(link)
     if peer == alias(link) or device not in _ENCAPSULATIONS:
+        return None
+    if device == "ip6gre" and data(link, "IFLA_IP6GRE_FWMARK") != detour.MARK:
         return None
     local, remote = (ip_address(data(link, f"IFLA_{device.upper()}_{end}")) for end in ("LOCAL", "REMOTE"))
     return Tunnel(peer, local, remote, _ENCAPSULATIONS[device])
@@ -150,6 +175,8 @@ async def put_tunnel(route: AsyncIPRoute, tunnel: Tunnel) -> bool:
     options: dict[str, Any] = {"kind": device, f"{device}_local": ends[0], f"{device}_remote": ends[1], f"{device}_ttl": TUNNEL_TTL}
     if device == "ipip":
         options["ipip_proto"] = IPPROTO_MPLS
+    if device == "ip6gre":
+        options |= {"ip6gre_flags": _NO_ENCAPSULATION_LIMIT, "ip6gre_fwmark": detour.MARK}
     link = await link_named(route, tunnel_device(tunnel.peer))
     if link is not None and kind(link) != device:
         await route.link("del", index=link["index"])
@@ -157,9 +184,10 @@ async def put_tunnel(route: AsyncIPRoute, tunnel: Tunnel) -> bool:
     made = link is None
     if link is None:
         link = await make_link(route, ifname=tunnel_device(tunnel.peer), **options)
-    elif (data(link, f"IFLA_{device.upper()}_LOCAL"), data(link, f"IFLA_{device.upper()}_REMOTE")) != ends:
+    elif any(data(link, f"IFLA_{option.upper()}") != value for option, value in options.items() if option != "kind"):
         await route.link("set", index=link["index"], **options)
-    await route.link("set", index=link["index"], ifalias=_TUNNEL + tunnel.peer, mtu=TUNNEL_MTU, state="up")
+    mtu = device_mtu(tunnel, await outer_mtu(route, tunnel))
+    await route.link("set", index=link["index"], ifalias=_TUNNEL + tunnel.peer, mtu=mtu, state="up")
     return made
 
 

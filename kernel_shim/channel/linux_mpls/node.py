@@ -3,7 +3,7 @@
 | entry | in Linux |
 |---|---|
 | VRF | a VRF device of its interface's name on its table, its members enslaved, a `blackhole` default that ends the table |
-| tunnel | a GRE device, or an `ipip` one that carries MPLS |
+| tunnel | a GRE device, or an `ipip` one that carries MPLS; over IPv6 also the detour and the shield, which all share |
 | peer | a filter at the device's ingress that passes the labels which the peer may send; behind it `net.mpls.conf.DEVICE.input` |
 | label | a route of the platform's label table |
 | route | a route of the VRF's table that encapsulates in labels |
@@ -15,20 +15,23 @@ number of ours. What was put is remembered for what Linux does not tell, and tol
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Final
 
 from pyroute2 import AsyncIPRoute
 
-from kernel_shim.channel.linux_mpls import devices, ingress, routes
+from kernel_shim.channel.linux_mpls import detour, devices, ingress, routes
 from kernel_shim.channel.linux_mpls.devices import Devices, tunnel_device
+from kernel_shim.channel.linux_mpls.known import Known
+from kernel_shim.channel.linux_mpls.shield import is_raised, raise_shield
+from kernel_shim.channel.linux_mpls.tables import RouteTables
 from kernel_shim.channel.route_socket import RouteSocket
 from kernel_shim.channel.sysctl import Sysctls
 from kernel_shim.model import KernelError
 from kernel_shim.mpls.labels import LAST_LABEL
-from kernel_shim.mpls.lfib import Key, Nhlfe, Peer, ToInterface, ToPeer, ToVrf, TtlModel
+from kernel_shim.mpls.lfib import Key, Peer
 from kernel_shim.mpls.node import LabelBinding, NodeEntry, Tunnel, Vrf, VrfRoute
 
 TABLE_SIZE: Final = LAST_LABEL  # as many labels as the kernel takes: it does without the last one
@@ -44,48 +47,49 @@ class LinuxLabels:
 
     def __init__(self, sysctls: Sysctls) -> None:
         self._sysctls = sysctls
-        self._entries: dict[Key, NodeEntry] = {}  # as they were put, or else read
+        self._known = Known()
 
     async def put_labels(self, entries: Sequence[NodeEntry]) -> None:
         if any(isinstance(entry, LabelBinding | VrfRoute) for entry in entries):
             self._sysctls.set("mpls/platform_labels", str(TABLE_SIZE))
-        async with RouteSocket("labels") as netlink:
-            for entry in entries:
-                upon = [other for other in self._entries.values() if _rests_upon(other, entry)] if isinstance(entry, Tunnel | Vrf) else []
-                known = self._entries.get(entry.key)
-                if isinstance(known, Vrf) and isinstance(entry, Vrf) and (known.interface, known.table) != (entry.interface, entry.table):
-                    for other in (*upon, known):  # in the former table they would stay
-                        await self._delete(netlink, other)
-                made = await self._put(netlink, entry, ours=known is not None)
-                self._entries[entry.key] = entry
-                if made:  # what rested upon the former device went with it, or lost a path
-                    for other in upon:
-                        del self._entries[other.key]
-                    for other in upon:
-                        await self._put(netlink, other, ours=True)
-                        self._entries[other.key] = other
+        async with RouteSocket("labels") as netlink, RouteTables() as tables:
+            if by_detour := {tunnel.key: tunnel for tunnel in _by_detour(entries)}:
+                await raise_shield(_by_detour({**self._known.tunnels, **by_detour}.values()))
+                if not await detour.lies(netlink):
+                    await detour.lay(netlink)
+            await self._put(netlink, tables, entries)
 
     async def delete_labels(self, entries: Sequence[NodeEntry]) -> None:
-        async with RouteSocket("labels") as netlink:
-            for entry in entries:
-                known = self._entries.get(entry.key)
-                if known is not None:
-                    await self._delete(netlink, known)
-                    del self._entries[entry.key]
+        async with RouteSocket("labels") as netlink, RouteTables() as tables:
+            for run in _runs(entries):
+                await self._delete(netlink, tables, [known for entry in run if (known := self._known.get(entry.key)) is not None])
+            if _by_detour(entries):
+                left = _by_detour(self._known.tunnels.values())
+                if not left:
+                    await detour.take_up(netlink)
+                await raise_shield(left)
 
     async def labels(self) -> Sequence[NodeEntry]:
-        async with RouteSocket("labels") as netlink:
+        before, found = self._known, Known()
+        async with RouteSocket("labels") as netlink, RouteTables() as tables:
             links = await Devices.read(netlink)
             standing = self._standing_vrfs(links)
-            found: list[NodeEntry] = [*standing.values(), *links.tunnels.values()]
-            for name in links.tunnels:
+            for vrf in standing.values():
+                found.put(before.as_put(vrf))
+            lies = await detour.lies(netlink) and await is_raised(_by_detour(links.tunnels.values()))
+            for name, tunnel in links.tunnels.items():
+                if (lies or not _by_detour([tunnel])) and await links.fits(netlink, tunnel):
+                    found.put(before.as_put(tunnel))
                 peer = await ingress.admitted(netlink, name, links.indexes[tunnel_device(name)])
-                found += [peer] if peer is not None else []
-            found += await routes.read_routes(netlink, links, standing)
-        read = {entry.key: entry for entry in found}
-        within = {key: entry for key, entry in self._entries.items() if isinstance(entry, VrfRoute) and routes.stays_within(entry) and entry.vrf in standing}
-        self._entries = {key: self._as_put(entry) for key, entry in read.items()} | within
-        return list(self._entries.values())
+                if peer is not None:
+                    found.put(before.as_put(peer))
+            async for route in routes.read_routes(tables, links, standing):
+                found.put(before.as_put(route))
+        for own in before.own_routes.values():
+            if own.vrf in standing:
+                found.put(own)
+        self._known = found
+        return found.entries()
 
     async def forbidden(self) -> int:
         """How many packets the filters of the tunnels that stand have dropped, for a label that their peer may not send."""
@@ -97,81 +101,84 @@ class LinuxLabels:
 
     def _standing_vrfs(self, links: Devices) -> dict[str, Vrf]:
         """Ours, and those on a device of somebody else's that were put."""
-        put = {entry.name: entry for entry in self._entries.values() if isinstance(entry, Vrf)}
+        put = self._known.vrfs
         borrowed = {name: vrf for name, vrf in put.items() if name not in links.vrfs and links.stands(vrf)}
         return {name: put[name] if name in put and links.stands(put[name]) else vrf for name, vrf in links.vrfs.items()} | borrowed
 
-    def _as_put(self, entry: NodeEntry) -> NodeEntry:
-        known = self._entries.get(entry.key)
-        return known if known is not None and _as_told(known) == _as_told(entry) else entry
+    # Entries
 
-    def _vrf(self, name: str) -> Vrf:
-        """KernelError, ENODEV when there is none."""
-        entry = self._entries.get(Key("vrf", (name,)))
-        if not isinstance(entry, Vrf):
-            raise KernelError(errno.ENODEV, f"there is no VRF {name}")
-        return entry
+    async def _put(self, netlink: AsyncIPRoute, tables: RouteTables, entries: Sequence[NodeEntry]) -> None:
+        for run in _runs(entries):
+            if isinstance(run[0], LabelBinding | VrfRoute):
+                await self._put_routes(tables, run)
+            else:
+                for entry in run:
+                    await self._put_device(netlink, tables, entry)
 
-    # One entry
+    async def _put_routes(self, tables: RouteTables, run: Sequence[NodeEntry]) -> None:
+        """Those before and after one that is refused are put all the same."""
+        wanted: dict[Key, LabelBinding | VrfRoute] = {entry.key: entry for entry in run if isinstance(entry, LabelBinding | VrfRoute)}
+        for own in [entry for entry in wanted.values() if isinstance(entry, VrfRoute) and routes.stays_within(entry)]:
+            if self._known.stands(own.key):
+                await routes.delete_routes(tables, [own], self._known.vrfs)
+            self._known.put(own)
+            del wanted[own.key]
+        refused: KernelError | None = None
+        for ours in (False, True):
+            some = [entry for key, entry in wanted.items() if self._known.stands(key) == ours]
+            for entry, error in zip(some, await routes.put_routes(tables, some, self._known.vrfs, replace=ours), strict=True):
+                refused = refused or error
+                if error is None:
+                    wanted.pop(entry.key)
+                    self._known.put(entry)
+        if refused is not None:
+            raise refused
 
-    async def _put(self, netlink: AsyncIPRoute, entry: NodeEntry, *, ours: bool) -> bool:
-        """Whether a device is there that was not. `ours`: a route of that key may be replaced."""
+    async def _put_device(self, netlink: AsyncIPRoute, tables: RouteTables, entry: NodeEntry) -> None:
+        """A device, or what a peer may send through one."""
+        known, upon, made = self._known.get(entry.key), self._known.upon(entry.key), False
         match entry:
             case Vrf():
+                if isinstance(known, Vrf) and (known.interface, known.table) != (entry.interface, entry.table):
+                    for other in (*upon, known):  # in the former table they would stay
+                        await self._delete(netlink, tables, [other], forget=False)
                 made = await devices.put_vrf(netlink, entry)
                 if made:
-                    await routes.clear_table(netlink, entry.table)
+                    await routes.clear_table(tables, entry.table)
                 await routes.end_table(netlink, entry.table, ended=True)
-                return made
             case Tunnel():
-                return await devices.put_tunnel(netlink, entry)
+                made = await devices.put_tunnel(netlink, entry)
             case Peer():
                 await ingress.admit(netlink, entry)
-            case LabelBinding() | VrfRoute():
-                if not (isinstance(entry, VrfRoute) and routes.stays_within(entry)):
-                    await routes.put_route(netlink, entry, self._vrf, ours=ours)
             case _:
                 raise KernelError(errno.EOPNOTSUPP, "Linux sets the traffic class of labels that it pushes to 0")
-        return False
+        self._known.put(entry)
+        if made:  # what rested upon the former device went with it, or lost a path
+            await self._put(netlink, tables, upon)
 
-    async def _delete(self, netlink: AsyncIPRoute, entry: NodeEntry) -> None:
-        match entry:
-            case Vrf():
-                await devices.delete_vrf(netlink, entry)
-                await routes.end_table(netlink, entry.table, ended=False)
-            case Tunnel():
-                await devices.delete_tunnel(netlink, entry.peer)
-            case Peer():
-                ingress.gate(entry.name, open_=False)
-            case LabelBinding() | VrfRoute() if not (isinstance(entry, VrfRoute) and routes.stays_within(entry)):
-                await routes.delete_route(netlink, entry, self._vrf)
-
-
-def _rests_upon(entry: NodeEntry, device: NodeEntry) -> bool:
-    match device, entry:
-        case Tunnel(peer=name), Peer(name=other):
-            return name == other
-        case Tunnel(peer=name), LabelBinding() | VrfRoute():
-            return any(path.next_hop == ToPeer(name) for path in entry.paths)
-        case Vrf(name=name), VrfRoute() if entry.vrf == name:
-            return True
-        case Vrf(name=name), LabelBinding() | VrfRoute():
-            return any(path.next_hop in (ToVrf(name), ToInterface(name)) for path in entry.paths)
-    return False
+    async def _delete(self, netlink: AsyncIPRoute, tables: RouteTables, entries: Sequence[NodeEntry], *, forget: bool = True) -> None:
+        lead_out = [it for it in entries if isinstance(it, LabelBinding) or (isinstance(it, VrfRoute) and not routes.stays_within(it))]
+        await routes.delete_routes(tables, lead_out, self._known.vrfs)
+        for entry in entries:
+            match entry:
+                case Vrf():
+                    await devices.delete_vrf(netlink, entry)
+                    await routes.end_table(netlink, entry.table, ended=False)
+                case Tunnel():
+                    await devices.delete_tunnel(netlink, entry.peer)
+                case Peer():
+                    ingress.gate(entry.name, open_=False)
+            if forget:
+                self._known.drop(entry.key)
 
 
-def _as_told(entry: NodeEntry) -> NodeEntry:
-    """As much of it as Linux tells."""
-    match entry:
-        case Tunnel():
-            return replace(entry, managed=False)
-        case LabelBinding():
-            return replace(entry, paths=tuple(_path_as_told(path) for path in entry.paths))
-        case VrfRoute():
-            return replace(entry, paths=tuple(_path_as_told(path if path.labels else replace(path, ttl=TtlModel.UNIFORM)) for path in entry.paths))
-    return entry
+def _runs(entries: Sequence[NodeEntry]) -> Iterator[Sequence[NodeEntry]]:
+    """Neighbours that are routes of Linux, a slice at a time; and those that are not."""
+    for start in range(0, len(entries), routes.SLICE):
+        for _, run in groupby(entries[start : start + routes.SLICE], lambda entry: isinstance(entry, LabelBinding | VrfRoute)):
+            yield list(run)
 
 
-def _path_as_told(path: Nhlfe) -> Nhlfe:
-    hop = ToVrf(path.next_hop.vrf) if isinstance(path.next_hop, ToInterface) else path.next_hop
-    return Nhlfe(hop, path.labels, TtlModel.UNIFORM if path.ttl is TtlModel.UNIFORM else TtlModel.PIPE)
+def _by_detour(entries: Iterable[NodeEntry]) -> list[Tunnel]:
+    """The tunnels among them that go by the detour."""
+    return [entry for entry in entries if isinstance(entry, Tunnel) and entry.local.version == 6]

@@ -1,41 +1,37 @@
 """Labels and VRF routes as routes of Linux: of the platform's label table, and of a VRF's table with labels put on.
 
-`vrf_of` gives the VRF of a name that stands, or raises KernelError. Reading gives an entry back as far as Linux tells it: of the TTL only
-whether it is handed down, of what comes to light only the VRF.
+`vrfs` are those that stand, by their names. Reading gives an entry back as far as Linux tells it: of the TTL only whether it is handed
+down, of what comes to light only the VRF.
 """
 
 from __future__ import annotations
 
+import asyncio
 import errno
+import os
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from ipaddress import ip_network
-from typing import Any, Final, Self
+from ipaddress import IPv4Network, IPv6Network
+from typing import Final
 
 from pyroute2 import AsyncIPRoute
-from pyroute2.netlink import NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST, nlmsg
 from pyroute2.netlink.exceptions import NetlinkError
-from pyroute2.netlink.nlsocket import NetlinkRequest
-from pyroute2.netlink.rtnl import RTM_NEWROUTE
-from pyroute2.netlink.rtnl.rtmsg import rtmsg_base
 
 from kernel_shim.channel.linux_mpls.devices import Devices, tunnel_device
+from kernel_shim.channel.linux_mpls.messages import AF_INET, AF_INET6, AF_MPLS, RT_TABLE_MAIN, Route, Way, label_destination, read_label
+from kernel_shim.channel.linux_mpls.tables import RouteTables
 from kernel_shim.model import ROUTE_PROTOCOL, KernelError
-from kernel_shim.mpls.labels import LABEL_BITS, LARGEST_TTL, Label
-from kernel_shim.mpls.lfib import PLATFORM, NextHop, Nhlfe, ToInterface, ToPeer, ToVrf, TtlModel
+from kernel_shim.mpls.labels import LABEL_BITS, LARGEST_TTL
+from kernel_shim.mpls.lfib import PLATFORM, NextHop, Nhlfe, Paths, ToInterface, ToPeer, ToVrf, TtlModel
 from kernel_shim.mpls.node import LabelBinding, Vrf, VrfRoute
 
-AF_INET: Final = 2
-AF_INET6: Final = 10
-AF_MPLS: Final = 28
-LWTUNNEL_ENCAP_MPLS: Final = 1
-RT_TABLE_MAIN: Final = 254
-RTN_UNICAST: Final = 1
 RTN_BLACKHOLE: Final = 6
 LAST_METRIC: Final = 0xFFFFFFFE  # of the default that ends a VRF's table
+SLICE: Final = 256  # routes that are translated at a time, so that a large table does not starve the rest of the loop
 
-FindVrf = Callable[[str], Vrf]
+Vrfs = Mapping[str, Vrf]
+Entry = LabelBinding | VrfRoute
 
 
 def stays_within(route: VrfRoute) -> bool:
@@ -43,35 +39,35 @@ def stays_within(route: VrfRoute) -> bool:
     return all(isinstance(path.next_hop, ToInterface) for path in route.paths)
 
 
-async def put_route(netlink: AsyncIPRoute, entry: LabelBinding | VrfRoute, vrf_of: FindVrf, *, ours: bool) -> None:
-    """`ours`: the one that stands may be replaced. KernelError, EEXIST where somebody else's stands."""
-    message = RouteMessage.of(entry, vrf_of)
-    flags = NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE | (NLM_F_REPLACE if ours else NLM_F_EXCL)
-    request = NetlinkRequest(netlink, message, msg_type=RTM_NEWROUTE, msg_flags=flags)
-    try:
-        await request.send()
-        async for _ in request.response():
-            pass
-    except NetlinkError as error:
-        if error.code == errno.EEXIST:
-            what = f"label {entry.label}" if isinstance(entry, LabelBinding) else f"{entry.prefix} in VRF {entry.vrf}"
-            raise KernelError(errno.EEXIST, f"another program's route stands for {what}") from error
-        raise
+async def put_routes(tables: RouteTables, entries: Sequence[Entry], vrfs: Vrfs, *, replace: bool) -> list[KernelError | None]:
+    """Why each was not put, if it was not. `replace`: those that stand are ours; EEXIST where they are not."""
+    routes: dict[int, Route] = {}
+    found: list[KernelError | None] = [None] * len(entries)
+    for at, entry in enumerate(entries):
+        try:
+            routes[at] = as_route(entry, vrfs)
+        except KernelError as error:
+            found[at] = error
+    for at, number in zip(routes, await tables.put(list(routes.values()), replace=replace), strict=True):
+        if number:
+            found[at] = KernelError(number, _refused(entries[at], number))
+    return found
 
 
-async def delete_route(netlink: AsyncIPRoute, entry: LabelBinding | VrfRoute, vrf_of: FindVrf) -> None:
-    with suppress(NetlinkError):  # it went with a device, or by hand
-        await netlink.route("del", **_key(entry, vrf_of))
+def _refused(entry: Entry, number: int) -> str:
+    what = f"label {entry.label}" if isinstance(entry, LabelBinding) else f"{entry.prefix} in VRF {entry.vrf}"
+    return f"another program's route stands for {what}" if number == errno.EEXIST else f"{what}: {os.strerror(number)}"
 
 
-async def clear_table(netlink: AsyncIPRoute, table: int) -> None:
+async def delete_routes(tables: RouteTables, entries: Sequence[Entry], vrfs: Vrfs) -> None:
+    """What went with a device, or by hand, is passed over."""
+    await tables.delete([_target(entry, vrfs) for entry in entries if isinstance(entry, LabelBinding) or entry.vrf in vrfs])
+
+
+async def clear_table(tables: RouteTables, table: int) -> None:
     """What an earlier device of the VRF has left there of ours."""
     for family in (AF_INET, AF_INET6):
-        for message in [message async for message in await netlink.get_routes(family=family, table=table)]:
-            if message["proto"] == ROUTE_PROTOCOL and message["type"] == RTN_UNICAST:
-                target = f"{message.get('RTA_DST')}/{message['dst_len']}"
-                with suppress(NetlinkError):
-                    await netlink.route("del", family=family, dst=target, table=table, proto=ROUTE_PROTOCOL)
+        await tables.delete([route for route in await tables.dump(family, table) if route.table == table])
 
 
 async def end_table(netlink: AsyncIPRoute, table: int, *, ended: bool) -> None:
@@ -82,83 +78,37 @@ async def end_table(netlink: AsyncIPRoute, table: int, *, ended: bool) -> None:
             await netlink.route(verb, family=family, dst=everything, table=table, priority=LAST_METRIC, type=RTN_BLACKHOLE, proto=ROUTE_PROTOCOL)
 
 
-# Asking
+# Entries to routes
 
 
-class RouteMessage(rtmsg_base, nlmsg):  # type: ignore[misc]
-    """pyroute2's, whose own passes over RTA_TTL_PROPAGATE, and over the labels of several next hops."""
-
-    __slots__ = ()
-    nla_map = (*rtmsg_base.nla_map, ("RTA_PAD", "none"), ("RTA_UID", "uint32"), ("RTA_TTL_PROPAGATE", "uint8"))
-
-    @classmethod
-    def of(cls, entry: LabelBinding | VrfRoute, vrf_of: FindVrf) -> Self:
-        """KernelError for what Linux cannot do."""
-        message = cls()
-        fields, attributes = _of_label(entry) if isinstance(entry, LabelBinding) else _of_prefix(entry, vrf_of)
-        for field, value in {**fields, "type": RTN_UNICAST, "proto": ROUTE_PROTOCOL}.items():
-            message[field] = value
-        labels = _in_place if isinstance(entry, LabelBinding) else _around
-        ways = [(_device(path, vrf_of), labels(path) if path.labels else []) for path in entry.paths]
-        if len(ways) == 1:
-            hops = [("RTA_OIF", ways[0][0]), *ways[0][1]]
-        else:
-            hops = [("RTA_MULTIPATH", [{"oif": index, "attrs": attributes} for index, attributes in ways])]
-        message["attrs"] = [*attributes, *hops]
-        return message
-
-    def encode(self) -> None:
-        nlmsg.encode(self)
-
-
-Attributes = list[tuple[str, Any]]
-
-
-def _of_label(binding: LabelBinding) -> tuple[dict[str, int], Attributes]:
-    if binding.space != PLATFORM:
+def as_route(entry: Entry, vrfs: Vrfs) -> Route:
+    """KernelError for what Linux cannot do."""
+    target = _target(entry, vrfs)
+    ways = tuple(_way(path, vrfs) for path in entry.paths)
+    if isinstance(entry, VrfRoute):
+        if len(ways) > 1 and entry.prefix.version == 6:
+            raise KernelError(errno.EOPNOTSUPP, f"route to {entry.prefix}: of IPv6 one path here")
+        return _with_ways(target, ways)
+    if entry.space != PLATFORM:
         raise KernelError(errno.EOPNOTSUPP, "Linux has one label space a platform")
-    handed_down = {path.ttl is TtlModel.UNIFORM for path in binding.paths}
+    handed_down = {path.ttl is TtlModel.UNIFORM for path in entry.paths}
     if len(handed_down) != 1:
         raise KernelError(errno.EOPNOTSUPP, "in Linux all paths of a label treat the TTL alike")
-    fields = {"family": AF_MPLS, "dst_len": LABEL_BITS, "table": RT_TABLE_MAIN}
-    return fields, [("RTA_DST", _stack((binding.label,))), ("RTA_TTL_PROPAGATE", int(handed_down.pop()))]
+    return _with_ways(target, ways, hands_down=handed_down.pop())
 
 
-def _of_prefix(route: VrfRoute, vrf_of: FindVrf) -> tuple[dict[str, int], Attributes]:
-    if len(route.paths) > 1 and route.prefix.version == 6:
-        raise KernelError(errno.EOPNOTSUPP, f"route to {route.prefix}: of IPv6 one path here")
-    fields = {"family": _family(route), "dst_len": route.prefix.prefixlen}
-    return fields, [("RTA_TABLE", vrf_of(route.vrf).table), ("RTA_DST", str(route.prefix.network_address))]
+def _with_ways(target: Route, ways: tuple[Way, ...], *, hands_down: bool = False) -> Route:
+    return Route(target.family, target.destination, target.length, target.table, ways, hands_down, target.protocol)
 
 
-def _in_place(path: Nhlfe) -> Attributes:
-    """The labels instead of the one that led here."""
-    return [("RTA_NEWDST", _stack(path.labels))]
-
-
-def _around(path: Nhlfe) -> Attributes:
-    """The labels on an IP packet."""
-    ttl = [] if path.ttl is TtlModel.UNIFORM else [("MPLS_IPTUNNEL_TTL", LARGEST_TTL)]
-    return [("RTA_ENCAP_TYPE", LWTUNNEL_ENCAP_MPLS), ("RTA_ENCAP", {"attrs": [("MPLS_IPTUNNEL_DST", _stack(path.labels)), *ttl]})]
-
-
-def _stack(labels: Sequence[Label]) -> list[dict[str, int]]:
-    return [{"label": int(label), "tc": 0, "bos": int(at == len(labels) - 1), "ttl": 0} for at, label in enumerate(labels)]
-
-
-def _key(entry: LabelBinding | VrfRoute, vrf_of: FindVrf) -> dict[str, Any]:
-    """By which pyroute2 deletes it."""
+def _target(entry: Entry, vrfs: Vrfs) -> Route:
     if isinstance(entry, LabelBinding):
-        return {"family": AF_MPLS, "dst": int(entry.label), "proto": ROUTE_PROTOCOL}
-    return {"family": _family(entry), "dst": str(entry.prefix), "table": vrf_of(entry.vrf).table, "proto": ROUTE_PROTOCOL}
+        return Route(AF_MPLS, label_destination(entry.label), LABEL_BITS, RT_TABLE_MAIN, (), protocol=ROUTE_PROTOCOL)
+    family = AF_INET if entry.prefix.version == 4 else AF_INET6
+    return Route(family, entry.prefix.network_address.packed, entry.prefix.prefixlen, _vrf(entry.vrf, vrfs).table, (), protocol=ROUTE_PROTOCOL)
 
 
-def _family(route: VrfRoute) -> int:
-    return AF_INET if route.prefix.version == 4 else AF_INET6
-
-
-def _device(path: Nhlfe, vrf_of: FindVrf) -> int:
-    """The index."""
+def _way(path: Nhlfe, vrfs: Vrfs) -> Way:
     if path.entropy:
         raise KernelError(errno.EOPNOTSUPP, "Linux has no entropy labels")
     if path.traffic_class is not None:
@@ -167,50 +117,54 @@ def _device(path: Nhlfe, vrf_of: FindVrf) -> int:
         case ToPeer(peer=peer):
             name = tunnel_device(peer)
         case ToVrf(vrf=vrf) | ToInterface(vrf=vrf):
-            name = vrf_of(vrf).interface
+            name = _vrf(vrf, vrfs).interface
         case _:
             raise KernelError(errno.EOPNOTSUPP, "in Linux no label leads to the one beneath it")
     try:
-        return socket.if_nametoindex(name)
+        device = socket.if_nametoindex(name)
     except OSError:
         raise KernelError(errno.ENODEV, f"there is no interface {name}") from None
+    return Way(device, path.labels, 0 if path.ttl is TtlModel.UNIFORM else LARGEST_TTL)
 
 
-# Reading
+def _vrf(name: str, vrfs: Vrfs) -> Vrf:
+    try:
+        return vrfs[name]
+    except KeyError:
+        raise KernelError(errno.ENODEV, f"there is no VRF {name}") from None
 
 
-async def read_routes(netlink: AsyncIPRoute, devices: Devices, vrfs: Mapping[str, Vrf]) -> list[LabelBinding | VrfRoute]:
-    """Those of ours that lead to peers and into VRFs."""
+# Routes to entries
+
+
+async def read_routes(tables: RouteTables, devices: Devices, vrfs: Vrfs) -> AsyncIterator[Entry]:
+    """Those of ours that lead to peers and into VRFs. Equal paths are one object."""
     hops: dict[str, NextHop] = {tunnel_device(peer): ToPeer(peer) for peer in devices.tunnels}
     hops |= {vrf.interface: ToVrf(vrf.name) for vrf in vrfs.values()}
     by_index = {index: hops[name] for name, index in devices.indexes.items() if name in hops}
-    tables = {vrf.table: vrf.name for vrf in vrfs.values()}
-    found: list[LabelBinding | VrfRoute] = []
-    netlink.marshal.msg_map[RTM_NEWROUTE] = RouteMessage
+    names = {vrf.table: vrf.name for vrf in vrfs.values()}
     for family in (AF_MPLS, AF_INET, AF_INET6):
-        async for message in await netlink.get_routes(family=family):
-            target = message.get("RTA_DST")
-            if message["family"] != family or message["proto"] != ROUTE_PROTOCOL or message["type"] != RTN_UNICAST or not target:
-                continue
-            ways = [(way["oif"], way) for way in message.get("RTA_MULTIPATH") or ()] or [(message.get("RTA_OIF"), message)]
-            if any(index not in by_index for index, _ in ways):
+        seen: dict[tuple[tuple[Way, ...], bool], Paths | None] = {}
+        for number, route in enumerate(await tables.dump(family)):
+            if number % SLICE == 0:
+                await asyncio.sleep(0)
+            ways = route.ways, route.hands_down
+            if ways not in seen:
+                seen[ways] = _paths(route, by_index)
+            paths = seen[ways]
+            if paths is None:
                 continue
             if family == AF_MPLS:
-                ttl = TtlModel.UNIFORM if message.get("RTA_TTL_PROPAGATE") else TtlModel.PIPE
-                paths = tuple(Nhlfe(by_index[index], _labels(way.get("RTA_NEWDST")), ttl) for index, way in ways)
-                found.append(LabelBinding(Label(target[0]["label"]), paths))
-            elif (vrf := tables.get(message.get("RTA_TABLE"))) is not None:
-                paths = tuple(_read_way(by_index[index], way.get("RTA_ENCAP")) for index, way in ways)
-                found.append(VrfRoute(vrf, ip_network(f"{target}/{message['dst_len']}"), paths))
-    return found
+                yield LabelBinding(read_label(route.destination), paths)
+            elif (vrf := names.get(route.table)) is not None:
+                yield VrfRoute(vrf, (IPv4Network if family == AF_INET else IPv6Network)((route.destination, route.length)), paths)
 
 
-def _read_way(hop: NextHop, encapsulation: Any) -> Nhlfe:
-    if encapsulation is None:
-        return Nhlfe(hop)
-    ttl = TtlModel.PIPE if encapsulation.get("MPLS_IPTUNNEL_TTL") else TtlModel.UNIFORM
-    return Nhlfe(hop, _labels(encapsulation.get("MPLS_IPTUNNEL_DST")), ttl)
-
-
-def _labels(stack: Any) -> tuple[Label, ...]:
-    return tuple(Label(each["label"]) for each in stack or ())
+def _paths(route: Route, hops: Mapping[int, NextHop]) -> Paths | None:
+    """None for a route that leads elsewhere."""
+    if not route.ways or any(way.device not in hops for way in route.ways):
+        return None
+    if route.family == AF_MPLS:
+        handed_down = TtlModel.UNIFORM if route.hands_down else TtlModel.PIPE
+        return tuple(Nhlfe(hops[way.device], way.labels, handed_down) for way in route.ways)
+    return tuple(Nhlfe(hops[way.device], way.labels, TtlModel.PIPE if way.ttl else TtlModel.UNIFORM) for way in route.ways)

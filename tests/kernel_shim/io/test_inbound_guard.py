@@ -17,8 +17,8 @@ from lab.process import wait_until
 from lab.traffic import ping
 
 from kernel_shim.io.guard import MAX_SHAPES, GuardPlan
-from kernel_shim.io.nft import Nft
 from kernel_shim.model import ANY_PORT, Action, AddressRange, Direction, KernelError, Policy, PortRange, Selector
+from kernel_shim.nft import Nft
 
 NEAR, FAR = "10.1.0.1", "10.2.0.1"
 MARK = 0x49500000

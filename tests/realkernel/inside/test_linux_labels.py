@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterable
+import time
+from collections.abc import Awaitable, Iterable
 from ipaddress import ip_address, ip_network
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 from lab.capture import Capture
@@ -20,6 +22,8 @@ from realkernel.kernel_gateways import xfrm
 
 from kernel_shim.channel.linux_mpls.devices import tunnel_device
 from kernel_shim.channel.linux_mpls.node import LinuxLabels
+from kernel_shim.channel.linux_mpls.routes import SLICE
+from kernel_shim.channel.linux_mpls.tables import BATCH
 from kernel_shim.channel.sysctl import Sysctls
 from kernel_shim.model import KernelError
 from kernel_shim.mpls.encapsulation import Encapsulation
@@ -28,6 +32,8 @@ from kernel_shim.mpls.lfib import Key, Nhlfe, Peer, ToInterface, ToPeer, ToVrf, 
 from kernel_shim.mpls.node import LabelBinding, NodeEntry, Tunnel, Vrf, VrfRoute
 
 pytestmark = pytest.mark.realkernel
+
+T = TypeVar("T")
 
 
 def links(gateway: Gateway) -> dict[str, int]:
@@ -65,6 +71,8 @@ ENTRIES: list[NodeEntry] = [
     VrfRoute("red", ip_network("fd00:9::/64"), (PIPE,)),
     VrfRoute("red", ip_network("10.8.0.0/24"), BOTH),
     VrfRoute("red", ip_network("10.7.0.0/24"), (Nhlfe(ToVrf("blue")),)),
+    VrfRoute("red", ip_network("0.0.0.0/0"), (PIPE,)),
+    VrfRoute("red", ip_network("::/0"), (PIPE,)),
     VrfRoute("red", ip_network("10.1.0.0/24"), (Nhlfe(ToInterface("red")),)),
 ]
 REFUSED: list[NodeEntry] = [
@@ -119,6 +127,19 @@ def test_entries_come_are_read_and_go() -> None:
         assert wrong == {ENTRIES[8].key, ENTRIES[0].key, ENTRIES[14].key}
         await successor.put_labels([ENTRIES[0], ENTRIES[8], ENTRIES[14]])
         assert keyed(await successor.labels()) == keyed(ENTRIES)
+        # So is what lies under a tunnel: the detour of IPv6, and the MTU of the way to the peer.
+        assert mtu_of("pe") == 1500 - 20 - 4 - 81
+        await ip("link set wan mtu 9000")
+        await ip("link del mplsdetour0")
+        found = keyed(await successor.labels())
+        await asyncio.to_thread(here.run, ["nft", "flush", "chain", "ip6", "vpnd-labels", "leaving"])
+        assert keyed(await successor.labels()) == found
+        assert {key for key, entry in keyed(ENTRIES).items() if found.get(key) != entry} == {entry.key for entry in ENTRIES[2:5]}
+        await successor.put_labels(ENTRIES[2:5])
+        assert keyed(await successor.labels()) == keyed(ENTRIES)
+        assert (mtu_of("pe"), mtu_of("six"), mtu_of("other")) == (9000 - 20 - 4 - 81, 9000 - 40 - 4 - 81, 9000 - 20 - 81)
+        await ip("link set wan mtu 1500")
+        await successor.put_labels(ENTRIES[2:5])
         await ip("link del vpn-red")
         assert {entry.key.name[0] for entry in ENTRIES if entry not in await successor.labels()} >= {"red", ""}
         await successor.put_labels(ENTRIES)
@@ -141,8 +162,14 @@ def test_entries_come_are_read_and_go() -> None:
         assert list(await successor.labels()) == []
         sysctls.restore()
 
+    def mtu_of(peer: str) -> int:
+        (link,) = json.loads(here.run(["ip", "-json", "link", "show", tunnel_device(peer)]).stdout)
+        return int(link["mtu"])
+
     with Lab() as lab:
         here, there = lab.namespace("here"), lab.namespace("there")
+        lab.veth(here, "wan", there, "wan")
+        here.ip("addr add 192.0.2.1/24 dev wan", "addr add 2001:db8::1/64 dev wan nodad")
         lab.veth(here, "ce-red", there, "red")
         lab.veth(here, "ce-blue", there, "blue")
         here.ip("addr add 10.1.0.1/24 dev ce-red", "addr add fd00:1::1/64 dev ce-blue nodad")
@@ -151,7 +178,57 @@ def test_entries_come_are_read_and_go() -> None:
         assert "vpn-" not in told
         assert "proto 178" not in told
         assert tunnel_device("pe") not in told
+        assert "mplsdetour" not in told
+        assert "mplsdetour" not in here.run(["ip", "-6", "rule"]).stdout
+        assert "fwmark" not in here.run(["ip", "-6", "rule"]).stdout
         assert "fd00:1::/64 dev ce-blue" in told  # leaving a VRF costs no address
+
+
+MANY = 2500  # of routes, and of labels
+
+
+def test_thousands_are_put_read_and_go() -> None:
+    """Without the loop's other work having to wait: no more than a slice of them at a time."""
+    path = (Nhlfe(ToPeer("pe"), (Label(300), Label(400)), TtlModel.PIPE),)
+    base: list[NodeEntry] = [Vrf("red", "vpn-red", 101), Tunnel("pe", ip_address("192.0.2.1"), ip_address("192.0.2.2"))]
+    many: list[NodeEntry] = [LabelBinding(Label(1000 + number), path) for number in range(MANY)]
+    many += [VrfRoute("red", ip_network((0x0A000000 + number, 32)), path) for number in range(MANY)]
+
+    async def body() -> None:
+        kernel, turns = LinuxLabels(Sysctls()), 0
+
+        async def others() -> None:
+            nonlocal turns
+            while True:
+                await asyncio.sleep(0)
+                turns += 1
+
+        async def timed(name: str, work: Awaitable[T], steps: int) -> T:
+            nonlocal turns
+            turns, begin = 0, time.monotonic()
+            found = await work
+            print(f"{name}: {time.monotonic() - begin:.2f} s, {turns} turns")
+            assert turns >= steps
+            return found
+
+        await kernel.put_labels(base)
+        task = asyncio.create_task(others())
+        await timed("put", kernel.put_labels(many), 2 * MANY // BATCH)
+        found = await timed("read", kernel.labels(), 2 * MANY // SLICE)
+        assert keyed(found) == keyed([*base, *many])
+        successor = LinuxLabels(Sysctls())
+        assert keyed(await successor.labels()) == keyed([*base, *many])
+        await timed("put again", successor.put_labels(many), 2 * MANY // BATCH)
+        # A tunnel that is made anew takes all of it along.
+        anew = Tunnel("pe", ip_address("192.0.2.1"), ip_address("192.0.2.2"), Encapsulation.IP)
+        await timed("anew", successor.put_labels([anew]), 2 * MANY // BATCH)
+        assert keyed(await successor.labels()) == keyed([base[0], anew, *many])
+        await timed("gone", successor.delete_labels([*reversed(many), anew, base[0]]), 2 * MANY // BATCH)
+        assert list(await successor.labels()) == []
+        task.cancel()
+
+    with Lab() as lab:
+        lab.namespace("here").call(lambda: asyncio.run(body()))
 
 
 @pytest.mark.parametrize("far", [xfrm, Gateway], ids=["linux", "userspace"])
@@ -191,3 +268,26 @@ def test_customers_of_the_same_addresses_reach_their_own(tmp_path: Path, far: Ma
         edges.a.stop()
         assert [line for line in state(edges.a).splitlines() if "vpn-" in line or tunnel_device("pe") in line or "proto 178" in line] == []
         assert "platform_labels = 0" in state(edges.a)
+
+
+@pytest.mark.parametrize("far", [xfrm, Gateway], ids=["linux", "userspace"])
+def test_the_first_packet_over_ipv6_waits_for_its_sa(tmp_path: Path, far: MakeGateway) -> None:
+    with provider_edges(tmp_path, make_a=xfrm, make_b=far, outer=6) as edges, Capture(edges.lab.a.gateway, WAN, outgoing=True) as sent:
+        a, b = edges.lab.a, edges.lab.b
+        assert ping(a.customers["red"].host, b.customers["red"].host4, count=2, interval=0.2, timeout=20.0).lost == 0
+        for name in CUSTOMERS:
+            assert edges.lost(name, timeout=20.0) == 0, name
+        assert counters(edges.a)["XfrmOutNoStates"] == 0
+        # As large as the device says, without fragments.
+        assert ping(a.customers["blue"].host, b.customers["blue"].host4, count=1, size=1500 - 40 - 4 - 81 - 4 - 28, timeout=20.0, dont_fragment=True).lost == 0
+        # Without the detour, or the rule that leads there, nothing leaves, least of all in clear.
+        edges.a.namespace.ip("-6 rule del pref 178")
+        assert edges.lost("red", count=1, timeout=2.0) == 2
+        assert "counter packets 0" not in edges.a.namespace.run(["nft", "list", "table", "ip6", "vpnd-labels"]).stdout
+        edges.a.namespace.ip("link del mplsdetour0")
+        assert edges.lost("red", count=1, timeout=2.0) == 2
+        assert [str(packet) for packet in sent.packets() if packet.protocol == Encapsulation.GRE] == []
+        assert sent.labelled() == 0
+        edges.a.stop()
+        assert "fwmark" not in edges.a.namespace.run(["ip", "-6", "rule"]).stdout
+        assert "vpnd-labels" not in edges.a.namespace.run(["nft", "list", "tables"]).stdout

@@ -9,8 +9,9 @@ import pytest
 from lab.namespaces import Lab
 
 from kernel_shim.channel.api import KernelChannel
+from kernel_shim.channel.linux_mpls.detour import MARK
 from kernel_shim.channel.xfrm import XfrmChannel
-from kernel_shim.model import Action, AddressRange, Mode, ReqId, TrafficSelector
+from kernel_shim.model import NO_MARK, Action, AddressRange, Direction, Mark, Mode, ReqId, TrafficSelector
 from kernel_shim.mpls.encapsulation import Encapsulation
 from kernel_shim.mpls.node import Tunnel
 from vpnd.daemon.kernel_side import KernelSide
@@ -26,6 +27,17 @@ NEAR, FAR = ip_address("192.0.2.1"), ip_address("192.0.2.2")
 def test_a_managed_network_needs_none() -> None:
     assert len(list(without_sa(Tunnel("pe", NEAR, FAR)))) == 2
     assert list(without_sa(Tunnel("pe", NEAR, FAR, managed=True))) == []
+
+
+def test_over_ipv6_what_makes_the_detour_passes_once() -> None:
+    """With the mark, which only the tunnel's device looks up; coming back it has none, and meets the others."""
+    near, far = ip_address("2001:db8::1"), ip_address("2001:db8::2")
+    detour, *blocks = without_sa(Tunnel("pe", near, far))
+    assert (detour.action, detour.direction, detour.priority) == (Action.BYPASS, Direction.OUT, 0)
+    assert detour.selector.mark == Mark(MARK, 0xFFFFFFFF)
+    assert (detour.selector.source.first, detour.selector.destination.first, detour.selector.protocol) == (near, far, 47)
+    assert [(policy.action, policy.selector.mark) for policy in blocks] == [(Action.DISCARD, NO_MARK)] * 2
+    assert list(without_sa(Tunnel("pe", near, far, managed=True))) == [detour]
 
 
 def tunnel_to(far: str = "192.0.2.2", encapsulation: Encapsulation = Encapsulation.GRE) -> MplsConfig:
