@@ -64,6 +64,7 @@ class Devices:
     vrfs: Mapping[str, Vrf]  # ours
     tunnels: Mapping[str, Tunnel]  # by the peer
     mtus: Mapping[int, int]  # of all links, by index
+    unmarked: frozenset[str]  # IPv6 tunnels whose device does not send by the detour
 
     @classmethod
     async def read(cls, route: AsyncIPRoute) -> Self:
@@ -78,7 +79,8 @@ class Devices:
                 vrfs[name] = Vrf(name, device, tables[device], tuple(sorted(members[device])))
         tunnels = {tunnel.peer: tunnel for link in links if (tunnel := _tunnel(link)) is not None}
         mtus = {link["index"]: int(link.get("IFLA_MTU")) for link in links}
-        return cls({name: index for index, name in names.items()}, members, tables, vrfs, tunnels, mtus)
+        unmarked = frozenset(alias(link).removeprefix(_TUNNEL) for link in links if kind(link) == "ip6gre" and data(link, "IFLA_IP6GRE_FWMARK") != detour.MARK)
+        return cls({name: index for index, name in names.items()}, members, tables, vrfs, tunnels, mtus, unmarked)
 
     def stands(self, vrf: Vrf) -> bool:
         """Whether there is such a device, with those of the members that exist, and with no others if it is ours."""
@@ -88,15 +90,15 @@ class Devices:
         return wanted == there if vrf.name in self.vrfs else wanted <= there
 
     async def fits(self, route: AsyncIPRoute, tunnel: Tunnel) -> bool:
-        """Whether the MTU of its device is that of the route to the peer."""
-        return self.mtus[self.indexes[tunnel_device(tunnel.peer)]] == device_mtu(tunnel, await outer_mtu(route, tunnel, self.mtus))
+        """Whether its device has the MTU of the route to the peer, and the mark of the detour if it needs it."""
+        return tunnel.peer not in self.unmarked and self.mtus[self.indexes[tunnel_device(tunnel.peer)]] == device_mtu(
+            tunnel, await outer_mtu(route, tunnel, self.mtus)
+        )
 
 
 def _tunnel(link: Link) -> Tunnel | None:
     peer, device = alias(link).removeprefix(_TUNNEL), kind(link)
     if peer == alias(link) or device not in _ENCAPSULATIONS:
-        return None
-    if device == "ip6gre" and data(link, "IFLA_IP6GRE_FWMARK") != detour.MARK:
         return None
     local, remote = (ip_address(data(link, f"IFLA_{device.upper()}_{end}")) for end in ("LOCAL", "REMOTE"))
     return Tunnel(peer, local, remote, _ENCAPSULATIONS[device])

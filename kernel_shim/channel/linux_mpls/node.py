@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Final
@@ -70,7 +71,7 @@ class LinuxLabels:
                 await raise_shield(left)
 
     async def labels(self) -> Sequence[NodeEntry]:
-        before, found = self._known, Known()
+        before, found, wrong = self._known, Known(), set[Key]()
         async with RouteSocket("labels") as netlink, RouteTables() as tables:
             links = await Devices.read(netlink)
             standing = self._standing_vrfs(links)
@@ -78,8 +79,9 @@ class LinuxLabels:
                 found.put(before.as_put(vrf))
             lies = await detour.lies(netlink) and await is_raised(_by_detour(links.tunnels.values()))
             for name, tunnel in links.tunnels.items():
-                if (lies or not _by_detour([tunnel])) and await links.fits(netlink, tunnel):
-                    found.put(before.as_put(tunnel))
+                found.put(before.as_put(tunnel))
+                if not ((lies or not _by_detour([tunnel])) and await links.fits(netlink, tunnel)):
+                    wrong.add(tunnel.key)
                 peer = await ingress.admitted(netlink, name, links.indexes[tunnel_device(name)])
                 if peer is not None:
                     found.put(before.as_put(peer))
@@ -89,7 +91,7 @@ class LinuxLabels:
             if own.vrf in standing:
                 found.put(own)
         self._known = found
-        return found.entries()
+        return [_other(entry) if entry.key in wrong else entry for entry in found.entries()] if wrong else found.entries()
 
     async def forbidden(self) -> int:
         """How many packets the filters of the tunnels that stand have dropped, for a label that their peer may not send."""
@@ -177,6 +179,11 @@ def _runs(entries: Sequence[NodeEntry]) -> Iterator[Sequence[NodeEntry]]:
     for start in range(0, len(entries), routes.SLICE):
         for _, run in groupby(entries[start : start + routes.SLICE], lambda entry: isinstance(entry, LabelBinding | VrfRoute)):
             yield list(run)
+
+
+def _other(entry: NodeEntry) -> NodeEntry:
+    """Told of a tunnel that stands, but not as it should below: so it is put again, or goes if nobody wants it."""
+    return replace(entry, managed=not entry.managed) if isinstance(entry, Tunnel) else entry
 
 
 def _by_detour(entries: Iterable[NodeEntry]) -> list[Tunnel]:

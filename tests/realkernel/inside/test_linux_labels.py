@@ -281,7 +281,7 @@ def test_the_first_packet_over_ipv6_waits_for_its_sa(tmp_path: Path, far: MakeGa
         # As large as the device says, without fragments.
         assert ping(a.customers["blue"].host, b.customers["blue"].host4, count=1, size=1500 - 40 - 4 - 81 - 4 - 28, timeout=20.0, dont_fragment=True).lost == 0
         # Without the detour, or the rule that leads there, nothing leaves, least of all in clear.
-        edges.a.namespace.ip("-6 rule del pref 178")
+        edges.a.namespace.run(["ip", "-6", "rule", "del", "pref", "178"])
         assert edges.lost("red", count=1, timeout=2.0) == 2
         assert "counter packets 0" not in edges.a.namespace.run(["nft", "list", "table", "ip6", "vpnd-labels"]).stdout
         edges.a.namespace.ip("link del mplsdetour0")
