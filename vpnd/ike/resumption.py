@@ -23,7 +23,7 @@ from vpnd.ike.wire.reader import Reader, Writer
 
 LIFETIME: Final = 8 * 3600.0  # s of a ticket, and of a key that seals tickets: one opens for one to two of it
 MAX_AGE: Final = 24 * 3600.0  # s since the peers last proved who they are; resumption after resumption does not put it off
-MAX_SPENT: Final = 65_536  # tickets that must not be taken again; beyond, the keys change and all tickets are void
+MAX_SPENT: Final = 524_288  # tickets that must not be taken again, some 170 octets each: for 100,000 IKE SAs rekeyed every 2 hours; beyond, all are void
 MAX_TICKETS: Final = 10_000  # that we keep, one a connection
 MAX_TICKET: Final = 4096  # octets of a ticket that we keep
 
@@ -94,10 +94,10 @@ class TicketOffice:
         self._previous: AESGCM | None = None
         self._spent: dict[bytes, float] = {}  # id: when it would have expired
 
-    def seal(self, state: Resumable, now: float) -> tuple[bytes, bytes]:
-        """(id, ticket). The id goes into it in place of that of `state`."""
+    def seal(self, state: Resumable, now: float, ticket_id: bytes = b"") -> tuple[bytes, bytes]:
+        """(id, ticket). The id goes into it in place of that of `state`; all tickets of one IKE SA have the same, and are spent together."""
         self._rotate(now)
-        ticket_id, nonce = self._entropy(ID_LENGTH), self._entropy(NONCE_LENGTH)
+        ticket_id, nonce = ticket_id or self._entropy(ID_LENGTH), self._entropy(NONCE_LENGTH)
         generation = self._generation.to_bytes(4, "big")
         return ticket_id, generation + nonce + self._current.encrypt(nonce, _encode(state, ticket_id), generation)
 

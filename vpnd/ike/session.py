@@ -47,7 +47,7 @@ RESUMABLE: Final = frozenset({Reason.PEER_SILENT, Reason.REKEYED, Reason.REPLACE
 
 REKEY_AGAIN: Final = 30.0  # s, after a rekeying was refused for good
 
-OF_ONE_IKE_SA: Final = frozenset({"IKE_DPD", "IKE_REKEY", "IKE_DELETE"})  # exchanges that are not handed over
+OF_ONE_IKE_SA: Final = frozenset({"IKE_DPD", "IKE_REKEY", "IKE_DELETE", "IKE_INTRODUCTION"})  # exchanges that are not handed over
 OF_PATHS: Final = frozenset({"IKE_MOBIKE", "IKE_ROUTE_CHECK"})  # exchanges that, if they are under way then, begin anew on the heir: it has what is to move
 
 
@@ -118,6 +118,7 @@ class Session:
         self.peer_knows_ppk = False  # it said USE_PPK (RFC 8784), and so did we
         self.ppk = False  # the keys have a post-quantum pre-shared key mixed in
         self.resumed: Resumable | None = None  # what it was made of, without a key exchange (RFC 5723)
+        self.authenticated_at = now  # when the peers last proved who they are, itself or an IKE SA before it
         self.proof_ends = NEVER  # when the certificate that the peer proved itself with is no longer valid
         self.ticket_id = b""  # of the ticket that we gave the peer
         self.childless = False  # no CHILD_SA is wanted of IKE_AUTH
@@ -227,6 +228,8 @@ class Session:
 
     def established(self) -> None:
         self.stand()
+        if self.resumed is None:
+            self.authenticated_at = self.now
         self.init_request = self.init_response = b""  # both AUTH payloads are done with them
         self.emit(IkeEstablished())
 
@@ -260,11 +263,15 @@ class Session:
 
     def _void_tickets(self, reason: Reason) -> None:
         """An IKE SA that ended on purpose, or with a refusal, is not resumed."""
-        if reason in RESUMABLE:
-            return
-        self.context.resumption.wallet.drop(self.connection.name)
+        if reason not in RESUMABLE:
+            self.context.resumption.wallet.drop(self.connection.name)
+        if reason not in RESUMABLE or reason is Reason.REKEYED:
+            self._spend_ticket()
+
+    def _spend_ticket(self) -> None:
         if self.ticket_id:
             self.context.resumption.office.spend(self.ticket_id, self.now)
+            self.ticket_id = b""
 
     def forget_followups(self) -> None:
         """The requests of the peer's that wait for key exchanges are answered with STATE_NOT_FOUND from now on."""
@@ -310,7 +317,7 @@ class Session:
         new.nat_local, new.nat_remote, new.nat_fake, new.nat_supported = self.nat_local, self.nat_remote, self.nat_fake, self.nat_supported
         new.peer_hashes, new.fragmentation, new.ppk = self.peer_hashes, self.fragmentation, self.ppk
         new.redirectable = self.redirectable
-        new.ticket_id = self.ticket_id
+        new.authenticated_at, new.proof_ends = self.authenticated_at, self.proof_ends
         new.if_ids = self.if_ids
         new.origin = self.origin
         new.original_initiator, new.mobike, new.mapping_hash = self.original_initiator, self.mobike, b""
@@ -336,6 +343,10 @@ class Session:
         heir.reauth_at, heir.reauth_end = self.reauth_at, self.reauth_end
         self.reauth_at = None
         self.forget_followups()
+        # RFC 5723 section 6.2: with the keys that are in it a ticket ends
+        if self.asked_first:
+            self.context.resumption.wallet.drop(self.connection.name)
+        self._spend_ticket()
         heir.state, heir.undecided, heir.ends_at = IkeSaState.ESTABLISHED, None, None
         heir.children, self.children = self.children, {}
         # nobody rekeys an IKE SA whose CHILD_SA exchanges wait for an answer (RFC 7296 section 2.25.2)

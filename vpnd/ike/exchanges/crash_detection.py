@@ -9,10 +9,8 @@ import hashlib
 import hmac
 from typing import Final
 
-from vpnd.ike.iana import Exchange, NotifyType, ProtocolId
+from vpnd.ike.iana import NotifyType, ProtocolId
 from vpnd.ike.session import Session
-from vpnd.ike.state import MAX_TASKS
-from vpnd.ike.steps import Ask, Steps, Task, ask
 from vpnd.ike.wire.errors import MalformedMessage
 from vpnd.ike.wire.header import NO_SPI, Header
 from vpnd.ike.wire.message import Message, decode_message, encode_message
@@ -26,8 +24,6 @@ TOKEN_MAXIMUM: Final = 128
 SECRET_LENGTH: Final = 32
 SHORTEST_REQUEST: Final = 56  # octets; a protected request is no shorter, so that our answer is not much longer than what asked for it
 MAX_TOKENS: Final = 4  # of one answer that are compared
-
-ANNOUNCE: Final = "IKE_CRASH_TOKEN"
 
 
 class TokenMaker:
@@ -71,18 +67,6 @@ def keep_token(session: Session, message: Message) -> None:
     notify = message.notify(NotifyType.QUICK_CRASH_DETECTION)
     if notify is not None and TOKEN_MINIMUM <= len(notify.data) <= TOKEN_MAXIMUM:
         session.crash_token = notify.data
-
-
-def announce(session: Session) -> None:
-    """After a rekeying of ours: when it began, the new IKE SA's SPIs were not known yet."""
-    payloads = token_payloads(session)
-    if not payloads or len(session.queue) >= MAX_TASKS:
-        return
-
-    def steps(session: Session, _task: Task) -> Steps[None]:
-        yield from ask(Ask(Exchange.INFORMATIONAL, payloads))
-
-    session.queue.append(Task(ANNOUNCE, steps))
 
 
 # When the peer has lost it

@@ -78,12 +78,12 @@ def _request(session: Session, ticket: Ticket, fake: bytes | None, cookie: bytes
 
 
 def ask_for_ticket(session: Session) -> tuple[NotifyPayload, ...]:
-    """For IKE_AUTH."""
+    """For IKE_AUTH, and for an INFORMATIONAL exchange once the IKE SA has been rekeyed."""
     return (NotifyPayload(NotifyType.TICKET_REQUEST),) if session.connection.resumption else ()
 
 
 def keep_ticket(session: Session, response: Message) -> None:
-    """Of the answer to IKE_AUTH, once the responder is authenticated."""
+    """Of the answer to that, once the responder is authenticated."""
     notify = response.notify(NotifyType.TICKET_LT_OPAQUE)
     if notify is None or len(notify.data) <= LIFETIME_LENGTH or not session.connection.resumption:
         return
@@ -120,13 +120,13 @@ def respond(
 
 
 def give_ticket(session: Session, request: Message) -> tuple[NotifyPayload, ...]:
-    """For the answer to IKE_AUTH: what a TICKET_REQUEST gets."""
-    if request.notify(NotifyType.TICKET_REQUEST) is None:
+    """For the answer to IKE_AUTH, and to later exchanges (RFC 5723 section 4.1): what the initiator's TICKET_REQUEST gets."""
+    if request.notify(NotifyType.TICKET_REQUEST) is None or session.asked_first:
         return ()
     state = _resumable(session, LIFETIME) if session.connection.resumption else None
     if state is None:
         return (NotifyPayload(NotifyType.TICKET_NACK),)
-    session.ticket_id, ticket = session.context.resumption.office.seal(state, session.now)
+    session.ticket_id, ticket = session.context.resumption.office.seal(state, session.now, session.ticket_id)
     lifetime = max(0, int(state.expires - session.now)).to_bytes(LIFETIME_LENGTH, "big")
     return (NotifyPayload(NotifyType.TICKET_LT_OPAQUE, lifetime + ticket),)
 
@@ -173,7 +173,7 @@ def basis_of(context: IkeContext, connection: ConnectionConfig, local: Identity,
 def _resumable(session: Session, lifetime: float) -> Resumable | None:
     if session.local_id is None or session.remote_id is None or session.proposal is None:
         return None
-    authenticated_at = session.resumed.authenticated_at if session.resumed is not None else session.now
+    authenticated_at = session.authenticated_at
     # no longer than the peers may go on without proving anew who they are
     expires = min(session.now + lifetime, authenticated_at + (session.connection.reauth_time or MAX_AGE), session.proof_ends)
     names, d = (session.local_id, session.remote_id), session.keys.keys.d
@@ -187,5 +187,5 @@ def _derive(session: Session, state: Resumable) -> None:
     keys = ike_keys(suite, seed, session.nonce_i, session.nonce_r, session.wire_spi_i, session.wire_spi_r)
     session.crypto = IkeCrypto.of(suite, keys, session.initiator)
     session.proposal, session.ppk, session.resumed = state.proposal, state.ppk, state
-    session.proof_ends = state.proof_ends
+    session.authenticated_at, session.proof_ends = state.authenticated_at, state.proof_ends
     session.local_id, session.remote_id = state.local_id, state.remote_id

@@ -8,7 +8,7 @@ from typing import Final
 from kernel_shim.model import Spi
 from vpnd.ike import reauthentication, succession
 from vpnd.ike.effects import IkeClosed, Reason
-from vpnd.ike.exchanges import crash_detection, mobike, redirect
+from vpnd.ike.exchanges import crash_detection, ike_session_resume, mobike, redirect, rekey_ike
 from vpnd.ike.iana import Exchange, NotifyType, ProtocolId
 from vpnd.ike.session import MAX_EARLY_DELETES, Session
 from vpnd.ike.state import MAX_TASKS, Child, ChildSaState, IkeSaState
@@ -88,11 +88,12 @@ def respond(session: Session, request: Message) -> Steps[Response]:
         # RFC 7296 sections 2.8.2 and 2.25.2: the peer rekeyed it as well and is done; our own request is forgotten
         if theirs is not None and session.heir is None:
             session.hand_over(theirs)
+            rekey_ike.introduce(theirs)
         return Response(close=IkeClosed(Reason.REKEYED if session.heir or session.state is IkeSaState.REKEYED else Reason.PEER_DELETED, session.describe()))
     answer = list(_delete(session, (spi for payload in deletes if payload.protocol == ProtocolId.ESP for spi in payload.spis)))
     payloads: tuple[Payload, ...] = (DeletePayload(ProtocolId.ESP, tuple(answer)),) if answer else ()
     # RFC 7296 section 1.4: what is not known is ignored, and the answer may be empty
-    return Response((*payloads, *mobike.answer(session, request)))
+    return Response((*payloads, *mobike.answer(session, request), *ike_session_resume.give_ticket(session, request)))
 
 
 def _delete(session: Session, spis: Iterable[bytes]) -> Iterable[bytes]:

@@ -13,14 +13,14 @@ from typing import Final
 from kernel_shim.secret import Secret
 from vpnd.ike.crypto.groups import group, implemented_groups
 from vpnd.ike.effects import IkeOpened, Reason, RekeyFailed
-from vpnd.ike.exchanges import crash_detection
+from vpnd.ike.exchanges import crash_detection, ike_session_resume
 from vpnd.ike.exchanges.ike_followup_ke import PASSING, KeyExchangeFailed, follow_up, room, wait_for
 from vpnd.ike.followup import Followup
 from vpnd.ike.iana import Exchange, NotifyType, ProtocolId
 from vpnd.ike.keymat import IkeSuite, ike_keys, rekey_skeyseed
 from vpnd.ike.proposal import Proposal, accept, number_proposals, select
 from vpnd.ike.session import REKEY_AGAIN, Session
-from vpnd.ike.state import IkeSaState
+from vpnd.ike.state import MAX_TASKS, IkeSaState
 from vpnd.ike.steps import NONCE_LENGTH, Ask, IkeCrypto, Response, Rival, Steps, Task, ask, error_name, first_error, reason_of
 from vpnd.ike.wire.errors import MalformedMessage
 from vpnd.ike.wire.message import Message
@@ -65,7 +65,7 @@ def rekey(session: Session, task: Task) -> Steps[None]:
         new.wind_up(Reason.REKEYED)
         return
     session.hand_over(new)
-    crash_detection.announce(new)
+    introduce(new, ours=True)
     if theirs is not None:
         session.end_by(theirs, session.now + REPLACED_TIMEOUT)
     session.wind_up(Reason.REKEYED)
@@ -180,7 +180,7 @@ def respond(session: Session, request: Message) -> Response:
 
     if not chosen.additional:
         complete((first,))
-        return Response(payloads)
+        return Response((*payloads, *ike_session_resume.give_ticket(new, request)))
 
     def finish(shared: tuple[Secret, ...]) -> Steps[Response]:
         yield from ()
@@ -190,7 +190,9 @@ def respond(session: Session, request: Message) -> Response:
         complete(shared)
         return Response()
 
-    return Response((*payloads, wait_for(session, Followup(deque(chosen.additional), [first], finish, lambda: None, of_ike=True))))
+    # RFC 5723 section 4.1: what a ticket holds is not known yet, so it is to be asked for later
+    later = (NotifyPayload(NotifyType.TICKET_ACK),) if request.notify(NotifyType.TICKET_REQUEST) is not None else ()
+    return Response((*payloads, *later, wait_for(session, Followup(deque(chosen.additional), [first], finish, lambda: None, of_ike=True))))
 
 
 def _possible(session: Session) -> bool:
@@ -216,6 +218,23 @@ def _derive(session: Session, new: Session, chosen: Proposal, suite: IkeSuite, s
 def await_deletion(session: Session, heir: Session) -> None:
     """`heir` takes over; who made it deletes the old one."""
     session.hand_over(heir)
+    introduce(heir)
     if session.state is not IkeSaState.DELETING:
         session.state = IkeSaState.REKEYED
         session.ends_at = session.now + REPLACED_TIMEOUT
+
+
+def introduce(new: Session, *, ours: bool = False) -> None:
+    """What is said on an IKE SA that took over. `ours`: when our rekeying began its SPIs, and so its crash token, were not known yet."""
+    payloads: tuple[Payload, ...] = crash_detection.token_payloads(new) if ours else ()
+    # RFC 5723 sections 4.1 and 6.2: the ticket ended with the old keys, and it is the initiator's to ask for another, whoever rekeyed
+    if new.asked_first:
+        payloads = (*payloads, *ike_session_resume.ask_for_ticket(new))
+    if not payloads or new.state is IkeSaState.DELETING or len(new.queue) >= MAX_TASKS:
+        return
+
+    def steps(session: Session, _task: Task) -> Steps[None]:
+        response = yield from ask(Ask(Exchange.INFORMATIONAL, payloads))
+        ike_session_resume.keep_ticket(session, response)
+
+    new.queue.append(Task("IKE_INTRODUCTION", steps))

@@ -16,24 +16,28 @@ from vpnd.config.model import AuthMethod, SharedSecret
 from vpnd.ike import resumption
 from vpnd.ike.cookie import CookieJar, cookie_reply, parse_init_request, stateless_reply
 from vpnd.ike.effects import Reason
+from vpnd.ike.exchanges import rekey_ike
 from vpnd.ike.exchanges.ike_session_resume import basis_of
-from vpnd.ike.iana import Group, NotifyType, ProtocolId
+from vpnd.ike.iana import Exchange, Group, NotifyType, ProtocolId
 from vpnd.ike.identity import Identity
 from vpnd.ike.proposal import parse_proposals
 from vpnd.ike.resumption import LIFETIME, MAX_AGE, MAX_TICKET, Resumable, Resumption, Ticket, TicketOffice, Wallet
 from vpnd.ike.sa import IkeSa
+from vpnd.ike.steps import Ask, Task, ask
 from vpnd.ike.wire.header import Header
+from vpnd.ike.wire.message import Message
+from vpnd.ike.wire.payloads import NotifyPayload
 
 IKE = "aes128gcm16-prfsha256-x25519-ke1_mlkem768"
 
 
-def standing(**options: Any) -> Pair:
+def standing(ike: str = IKE, **options: Any) -> Pair:
     """An IKE SA that was made in full, with a ticket for the next one."""
     config = child()
     names = {"resumption": True, **options}
     pair = Pair(
-        connection("to-b", psk("a.example"), psk("b.example"), [config], IKE, **names),
-        connection("to-a", psk("b.example"), psk("a.example"), [mirrored(config)], IKE, **names),
+        connection("to-b", psk("a.example"), psk("b.example"), [config], ike, **names),
+        connection("to-a", psk("b.example"), psk("a.example"), [mirrored(config)], ike, **names),
     )
     pair.connect()
     agree(pair, 1)
@@ -123,6 +127,74 @@ def test_an_end_on_purpose_voids_the_ticket(by: str, rekeyed: bool) -> None:
     pair.connect()
     assert in_full(pair)
     agree(pair, 1)
+
+
+def kept(pair: Pair) -> Ticket:
+    """The ticket of `a`."""
+    ticket = pair.a.resumption.wallet.take("to-b", pair.now)
+    assert ticket is not None
+    pair.a.resumption.wallet.keep(ticket)
+    return ticket
+
+
+@pytest.mark.parametrize("who", ["a", "b", "ab"])
+def test_a_ticket_ends_with_the_keys_that_are_in_it_and_another_one_is_got(who: str) -> None:
+    pair = standing()
+    first = kept(pair)
+    pair.now += 100.0
+    for peer in [peer for peer in pair.peers if peer.name in who]:
+        peer.run(peer.sa, peer.sa.rekey(pair.now), pair.now)
+    # INFORMATIONAL { N(TICKET_REQUEST) } -->   <-- INFORMATIONAL { N(TICKET_LT_OPAQUE) }, on the new IKE SA
+    pair.wait(10.0)
+    agree(pair, 1)
+    assert len(pair.a.standing) == 1
+    second = kept(pair)
+    assert pair.b.resumption.office.open(first.data, pair.now) is None
+    opened = pair.b.resumption.office.open(second.data, pair.now)
+    assert opened is not None
+    assert second.state.d == opened.d == pair.a.sa.keys.keys.d
+    assert second.state.authenticated_at == first.state.authenticated_at, "a rekeying proves nothing"
+    assert opened.authenticated_at == pytest.approx(first.state.authenticated_at, abs=0.001)
+    lose(pair)
+    pair.connect()
+    assert not in_full(pair)
+    agree(pair, 1)
+
+
+@pytest.mark.parametrize(("ike", "answer"), [("aes128gcm16-prfsha256-x25519", NotifyType.TICKET_LT_OPAQUE), (IKE, NotifyType.TICKET_ACK)])
+def test_who_asks_while_he_rekeys_gets_it_at_once_or_is_told_to_ask_later(ike: str, answer: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair, answers = standing(ike), list[Message]()
+
+    def asking(wait: Any) -> Any:
+        if wait.exchange == Exchange.CREATE_CHILD_SA:
+            wait = replace(wait, payloads=(*wait.payloads, NotifyPayload(NotifyType.TICKET_REQUEST)))
+        response = yield from ask(wait)
+        answers.append(response)
+        return response
+
+    monkeypatch.setattr(rekey_ike, "ask", asking)
+    pair.a.run(pair.a.sa, pair.a.sa.rekey(pair.now), pair.now)
+    pair.wait(10.0)
+    notify = answers[0].notify(answer)
+    assert notify is not None
+    if answer == NotifyType.TICKET_LT_OPAQUE:
+        opened = pair.b.resumption.office.open(notify.data[4:], pair.now)
+        assert opened is not None
+        assert opened.id == pair.b.sa.ticket_id, "the one that is asked for later is the same, sealed again"
+        assert opened.d == pair.a.sa.keys.keys.d
+
+
+def test_an_initiator_gives_no_tickets() -> None:
+    pair = standing()
+
+    def steps(session: Any, _task: Any) -> Any:
+        response = yield from ask(Ask(Exchange.INFORMATIONAL, (NotifyPayload(NotifyType.TICKET_REQUEST),)))
+        answers.append(response.payloads)
+
+    answers: list[Any] = []
+    pair.b.sa.queue.append(Task("TEST", steps))
+    pair.settle()
+    assert answers == [()]
 
 
 def test_a_ticket_that_the_responder_forgot_leads_to_a_full_exchange() -> None:
