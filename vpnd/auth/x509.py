@@ -32,6 +32,7 @@ _UNDERSTOOD: Final = frozenset(
     }
 )
 _WEAK_HASHES: Final = (hashes.MD5, hashes.SHA1)
+_UNREADABLE: Final = (ValueError, TypeError, UnsupportedAlgorithm, x509.DuplicateExtension, x509.InvalidVersion, x509.UnsupportedGeneralNameType)
 
 
 class CertificateRefused(Exception):
@@ -59,7 +60,7 @@ class Certificate:
             certificate.subject.public_bytes()  # what is parsed late is parsed here
             certificate.issuer.public_bytes()
             certificate.not_valid_after_utc, certificate.not_valid_before_utc  # noqa: B018
-        except (ValueError, TypeError, UnsupportedAlgorithm, x509.DuplicateExtension, x509.InvalidVersion) as error:
+        except _UNREADABLE as error:
             raise CertificateRefused("certificate does not parse") from error
         if not isinstance(key, rsa.RSAPublicKey | ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey):
             raise CertificateRefused("certificate's key is neither RSA nor ECDSA nor Ed25519")
@@ -156,9 +157,9 @@ class Certificate:
             raise CertificateRefused("certificate has expired")
 
     def check_issued_by(self, authority: Certificate) -> None:
-        if isinstance(self.parsed.signature_hash_algorithm, _WEAK_HASHES):
-            raise CertificateRefused("certificate is signed with a weak hash")
         try:
+            if isinstance(self.parsed.signature_hash_algorithm, _WEAK_HASHES):
+                raise CertificateRefused("certificate is signed with a weak hash")
             self.parsed.verify_directly_issued_by(authority.parsed)
         except (InvalidSignature, ValueError, TypeError, UnsupportedAlgorithm) as error:
             raise CertificateRefused("certificate's signature does not verify") from error

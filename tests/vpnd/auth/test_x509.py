@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
 import pytest
 from cryptography import x509
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from vpnd_certificates import Authority, key, name, usage
 
 from vpnd.auth.der import MAX_IDENTIFIER_OCTETS, DerError, canonical_name
@@ -75,6 +78,33 @@ def test_wildcards_in_a_certificate_are_not_wildcards() -> None:
     der = CA.issue("*", PRIVATE, ["*.example"])
     assert not Certificate.parse(der).asserts(Identity.parse("gw.example"))
     assert not Certificate.parse(der).asserts(Identity.parse("C=CH, CN=gw"))
+
+
+def test_a_signature_of_an_unknown_kind_is_refused() -> None:
+    der = CA.issue("gw", PRIVATE, ["gw.example"])
+    kind = bytes.fromhex("2a8648ce3d040302")  # ecdsa-with-SHA256
+    assert der.count(kind) == 2
+    with pytest.raises(CertificateRefused, match="does not verify"):
+        check(der.replace(kind, kind[:-1] + b"\x7f"))
+
+
+def test_a_name_of_an_unsupported_kind_is_refused() -> None:
+    der = CA.issue("gw", PRIVATE, ["gw.example"])
+    name_of_dns = b"\x82\x0agw.example"
+    assert der.count(name_of_dns) == 1
+    with pytest.raises(CertificateRefused, match="does not parse"):
+        check(der.replace(name_of_dns, b"\xa3" + name_of_dns[1:]))  # an x400Address
+
+
+@pytest.mark.property
+@given(st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 255)), min_size=1, max_size=3))
+@settings(max_examples=100, deadline=None)
+def test_a_damaged_certificate_is_refused(edits: list[tuple[int, int]]) -> None:
+    der = bytearray(CA.issue("gw", PRIVATE, ["gw.example"]))
+    for at, value in edits:
+        der[at % len(der)] ^= value
+    with contextlib.suppress(CertificateRefused):
+        check(bytes(der))
 
 
 @pytest.mark.parametrize(
