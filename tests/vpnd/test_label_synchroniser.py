@@ -15,7 +15,7 @@ from kernel_shim.mpls.labels import Label
 from kernel_shim.mpls.lfib import Key, Nhlfe, ToInterface, ToPeer
 from kernel_shim.mpls.node import LabelBinding, LabelNode, NodeEntry, Tunnel, Vrf, VrfRoute
 from vpnd.daemon import repair
-from vpnd.daemon.label_synchroniser import FPM, SLICE, STATIC, LabelSynchroniser
+from vpnd.daemon.label_synchroniser import FPM, SLICE, STATIC, TRIED_TOGETHER, LabelSynchroniser
 from vpnd.telemetry.counters import Counters
 
 
@@ -179,6 +179,16 @@ async def test_what_is_refused_holds_up_nothing_else_and_is_tried_again(labels: 
     await labels.examine()
     assert there(kernel)[TUNNEL.key] == TUNNEL
     assert labels.refused == {}
+
+
+async def test_one_that_is_refused_does_not_send_all_others_one_by_one(labels: LabelSynchroniser) -> None:
+    kernel = FakeNode()
+    entries: list[NodeEntry] = [LabelBinding(Label(1000 + number), LABEL.paths) for number in range(8 * TRIED_TOGETHER)]
+    kernel.refuses = {entries[300].key}
+    labels.replace(STATIC, [RED, *entries])
+    await labels.attach(kernel)
+    assert there(kernel).keys() == {RED.key, *(entry.key for entry in entries)} - kernel.refuses
+    assert len(kernel.changes()) < 2 * TRIED_TOGETHER
 
 
 async def test_two_that_change_places_do(labels: LabelSynchroniser) -> None:

@@ -27,6 +27,7 @@ FED: Final = ("label", "route")  # kinds of entries that a feed can be the owner
 _ORDER: Final = {kind: at for at, kind in enumerate(("classes", "vrf", "tunnel", "peer", "label", "route"))}
 """An entry goes in after those that it rests upon, and away before them."""
 
+TRIED_TOGETHER: Final = 128  # entries, once one of many was refused: as many as a request holds
 SLICE: Final = 1024  # entries that are looked at before the rest of the loop has its turn
 
 T = TypeVar("T")
@@ -228,8 +229,12 @@ class LabelSynchroniser:
             self._counters.add("kernel_labels_removed", len(gone))
         if not wanted or await self._put(channel, wanted):
             return
-        # One of them stands in the way of another, or means nothing: one by one, what changed its place last.
-        failed = [entry for entry in wanted if not await self._put(channel, [entry])]
+        # One of them stands in the way of another, or means nothing: its neighbours one by one, what changed its place last.
+        failed: list[NodeEntry] = []
+        for start in range(0, len(wanted), TRIED_TOGETHER):
+            some = wanted[start : start + TRIED_TOGETHER]
+            if not await self._put(channel, some):
+                failed += [entry for entry in some if not await self._put(channel, [entry])]
         moved = [standing[entry.key] for entry in failed if entry.key in standing]
         if moved and await self._try(channel.delete_labels, moved):
             for entry in moved:
