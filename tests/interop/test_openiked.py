@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 from lab.certs import KeyKind
+from lab.daemon import NegotiationFailed
 from lab.gateway import Gateway
 from lab.openiked import OpenIked, OpenIkedOnShim
 from lab.pairing import DaemonFactory, Pair, carries_a_little, facing
@@ -119,11 +120,39 @@ def test_its_lifetimes_rekey(ours: Side) -> None:
 
 
 @pytest.mark.parametrize("ours", OUR_SIDES)
+def test_the_child_sa_ends_alone_and_comes_again_over_ipv6(ours: Side) -> None:
+    with facing(ours, replace(DEFAULTS, inner_version=6, outer_version=6), theirs=openiked()) as link:
+        up(link)
+        mine, theirs = ours_and_theirs(link)
+        carries_a_little(link)
+        mine.terminate(child=CHILD)
+        for daemon in (link.a, link.b):
+            daemon.wait_child_gone()
+            assert len(daemon.ike_sas()) == 1
+        mine.initiate()
+        theirs.wait_child()
+        carries_a_little(link)
+
+
+def test_it_narrows_to_its_own_selectors_only() -> None:
+    with facing(Side.A, replace(DEFAULTS, ts_b_at_b="10.2.0.0/24"), theirs=openiked()) as link:
+        up(link)
+        carries_a_little(link)
+        assert link.a.child().remote_ts == ("10.2.0.0/24",)
+
+
+def test_where_it_should_narrow_to_ours_it_is_refused() -> None:
+    """As responder OpenIKED 7.2 answers with the selectors that it is configured with, whatever it was asked for; RFC 7296 section 2.9 wants a part of that."""
+    with facing(Side.A, replace(DEFAULTS, ts_b_at_b="0.0.0.0/0"), theirs=openiked()) as link, pytest.raises(NegotiationFailed, match="not within ours"):
+        link.a.initiate()
+
+
+@pytest.mark.parametrize("ours", OUR_SIDES)
 def test_a_wrong_secret(ours: Side) -> None:
     with facing(ours, replace(DEFAULTS, secret_b="another"), theirs=openiked()) as link:
         mine, theirs = ours_and_theirs(link)
         if ours is Side.A:
-            with pytest.raises(Exception, match="AUTHENTICATION_FAILED"):
+            with pytest.raises(NegotiationFailed, match="AUTHENTICATION_FAILED"):
                 mine.initiate()
         else:
             theirs.begin()

@@ -78,7 +78,9 @@ class OpenIked(Daemon):
             return values(option)[0]
 
         near_id, far_id = values("id")[:2]
-        words = f'ikev2 "{CONNECTION}" {mode} esp from {value("local_ts")} to {value("remote_ts")} local {value("local_addrs")} peer {value("remote_addrs")}'
+        near, far = value("local_addrs"), value("remote_addrs")
+        selectors = (near, far) if value("mode") == "transport" else (value("local_ts"), value("remote_ts"))
+        words = f'ikev2 "{CONNECTION}" {mode} {value("mode")} esp from {selectors[0]} to {selectors[1]} local {near} peer {far}'
         words += f" {self.policy} srcid {near_id} dstid {far_id} {self.lifetimes}"
         words += "" if values("certs") else f" psk {value('secret')}"
         return "".join(f"set {setting}\n" for setting in self.settings) + words + "\n"
@@ -117,13 +119,14 @@ class OpenIked(Daemon):
         argv = ["sh", "-c", _OWN_SETTINGS, "sh", str(self._folder)]
         argv += self._kernel()
         argv += [str(IKED), "-d", "-vv", "-f", str(self.directory / "passive.conf"), "-s", str(self._control)]
+        said = len(self.log())
         process = self.namespace.start(argv, f"iked-{self.directory.name}")
         self._process = process
 
         def ready() -> bool:
             if not process.running:
                 raise LabError(f"iked ended with status {process.status}\n{self.log()}")
-            return "config_getstatic: nattport" in self.log()  # after the policies and the sockets
+            return "config_getstatic: nattport" in self.log()[said:]  # after the policies and the sockets
 
         wait_until(ready, "iked is ready", READY_SECONDS, 0.02)
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import lab.frr
 import lab.gateway
 import lab.libreswan
+import lab.openiked
 import lab.process
 import lab.strongswan
 import pytest
@@ -18,7 +19,7 @@ EMULATION = 6  # how many times longer things may take in the guest
 collect_ignore_glob = [] if os.environ.get("REALKERNEL_GUEST") else ["test_*.py"]
 
 if os.environ.get("REALKERNEL_GUEST"):
-    for module in (lab.frr, lab.gateway, lab.libreswan, lab.strongswan):
+    for module in (lab.frr, lab.gateway, lab.libreswan, lab.openiked, lab.strongswan):
         module.READY_SECONDS *= EMULATION
 
 
