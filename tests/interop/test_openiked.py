@@ -161,6 +161,19 @@ def test_a_wrong_secret(ours: Side) -> None:
             daemon.wait_gone()
 
 
+def test_we_crash() -> None:
+    """It passes INITIAL_CONTACT over; its `enforcesingleikesa` does the same."""
+    with facing(Side.A, DEFAULTS, theirs=openiked("", "", "enforcesingleikesa")) as link:
+        up(link)
+        mine, theirs = ours_and_theirs(link)
+        carries_a_little(link)
+        mine.kill()
+        mine.start()
+        mine.initiate()
+        wait_until(lambda: [sa.initiator_spi for sa in theirs.ike_sas()] == [sa.initiator_spi for sa in mine.ike_sas()], "only the new one is left")
+        carries_a_little(link)
+
+
 def test_it_dies() -> None:
     with facing(Side.A, replace(DEFAULTS, dpd_a="1s"), mine=set_to(**IMPATIENT), theirs=openiked()) as link:
         up(link)

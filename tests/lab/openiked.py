@@ -154,13 +154,14 @@ class OpenIked(Daemon):
         """Those that are established. It does not count traffic."""
         found: list[IkeSa] = []
         halves: dict[str, Half] = {}
+        established = False
         for line in self.ikectl("show", "sa").splitlines():
             if match := _IKE.match(line):
                 responder, initiator, host, state, role, _, encap = match.groups()
-                halves = {}
-                if state == "ESTABLISHED":
+                halves, established = {}, state == "ESTABLISHED"
+                if established:
                     found.append(IkeSa(CONNECTION, state, int(initiator, 16), role == "i", initiator, responder, host, ()))
-            elif found and (match := _HALF.match(line)):
+            elif established and (match := _HALF.match(line)):
                 name, spi, direction, flags, other = match.groups()
                 halves[name] = Half(direction, int(spi, 16), "L" in flags)
                 if other in halves:
