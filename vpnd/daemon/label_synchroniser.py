@@ -7,7 +7,7 @@ named first in `OWNERS` counts, so what an operator wrote is never overruled. Wh
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final, TypeVar
 
 import structlog
@@ -28,7 +28,7 @@ _ORDER: Final = {kind: at for at, kind in enumerate(("classes", "vrf", "tunnel",
 """An entry goes in after those that it rests upon, and away before them."""
 
 TRIED_TOGETHER: Final = 128  # entries, once one of many was refused: as many as a request holds
-SLICE: Final = 1024  # entries that are looked at before the rest of the loop has its turn
+SLICE: Final = 1024  # entries that are looked at, put or removed before the rest of the loop has its turn
 
 T = TypeVar("T")
 
@@ -205,36 +205,41 @@ class LabelSynchroniser:
                     return  # the next attachment examines everything
                 self._changed = {}
                 try:
-                    await self._carry(channel, [key for key in changed if self._standing.get(key) != self.desired[key]])
+                    await self._carry(channel, [key async for key in _in_slices(list(changed)) if self._standing.get(key) != self.desired[key]])
                 except ChannelClosed:
                     self._changed = {**changed, **self._changed}
                     return
-                for key in changed:
+                async for key in _in_slices(list(changed)):
                     if key not in self._refused:
                         self._repair.done(key)
 
     async def _carry(self, channel: LabelChannel, keys: Sequence[Key]) -> None:
         """ChannelClosed when the kernel goes away; what it refuses is tried again later."""
         standing, desired = self._standing, self.desired
-        gone = [standing[key] for key in sorted(keys, key=_order, reverse=True) if key in standing and desired[key] is None]
-        wanted = [entry for key in sorted(keys, key=_order) if (entry := desired[key]) is not None]
-        for entry in gone:
-            self._refused.pop(entry.key, None)
-        if gone and not await self._try(channel.delete_labels, gone):
-            for entry in gone:
-                self._repair.failed(entry.key)
-        else:
-            for entry in gone:
-                del standing[entry.key]
-            self._counters.add("kernel_labels_removed", len(gone))
-        if not wanted or await self._put(channel, wanted):
-            return
-        # One of them stands in the way of another, or means nothing: its neighbours one by one, what changed its place last.
+        gone: list[list[NodeEntry]] = [[] for _ in _ORDER]
+        wanted: list[list[NodeEntry]] = [[] for _ in _ORDER]
+        async for key in _in_slices(keys):
+            entry = desired[key]
+            if entry is not None:
+                wanted[_order(key)].append(entry)
+            elif key in standing:
+                gone[_order(key)].append(standing[key])
+                self._refused.pop(key, None)
+        for some in _slices([entry for entries in reversed(gone) for entry in entries]):
+            if await self._try(channel.delete_labels, some):
+                for entry in some:
+                    del standing[entry.key]
+                self._counters.add("kernel_labels_removed", len(some))
+            else:
+                for entry in some:
+                    self._repair.failed(entry.key)
         failed: list[NodeEntry] = []
-        for start in range(0, len(wanted), TRIED_TOGETHER):
-            some = wanted[start : start + TRIED_TOGETHER]
+        for some in _slices([entry for entries in wanted for entry in entries]):
             if not await self._put(channel, some):
-                failed += [entry for entry in some if not await self._put(channel, [entry])]
+                # One of them stands in the way of another, or means nothing: its neighbours one by one, what changed its place last.
+                for few in _slices(some, TRIED_TOGETHER):
+                    if not await self._put(channel, few):
+                        failed += [entry for entry in few if not await self._put(channel, [entry])]
         moved = [standing[entry.key] for entry in failed if entry.key in standing]
         if moved and await self._try(channel.delete_labels, moved):
             for entry in moved:
@@ -271,10 +276,14 @@ class LabelSynchroniser:
         return True
 
 
+def _slices(items: Sequence[T], size: int = SLICE) -> Iterator[Sequence[T]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
 async def _in_slices(items: Sequence[T]) -> AsyncIterator[T]:
     """One by one; the rest of the loop has its turn in between."""
-    for start in range(0, len(items), SLICE):
-        for item in items[start : start + SLICE]:
+    for some in _slices(items):
+        for item in some:
             yield item
         await asyncio.sleep(0)
 

@@ -35,6 +35,7 @@ from kernel_shim.mpls.labels import LAST_LABEL
 from kernel_shim.mpls.lfib import Key, Peer
 from kernel_shim.mpls.node import LabelBinding, NodeEntry, Tunnel, Vrf, VrfRoute
 
+FORWARDING: Final = "ipv6/conf/all/forwarding"
 TABLE_SIZE: Final = LAST_LABEL  # as many labels as the kernel takes: it does without the last one
 
 
@@ -149,6 +150,10 @@ class LinuxLabels:
                     await routes.clear_table(tables, entry.table)
                 await routes.end_table(netlink, entry.table, ended=True)
             case Tunnel():
+                if _by_detour([entry]) and self._sysctls.get(FORWARDING) == "0":
+                    raise KernelError(
+                        errno.EOPNOTSUPP, f"peer {entry.peer}: over IPv6 labels are forwarded on their way out, and net.{FORWARDING.replace('/', '.')} is 0"
+                    )
                 made = await devices.put_tunnel(netlink, entry)
             case Peer():
                 await ingress.admit(netlink, entry)

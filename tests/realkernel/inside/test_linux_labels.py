@@ -102,6 +102,10 @@ def test_entries_come_are_read_and_go() -> None:
         kernel = LinuxLabels(sysctls)
         await kernel.put_labels(ENTRIES)
         assert keyed(await kernel.labels()) == keyed(ENTRIES)
+        await asyncio.to_thread(here.sysctl, ipv6__conf__all__forwarding=0)
+        with pytest.raises(KernelError, match="forwarding is 0"):
+            await kernel.put_labels([ENTRIES[3]])
+        await asyncio.to_thread(here.sysctl, ipv6__conf__all__forwarding=1)
         assert "disabled" in await ip("-f mpls route show 101")
         assert "enabled" in await ip("-f mpls route show 103")
         await ip("-f mpls route add 999 dev vpn-blue")
@@ -168,6 +172,7 @@ def test_entries_come_are_read_and_go() -> None:
 
     with Lab() as lab:
         here, there = lab.namespace("here"), lab.namespace("there")
+        here.sysctl(ipv6__conf__all__forwarding=1)
         lab.veth(here, "wan", there, "wan")
         here.ip("addr add 192.0.2.1/24 dev wan", "addr add 2001:db8::1/64 dev wan nodad")
         lab.veth(here, "ce-red", there, "red")
