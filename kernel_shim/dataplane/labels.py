@@ -22,7 +22,7 @@ from kernel_shim.mpls.switch import AsIp, LabelSwitch, Sent, bring_to_light, flo
 from kernel_shim.packet import virtio
 from kernel_shim.packet.ip import LARGEST_PACKET, UDP_HEADER, Buffer, Malformed, destination, layout, source
 from kernel_shim.policy.bundle import BundleCache, Generations
-from kernel_shim.policy.flowkey import FieldMask, FlowKeys, key_of_flow
+from kernel_shim.policy.flowkey import FieldMask, FlowKeys
 from kernel_shim.policy.spd import SecurityPolicyDatabase
 from kernel_shim.reasons import DropReason
 
@@ -191,7 +191,7 @@ class Labels:
         if tunnel is None or not tunnel.managed or tunnel.encapsulation is not encapsulation:
             return self._traffic.drop(DropReason.MPLS_PEER_UNKNOWN)
         flow = Flow(remote.address, local.address, encapsulation, remote.port, local.port)
-        policy = self._spd.lookup_key(Direction.IN, key_of_flow(flow))
+        policy = self._spd.lookup(Direction.IN, flow)
         if policy is not None and policy.action is not Action.BYPASS:
             return self._traffic.drop(DropReason.CLEAR_WHERE_PROTECTED)
         begin, end = 0, len(packet)

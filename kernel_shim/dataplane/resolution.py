@@ -14,7 +14,7 @@ from kernel_shim.mpls.node import LabelNode
 from kernel_shim.packet import virtio
 from kernel_shim.packet.ip import LARGEST_PACKET
 from kernel_shim.policy.bundle import BundleCache
-from kernel_shim.policy.flowkey import FlowKeys, flow_of_key, key_of_flow
+from kernel_shim.policy.flowkey import FlowKeys, flow_of_key
 from kernel_shim.policy.peer import PeerKey, peer_of
 from kernel_shim.policy.spd import SecurityPolicyDatabase
 from kernel_shim.sa.database import Sad, covers
@@ -92,7 +92,7 @@ class Resolution:
     def tunnel_sa(self, carried: Carried) -> tuple[Policy | None, SaEntry | None] | Wanted:
         """The policy for a tunnel's packets, and its SA."""
         flow = carried.flow
-        policy = self._spd.lookup_key(Direction.OUT, key_of_flow(flow))
+        policy = self._spd.lookup(Direction.OUT, flow)
         if policy is None or policy.action is not Action.PROTECT:
             return policy, None
         entry = self.select(policy.templates[0], flow)

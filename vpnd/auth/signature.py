@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
-from enum import Enum, IntEnum
+from enum import Enum
 from typing import Final
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -16,28 +16,10 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
 
 from vpnd.auth.der import DerError, DerReader, integer, object_identifier, sequence, tagged
+from vpnd.ike.iana import AuthenticationMethod, HashAlgorithm
 
 PrivateKey = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey
 PublicKey = rsa.RSAPublicKey | ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey
-
-# Of the specifications
-
-METHOD_RSA: Final = 1  # RFC 7296 section 3.8
-METHOD_PSK: Final = 2
-METHOD_ECDSA_256: Final = 9  # RFC 4754
-METHOD_ECDSA_384: Final = 10
-METHOD_ECDSA_521: Final = 11
-METHOD_SIGNATURE: Final = 14  # RFC 7427
-
-
-class HashId(IntEnum):
-    """IKEv2 Hash Algorithms (RFC 7427 section 7, RFC 8420)."""
-
-    SHA1 = 1
-    SHA2_256 = 2
-    SHA2_384 = 3
-    SHA2_512 = 4
-    IDENTITY = 5
 
 
 class Family(Enum):
@@ -50,54 +32,63 @@ class Family(Enum):
 @dataclass(frozen=True, slots=True)
 class Scheme:
     family: Family
-    hash: HashId
+    hash: HashAlgorithm
 
     def __str__(self) -> str:
-        return self.family.value if self.hash is HashId.IDENTITY else f"{self.family.value}-{_HASH_NAMES[self.hash]}"
+        return self.family.value if self.hash is HashAlgorithm.IDENTITY else f"{self.family.value}-{_HASH_NAMES[self.hash]}"
 
 
-_HASH_NAMES: Final = {HashId.SHA1: "sha1", HashId.SHA2_256: "sha256", HashId.SHA2_384: "sha384", HashId.SHA2_512: "sha512", HashId.IDENTITY: "identity"}
-_HASHES: Final[dict[HashId, hashes.HashAlgorithm]] = {
-    HashId.SHA1: hashes.SHA1(),  # noqa: S303
-    HashId.SHA2_256: hashes.SHA256(),
-    HashId.SHA2_384: hashes.SHA384(),
-    HashId.SHA2_512: hashes.SHA512(),
+# Of the specifications
+
+_HASH_NAMES: Final = {
+    HashAlgorithm.SHA1: "sha1",
+    HashAlgorithm.SHA2_256: "sha256",
+    HashAlgorithm.SHA2_384: "sha384",
+    HashAlgorithm.SHA2_512: "sha512",
+    HashAlgorithm.IDENTITY: "identity",
+}
+_HASHES: Final[dict[HashAlgorithm, hashes.HashAlgorithm]] = {
+    HashAlgorithm.SHA1: hashes.SHA1(),  # noqa: S303
+    HashAlgorithm.SHA2_256: hashes.SHA256(),
+    HashAlgorithm.SHA2_384: hashes.SHA384(),
+    HashAlgorithm.SHA2_512: hashes.SHA512(),
 }
 _HASH_OIDS: Final = {
-    HashId.SHA1: "1.3.14.3.2.26",
-    HashId.SHA2_256: "2.16.840.1.101.3.4.2.1",
-    HashId.SHA2_384: "2.16.840.1.101.3.4.2.2",
-    HashId.SHA2_512: "2.16.840.1.101.3.4.2.3",
+    HashAlgorithm.SHA1: "1.3.14.3.2.26",
+    HashAlgorithm.SHA2_256: "2.16.840.1.101.3.4.2.1",
+    HashAlgorithm.SHA2_384: "2.16.840.1.101.3.4.2.2",
+    HashAlgorithm.SHA2_512: "2.16.840.1.101.3.4.2.3",
 }
 _OID_HASHES: Final = {oid: hash_id for hash_id, oid in _HASH_OIDS.items()}
 _OID_PSS: Final = "1.2.840.113549.1.1.10"
 _OID_MGF1: Final = "1.2.840.113549.1.1.8"
 _NULL: Final = b"\x05\x00"
 _SCHEME_OIDS: Final = {
-    Scheme(Family.RSA, HashId.SHA1): "1.2.840.113549.1.1.5",
-    Scheme(Family.RSA, HashId.SHA2_256): "1.2.840.113549.1.1.11",
-    Scheme(Family.RSA, HashId.SHA2_384): "1.2.840.113549.1.1.12",
-    Scheme(Family.RSA, HashId.SHA2_512): "1.2.840.113549.1.1.13",
-    Scheme(Family.ECDSA, HashId.SHA1): "1.2.840.10045.4.1",
-    Scheme(Family.ECDSA, HashId.SHA2_256): "1.2.840.10045.4.3.2",
-    Scheme(Family.ECDSA, HashId.SHA2_384): "1.2.840.10045.4.3.3",
-    Scheme(Family.ECDSA, HashId.SHA2_512): "1.2.840.10045.4.3.4",
-    Scheme(Family.ED25519, HashId.IDENTITY): "1.3.101.112",
+    Scheme(Family.RSA, HashAlgorithm.SHA1): "1.2.840.113549.1.1.5",
+    Scheme(Family.RSA, HashAlgorithm.SHA2_256): "1.2.840.113549.1.1.11",
+    Scheme(Family.RSA, HashAlgorithm.SHA2_384): "1.2.840.113549.1.1.12",
+    Scheme(Family.RSA, HashAlgorithm.SHA2_512): "1.2.840.113549.1.1.13",
+    Scheme(Family.ECDSA, HashAlgorithm.SHA1): "1.2.840.10045.4.1",
+    Scheme(Family.ECDSA, HashAlgorithm.SHA2_256): "1.2.840.10045.4.3.2",
+    Scheme(Family.ECDSA, HashAlgorithm.SHA2_384): "1.2.840.10045.4.3.3",
+    Scheme(Family.ECDSA, HashAlgorithm.SHA2_512): "1.2.840.10045.4.3.4",
+    Scheme(Family.ED25519, HashAlgorithm.IDENTITY): "1.3.101.112",
 }
 _OID_SCHEMES: Final = {oid: scheme for scheme, oid in _SCHEME_OIDS.items()}
-_CLASSIC_ECDSA: Final = {  # method: curve name, hash, octets of r and of s (RFC 4754 section 7)
-    METHOD_ECDSA_256: ("secp256r1", HashId.SHA2_256, 32),
-    METHOD_ECDSA_384: ("secp384r1", HashId.SHA2_384, 48),
-    METHOD_ECDSA_521: ("secp521r1", HashId.SHA2_512, 66),
+_CLASSIC_ECDSA: Final[dict[int, tuple[str, HashAlgorithm, int]]] = {  # method: curve name, hash, octets of r and of s (RFC 4754 section 7)
+    AuthenticationMethod.ECDSA_SHA256_P256: ("secp256r1", HashAlgorithm.SHA2_256, 32),
+    AuthenticationMethod.ECDSA_SHA384_P384: ("secp384r1", HashAlgorithm.SHA2_384, 48),
+    AuthenticationMethod.ECDSA_SHA512_P521: ("secp521r1", HashAlgorithm.SHA2_512, 66),
 }
 _CURVE_METHODS: Final = {curve: method for method, (curve, _, _) in _CLASSIC_ECDSA.items()}
 
 # Of this implementation
 
-SUPPORTED_HASHES: Final = (HashId.SHA2_256, HashId.SHA2_384, HashId.SHA2_512, HashId.IDENTITY)  # what SIGNATURE_HASH_ALGORITHMS announces
+# what SIGNATURE_HASH_ALGORITHMS announces
+SUPPORTED_HASHES: Final = (HashAlgorithm.SHA2_256, HashAlgorithm.SHA2_384, HashAlgorithm.SHA2_512, HashAlgorithm.IDENTITY)
 MINIMUM_RSA_BITS: Final = 2048  # unless a policy names fewer
-_STRONG: Final = frozenset(scheme for scheme in _SCHEME_OIDS if scheme.hash is not HashId.SHA1) | frozenset(
-    Scheme(Family.RSA_PSS, hash_id) for hash_id in SUPPORTED_HASHES if hash_id is not HashId.IDENTITY
+_STRONG: Final = frozenset(scheme for scheme in _SCHEME_OIDS if scheme.hash is not HashAlgorithm.SHA1) | frozenset(
+    Scheme(Family.RSA_PSS, hash_id) for hash_id in SUPPORTED_HASHES if hash_id is not HashAlgorithm.IDENTITY
 )
 
 
@@ -143,7 +134,7 @@ class SignaturePolicy:
                 else:
                     raise ValueError(f"unknown signature constraint {word!r} in {constraint!r}")
             if not named and Family.ED25519 in current and Family.ECDSA not in current:
-                schemes.append(Scheme(Family.ED25519, HashId.IDENTITY))
+                schemes.append(Scheme(Family.ED25519, HashAlgorithm.IDENTITY))
         if not families and not schemes:
             return cls(_STRONG, bits[Family.RSA], bits[Family.ECDSA])
         for family in families:  # a key type without a hash of its own: any strong one
@@ -161,8 +152,8 @@ _FAMILY_WORDS: Final[dict[str, tuple[Family, ...]]] = {
 _HASH_WORDS: Final = {name: hash_id for hash_id, name in _HASH_NAMES.items()}
 
 
-def _exists(family: Family, hash_id: HashId) -> bool:
-    return (family is Family.ED25519) == (hash_id is HashId.IDENTITY)
+def _exists(family: Family, hash_id: HashAlgorithm) -> bool:
+    return (family is Family.ED25519) == (hash_id is HashAlgorithm.IDENTITY)
 
 
 def algorithm_identifier(scheme: Scheme) -> bytes:
@@ -204,7 +195,7 @@ def parse_algorithm_identifier(der: bytes) -> _Announced:
 
 def _pss_parameters(fields: DerReader) -> _Announced:
     # RFC 4055 section 3.1: absent parameters mean SHA-1, MGF1 with SHA-1 and 20 octets of salt
-    hash_id, mask_id, salt = HashId.SHA1, HashId.SHA1, 20
+    hash_id, mask_id, salt = HashAlgorithm.SHA1, HashAlgorithm.SHA1, 20
     if not fields.at_end():
         parameters = fields.sequence()
         if (inner := parameters.optional(0)) is not None:
@@ -225,7 +216,7 @@ def _pss_parameters(fields: DerReader) -> _Announced:
     return _Announced(Scheme(Family.RSA_PSS, hash_id), salt)
 
 
-def _hash_of(algorithm: DerReader) -> HashId:
+def _hash_of(algorithm: DerReader) -> HashAlgorithm:
     oid = algorithm.object_identifier()
     if oid not in _OID_HASHES:
         raise SignatureRefused(f"unknown hash algorithm {oid}")
@@ -268,14 +259,14 @@ def sign(key: PrivateKey, octets: bytes, policy: SignaturePolicy, peer_hashes: I
     if offered:
         scheme = choose_scheme(key, policy, offered)
         identifier = algorithm_identifier(scheme)
-        return Signature(METHOD_SIGNATURE, bytes([len(identifier)]) + identifier + _raw_sign(key, octets, scheme), scheme)
+        return Signature(AuthenticationMethod.DIGITAL_SIGNATURE, bytes([len(identifier)]) + identifier + _raw_sign(key, octets, scheme), scheme)
     if isinstance(key, rsa.RSAPrivateKey):
         # RFC 7296 section 3.8 asks for SHA-1 here; ours does so only when it is named
         candidates = [scheme for scheme in _preferences(key, policy) if scheme.family is Family.RSA and scheme in policy.schemes]
-        candidates.sort(key=lambda scheme: scheme.hash is not HashId.SHA1)
+        candidates.sort(key=lambda scheme: scheme.hash is not HashAlgorithm.SHA1)
         if not candidates:
             raise NoCommonScheme("the peer lacks RFC 7427 and our policy allows no RSASSA-PKCS1-v1_5")
-        return Signature(METHOD_RSA, _raw_sign(key, octets, candidates[0]), candidates[0])
+        return Signature(AuthenticationMethod.RSA_SIGNATURE, _raw_sign(key, octets, candidates[0]), candidates[0])
     if isinstance(key, ec.EllipticCurvePrivateKey) and key.curve.name in _CURVE_METHODS:
         method = _CURVE_METHODS[key.curve.name]
         _, hash_id, width = _CLASSIC_ECDSA[method]
@@ -290,14 +281,14 @@ def sign(key: PrivateKey, octets: bytes, policy: SignaturePolicy, peer_hashes: I
 def verify(key: PublicKey, octets: bytes, method: int, data: bytes, policy: SignaturePolicy) -> Scheme:
     """The scheme that the peer signed `octets` with. SignatureRefused with the reason when it does not stand."""
     check_strength(key, policy)
-    if method == METHOD_SIGNATURE:
+    if method == AuthenticationMethod.DIGITAL_SIGNATURE:
         if not data or len(data) < 1 + data[0]:
             raise SignatureRefused("truncated digital signature")
         announced = parse_algorithm_identifier(data[1 : 1 + data[0]])
         _allow(announced.scheme, key, policy)
         _raw_verify(key, octets, data[1 + data[0] :], announced)
         return announced.scheme
-    if method == METHOD_RSA and isinstance(key, rsa.RSAPublicKey):
+    if method == AuthenticationMethod.RSA_SIGNATURE and isinstance(key, rsa.RSAPublicKey):
         for scheme in sorted((scheme for scheme in policy.schemes if scheme.family is Family.RSA), key=lambda scheme: scheme.hash):
             try:
                 _raw_verify(key, octets, data, _Announced(scheme))
@@ -342,8 +333,8 @@ def _kind(key: PrivateKey) -> str:
     return _families(key.public_key())[0].value
 
 
-def _curve_hash(curve: ec.EllipticCurve) -> HashId:
-    return HashId.SHA2_256 if curve.key_size <= 256 else HashId.SHA2_384 if curve.key_size <= 384 else HashId.SHA2_512
+def _curve_hash(curve: ec.EllipticCurve) -> HashAlgorithm:
+    return HashAlgorithm.SHA2_256 if curve.key_size <= 256 else HashAlgorithm.SHA2_384 if curve.key_size <= 384 else HashAlgorithm.SHA2_512
 
 
 def _raw_sign(key: PrivateKey, octets: bytes, scheme: Scheme) -> bytes:

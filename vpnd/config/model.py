@@ -151,7 +151,6 @@ class ChildConfig:
     if_id_out: int | Unique = 0
     xfrm_interface: str = ""  # our own option: an XFRM interface of this name and of `if_id_out` that the daemon makes
     xfrm_routes: bool = True  # our own option: whether `remote_ts` is routed into it
-    hw_offload: bool = False
     unresolved: Unresolved = Unresolved.QUEUE  # our own option: `unresolved = queue | eagain | block | drop`
 
 

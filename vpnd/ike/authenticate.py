@@ -9,10 +9,10 @@ from typing import Final
 from kernel_shim.secret import Secret
 from vpnd.auth.credentials import OwnCertificate
 from vpnd.auth.psk import psk_auth, psk_verifies
-from vpnd.auth.signature import METHOD_PSK, NoCommonScheme, SignaturePolicy, SignatureRefused, sign, verify
+from vpnd.auth.signature import NoCommonScheme, SignaturePolicy, SignatureRefused, sign, verify
 from vpnd.auth.x509 import Certificate, CertificateRefused, check_peer
 from vpnd.config.model import AuthMethod, AuthRound, ConnectionConfig
-from vpnd.ike.iana import CertEncoding
+from vpnd.ike.iana import AuthenticationMethod, CertEncoding
 from vpnd.ike.identity import Identity
 from vpnd.ike.keymat import signed_octets
 from vpnd.ike.session import Session
@@ -69,9 +69,9 @@ def own_auth(session: Session, own: Own, keys: IkeCrypto) -> AuthPayload:
     """AUTH with the SK_p of `keys`. Raises NoCredentials when our key has no scheme that the peer takes."""
     octets = _octets(session, keys, own.identity, initiator=session.initiator)
     if session.resumed is not None:
-        return AuthPayload(METHOD_PSK, _resumed_auth(keys, octets, initiator=session.initiator))
+        return AuthPayload(AuthenticationMethod.SHARED_KEY, _resumed_auth(keys, octets, initiator=session.initiator))
     if own.secret is not None:
-        return AuthPayload(METHOD_PSK, psk_auth(keys.suite.prf, own.secret, octets))
+        return AuthPayload(AuthenticationMethod.SHARED_KEY, psk_auth(keys.suite.prf, own.secret, octets))
     assert own.signer is not None
     try:
         policy = SignaturePolicy.of(session.connection.local[0].signature_schemes)
@@ -100,7 +100,7 @@ def check(session: Session, connection: ConnectionConfig, peer: Identity, own: I
     if session.resumed is not None:
         octets = _octets(session, keys, peer, initiator=not session.initiator)
         right = hmac.compare_digest(auth.data, _resumed_auth(keys, octets, initiator=not session.initiator))
-        if peer != session.resumed.remote_id or auth.method != METHOD_PSK or not right:
+        if peer != session.resumed.remote_id or auth.method != AuthenticationMethod.SHARED_KEY or not right:
             raise PeerRefused("the ticket is not this peer's")
         return
     if not connection.remote:
@@ -108,7 +108,7 @@ def check(session: Session, connection: ConnectionConfig, peer: Identity, own: I
     remote = connection.remote[0]
     if remote.id is not None and not peer.matches(remote.id):
         raise PeerRefused(f"identity {peer} is not {remote.id}")
-    if (auth.method == METHOD_PSK) is not (remote.auth is AuthMethod.PSK):
+    if (auth.method == AuthenticationMethod.SHARED_KEY) is not (remote.auth is AuthMethod.PSK):
         raise PeerRefused(f"authentication method {auth.method} where {remote.auth.value} is required")
     octets = _octets(session, keys, peer, initiator=not session.initiator)
     if remote.auth is AuthMethod.PSK:
@@ -164,7 +164,7 @@ def fitting(session: Session, peer: Identity, asked: Identity | None, method: in
         local, remote = connection.local[0], connection.remote[0]
         of_peer = peer.match_quality(remote.id) if remote.id is not None else 1
         of_own = 1 if asked is None or local.id is None else asked.match_quality(local.id)
-        if not of_peer or not of_own or (method == METHOD_PSK) is not (remote.auth is AuthMethod.PSK):
+        if not of_peer or not of_own or (method == AuthenticationMethod.SHARED_KEY) is not (remote.auth is AuthMethod.PSK):
             continue
         if best is None or of_peer + of_own > best[0]:
             best = of_peer + of_own, connection
