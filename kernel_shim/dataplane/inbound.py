@@ -20,9 +20,7 @@ from kernel_shim.dataplane.traffic import Traffic
 from kernel_shim.esp.rows import Workspace
 from kernel_shim.esp.wire import HEADER_FORMAT, SEQUENCE_LIMIT, TRAILER, strip
 from kernel_shim.model import Endpoint, NewMapping
-from kernel_shim.packet.ip import (
-    IPV4_HEADER,
-)
+from kernel_shim.packet.ip import IPV4_HEADER
 from kernel_shim.packet.traffic_class import DSCP, ECN, decapsulated_ecn, set_traffic_class, traffic_class
 from kernel_shim.reasons import DropReason
 from kernel_shim.sa.database import Sad

@@ -153,8 +153,10 @@ def revise(session: Session, of_place: Child) -> None:
 
 def _elect(session: Session, going: Child) -> None:
     """Somebody of the place has to send."""
+    if session.closed:
+        return
     others = list(place(session, going))
-    if session.closed or any(other.sends for other in others):
+    if any(other.sends for other in others):
         return
     able = [other for other in others if not (other.ceased or other.redundant or other.state is ChildSaState.DELETING)]
     best = max(able, key=lambda other: (other.taken, other.generation, other.lowest), default=None)
