@@ -1,7 +1,8 @@
 """What a peer may send: a filter at the ingress of its tunnel's device, behind which alone the device takes labels.
 
 Linux has one table of labels and a yes or no an interface (`net.mpls.conf.DEVICE.input`). So a filter (tc, u32) passes the labels of the
-peer's allow-list and drops every other. It changes label by label: what is allowed before and after passes all the while.
+peer's allow-list and drops all else, what has no label too: the host's own tables would route it, whichever customer sent it.
+It changes label by label: what is allowed before and after passes all the while.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from kernel_shim.model import KernelError
 from kernel_shim.mpls.labels import LABEL_BITS, Label, LabelRange, LabelSet
 from kernel_shim.mpls.lfib import PLATFORM, Peer
 
+ETH_P_ALL: Final = 0x0003
 ETH_P_MPLS_UC: Final = 0x8847
 INGRESS: Final = 0xFFFF0000  # the handle of that qdisc, and the parent of its filters
 FLOW: Final = 0x10001  # the class of what passes, which a filter must name and ingress passes over
@@ -72,7 +74,7 @@ async def admit(route: AsyncIPRoute, peer: Peer) -> None:
     if not filters.drops:
         with suppress(NetlinkError):  # it is there already
             await route.tc("add", "ingress", index=index, handle=INGRESS)
-        await _filter(route, "add", "matchall", index, DROP, action="drop")
+        await _filter(route, "add", "matchall", index, DROP, ETH_P_ALL, action="drop")
     for block in wanted - filters.passed.keys():
         key = f"{block.value << BEHIND_LABEL:#x}/{block.mask << BEHIND_LABEL:#x}+0"
         await _filter(route, "add", "u32", index, PASS, target=FLOW, keys=[key], action="ok")
@@ -82,8 +84,8 @@ async def admit(route: AsyncIPRoute, peer: Peer) -> None:
         raise KernelError(errno.EACCES, f"peer {peer.name}: {tunnel_device(peer.name)} cannot be opened to labels")
 
 
-async def _filter(route: AsyncIPRoute, verb: str, kind: str, index: int, place: int, **options: Any) -> None:
-    await route.tc(f"{verb}-filter", kind, index=index, parent=INGRESS, prio=place, protocol=ETH_P_MPLS_UC, **options)
+async def _filter(route: AsyncIPRoute, verb: str, kind: str, index: int, place: int, protocol: int = ETH_P_MPLS_UC, **options: Any) -> None:
+    await route.tc(f"{verb}-filter", kind, index=index, parent=INGRESS, prio=place, protocol=protocol, **options)
 
 
 async def admitted(route: AsyncIPRoute, name: str, index: int) -> Peer | None:

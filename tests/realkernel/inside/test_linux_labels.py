@@ -257,6 +257,11 @@ def test_customers_of_the_same_addresses_reach_their_own(tmp_path: Path, far: Ma
             gateway.vpnctl("reload")
         assert answers("red", count=3, timeout=2.0, near=b, far=a) == 0
         assert counters(edges.a)["drop_mpls_label_forbidden"] == 3
+        if far is xfrm:  # Without a label, too: the host's own tables would route it.
+            edges.a.namespace.ip("addr add 203.0.113.1/32 dev lo")
+            edges.b.namespace.ip(f"route add 203.0.113.1/32 dev {tunnel_device('pe')}")
+            assert ping(edges.b.namespace, ip_address("203.0.113.1"), count=2, timeout=2.0).received == 0
+            assert counters(edges.a)["drop_mpls_label_forbidden"] == 5
         edges.reaches("blue")
         # A key manager that is killed leaves all as it is, and the next one finds it.
         edges.a.kill_vpnd()
