@@ -19,10 +19,10 @@ from cryptography.hazmat.primitives import serialization
 
 from lab import af_key_stand_in
 from lab.certs import KeyKind, make_key
-from lab.daemon import READY_SECONDS, ChildSa, Daemon, IkeSa
+from lab.daemon import READY_SECONDS, ChildSa, ForeignDaemon, IkeSa
 from lab.gateway import Gateway
 from lab.namespaces import Namespace
-from lab.process import LabError, Process, wait_until
+from lab.process import LabError, wait_until
 from lab.tunnel import CHILD, CONNECTION
 
 IKED: Final = Path("/usr/sbin/iked")
@@ -30,7 +30,7 @@ IKECTL: Final = Path("/usr/sbin/ikectl")
 SETTINGS: Final = Path("/etc/iked")
 FOLDERS: Final = ("ca", "certs", "crls", "private", "pubkeys")
 
-_OWN_SETTINGS: Final = f'mount -t tmpfs tmpfs /run && mount --bind "$1" {SETTINGS} && shift && exec "$@"'
+_OWN: Final = f'mount -t tmpfs tmpfs /run && mount --bind "$1" {SETTINGS} && exec >>"$2" 2>&1 && shift 2 && exec "$@"'  # settings, log, program
 
 # Of `ikectl show sa`: spi of both ends, address of the peer, state, role; each SA of a CHILD_SA names the other one of its pair
 _IKE: Final = re.compile(r"^iked_sas: \S+ rspi 0x(\w+) ispi 0x(\w+) \S+->(\S+):\d+<.*>\[.*\] (\S+) ([ir])( natt)?( udpecap)? nexti")
@@ -50,7 +50,7 @@ def missing() -> str:
     return ", ".join(str(path) for path in (IKED, IKECTL) if not path.exists())
 
 
-class OpenIked(Daemon):
+class OpenIked(ForeignDaemon):
     """iked with the connection of the swanctl.conf at `config`, in its own words. Algorithms are its defaults.
 
     `policy`: further words of its policy, in its grammar's order (ikesa, childsa), which begins behind the addresses; `lifetimes` those behind the names.
@@ -58,6 +58,7 @@ class OpenIked(Daemon):
     """
 
     kind = "OpenIKED"
+    log_name = "iked.log"
 
     def __init__(self, namespace: Namespace, config: Path, *, policy: str = "", lifetimes: str = "", settings: Sequence[str] = ()) -> None:
         super().__init__(namespace, config)
@@ -66,7 +67,6 @@ class OpenIked(Daemon):
         self.settings = settings
         self._folder = self.directory / "iked"
         self._control = self.directory / "iked.sock"
-        self._process: Process | None = None
 
     def _lines(self, mode: str) -> str:
         text = self.config.read_text()
@@ -116,8 +116,7 @@ class OpenIked(Daemon):
         if missing():
             raise LabError(f"{self.kind} is incomplete: {missing()} (make peers installs it)")
         self._write()
-        argv = ["sh", "-c", _OWN_SETTINGS, "sh", str(self._folder)]
-        argv += self._kernel()
+        argv = ["sh", "-c", _OWN, "sh", str(self._folder), str(self._log_path), *self._kernel()]
         argv += [str(IKED), "-d", "-vv", "-f", str(self.directory / "passive.conf"), "-s", str(self._control)]
         said = len(self.log())
         process = self.namespace.start(argv, f"iked-{self.directory.name}")
@@ -125,7 +124,7 @@ class OpenIked(Daemon):
 
         def ready() -> bool:
             if not process.running:
-                raise LabError(f"iked ended with status {process.status}\n{self.log()}")
+                raise LabError(f"iked ended with status {process.status}\n{process.log()}\n{self.log()}")
             return "config_getstatic: nattport" in self.log()[said:]  # after the policies and the sockets
 
         wait_until(ready, "iked is ready", READY_SECONDS, 0.02)
@@ -174,23 +173,15 @@ class OpenIked(Daemon):
         return ChildSa(CHILD, state, "TUNNEL", encap, inbound.spi, outbound.spi, 0, 0, 0, 0, (), (), "")
 
     def signal(self, number: int) -> None:
-        """SIGSTOP is a peer that is out of reach for a while."""
+        """To all its processes."""
         for pid in self.namespace.pids():
             with contextlib.suppress(OSError):
                 if Path("/proc", str(pid), "comm").read_text().strip() == IKED.name:
                     os.kill(pid, number)
 
-    def stop(self) -> None:
-        if self._process is not None and self._process.running:
-            self._process.stop()
-
-    def kill(self) -> None:
-        if self._process is not None and self._process.running:
-            self._process.kill()
-
     def log(self) -> str:
         """Without a line for each time that it was asked for its SAs."""
-        return self._process.log().replace("ikev2_info: called\n", "") if self._process is not None else ""
+        return super().log().replace("ikev2_info: called\n", "")
 
 
 class OpenIkedOnShim(OpenIked):

@@ -257,7 +257,8 @@ def _check_route(session: Session, task: Task) -> Steps[None]:
         # a copy of the request may have gone to where the peer was in between, so only a cookie that is younger than its last claim proves that
         claims = session.claims
         cookie = NotifyPayload(NotifyType.COOKIE2, session.context.entropy(COOKIE2_LENGTH))
-        response = yield from ask(Ask(Exchange.INFORMATIONAL, (cookie,)))
+        # libreswan 5.2 returns a cookie only to who asks what the NATs did, too (section 3.8), which anybody may
+        response = yield from ask(Ask(Exchange.INFORMATIONAL, (*_detection(session), cookie)))
         if not _returned(session, cookie, response):
             return
         if claims == session.claims:

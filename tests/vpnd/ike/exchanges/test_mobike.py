@@ -70,7 +70,7 @@ def test_a_new_address_moves_everything_and_renews_nothing() -> None:
     pair = connected()
     before, ike = keys(pair), pair.a.sa
     # HDR, SK { N(UPDATE_SA_ADDRESSES), N(NAT_DETECTION_*), N(NO_ADDITIONAL_ADDRESSES), N(COOKIE2) } -->   <-- HDR, SK { N(COOKIE2), N(NAT_DETECTION_*) }
-    # <-- HDR, SK { N(COOKIE2) }   HDR, SK { N(COOKIE2) } -->
+    # <-- HDR, SK { N(NAT_DETECTION_*), N(COOKIE2) }   HDR, SK { N(COOKIE2), N(NAT_DETECTION_*) } -->
     pair.log.clear()
     roam(pair, NEW)
     pair.settle()
@@ -104,6 +104,21 @@ def test_a_cookie_that_does_not_come_back_closes(echo: list[NotifyPayload], monk
     pair.settle()
     assert pair.b.closed is Reason.INVALID_SYNTAX
     assert not pair.b.sad
+
+
+def test_a_peer_that_returns_cookies_only_beside_nat_detection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As libreswan 5.2 does."""
+    pair = connected()
+    answer = mobike.answer
+
+    def particular(session: Session, request: Message) -> list[Payload]:
+        return answer(session, request) if request.notify(NotifyType.NAT_DETECTION_SOURCE_IP) is not None else []
+
+    monkeypatch.setattr(mobike, "answer", particular)
+    roam(pair, NEW)
+    pair.settle()
+    assert addresses(pair) == [{NEW, "192.0.2.2"}] * 2
+    agree(pair, 1)
 
 
 @pytest.mark.parametrize("echo", [[], [NotifyPayload(NotifyType.COOKIE2, bytes(32))]], ids=["none", "other"])
