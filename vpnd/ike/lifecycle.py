@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vpnd.ike import handover
 from vpnd.ike.effects import (
     Effect,
     Reason,
@@ -164,7 +165,7 @@ class Lifecycle(Transport):
         outstanding = self._outstanding
         if outstanding is None or self.now < outstanding.next_at:
             return
-        theirs = self.rival_ike
+        theirs = handover.rival_ike(self)
         if self.overtaken and theirs is not None:
             self.active = self._outstanding = None
             rekey_ike.await_deletion(self, theirs)

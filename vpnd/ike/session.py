@@ -8,15 +8,13 @@ from typing import Final, NamedTuple, Self
 
 from kernel_shim.model import Endpoint, IPAddress, SaId
 from vpnd.config.model import ConnectionConfig
-from vpnd.ike import succession
+from vpnd.ike import handover, succession
 from vpnd.ike.context import IkeContext
 from vpnd.ike.effects import (
     ChildFailed,
-    DeadlineMoved,
     Effect,
     IkeClosed,
     IkeEstablished,
-    IkeHandedOver,
     Reason,
     RemoveSa,
 )
@@ -46,9 +44,6 @@ RETRIES: Final = 24  # about 5 minutes
 RESUMABLE: Final = frozenset({Reason.PEER_SILENT, Reason.REKEYED, Reason.REPLACED, Reason.KERNEL_LOST, Reason.SHUTDOWN})  # ends after which tickets stay good
 
 REKEY_AGAIN: Final = 30.0  # s, after a rekeying was refused for good
-
-OF_ONE_IKE_SA: Final = frozenset({"IKE_DPD", "IKE_REKEY", "IKE_DELETE", "IKE_INTRODUCTION"})  # exchanges that are not handed over
-OF_PATHS: Final = frozenset({"IKE_MOBIKE", "IKE_ROUTE_CHECK"})  # exchanges that, if they are under way then, begin anew on the heir: it has what is to move
 
 
 class Path(NamedTuple):
@@ -237,13 +232,13 @@ class Session:
         """The end: everything that hangs on the IKE SA goes, and the peer hears nothing of it."""
         if self.closed:
             return
-        theirs = self.rival_ike
+        theirs = handover.rival_ike(self)
         if theirs is not None and self.heir is None:
             # the peer rekeyed it as well, and what it made has to stand on its own now
             if reason is Reason.PEER_SILENT:
-                self.hand_over(theirs)
+                handover.hand_over(self, theirs)
             else:
-                self.end_by(theirs, self.now)
+                handover.end_by(self, theirs, self.now)
         self.close_reason = reason
         self.predecessor = None
         self.state = IkeSaState.DESTROYING
@@ -266,9 +261,10 @@ class Session:
         if reason not in RESUMABLE:
             self.context.resumption.wallet.drop(self.connection.name)
         if reason not in RESUMABLE or reason is Reason.REKEYED:
-            self._spend_ticket()
+            self.spend_ticket()
 
-    def _spend_ticket(self) -> None:
+    def spend_ticket(self) -> None:
+        """The one that we gave the peer does not open any more."""
         if self.ticket_id:
             self.context.resumption.office.spend(self.ticket_id, self.now)
             self.ticket_id = b""
@@ -305,70 +301,7 @@ class Session:
             self.connection = new
         self.candidates = tuple(new if candidate is old else candidate for candidate in self.candidates)
 
-    # Succession
-
-    def successor(self, *, initiator: bool) -> Self:
-        """The IKE SA that is to replace this one: the same peers, without keys yet. `initiator`: the rekeying is ours."""
-        new = type(self)(self.context, self.connection, self.local, self.remote, initiator=initiator, now=self.now)
-        new.predecessor = self
-        new.candidates = self.candidates
-        new.asked_first = self.asked_first
-        new.local_id, new.remote_id = self.local_id, self.remote_id
-        new.nat_local, new.nat_remote, new.nat_fake, new.nat_supported = self.nat_local, self.nat_remote, self.nat_fake, self.nat_supported
-        new.peer_hashes, new.fragmentation, new.ppk = self.peer_hashes, self.fragmentation, self.ppk
-        new.redirectable = self.redirectable
-        new.authenticated_at, new.proof_ends = self.authenticated_at, self.proof_ends
-        new.if_ids = self.if_ids
-        new.origin = self.origin
-        new.original_initiator, new.mobike, new.mapping_hash = self.original_initiator, self.mobike, b""
-        new.peer_addresses, new.told_addresses = self.peer_addresses, self.told_addresses
-        return new
-
-    @property
-    def rival_ike(self) -> Self | None:
-        """What the peer's rekeying made while ours is on the wire, unless the peer has deleted it again."""
-        rival = self.active.rival if self.active is not None else None
-        return rival.ike if rival is not None and rival.ike is not None and not rival.ike.closed else None  # type: ignore[return-value]
-
-    def end_by(self, other: Session, when: float) -> None:
-        """Another IKE SA, which came of the peer's rekeying of this one, is to be deleted by the peer, or by us at that time."""
-        other.undecided, other.ends_at = None, when
-        self.emit(DeadlineMoved(other))
-
-    def hand_over(self, heir: Self) -> None:
-        """RFC 7296 section 2.18: the new IKE SA has all CHILD_SAs of the old one; exchanges that wait go on there."""
-        self.heir = heir
-        heir.connection, heir.candidates = self.connection, self.candidates
-        self.rekey_at = None
-        heir.reauth_at, heir.reauth_end = self.reauth_at, self.reauth_end
-        self.reauth_at = None
-        self.forget_followups()
-        # RFC 5723 section 6.2: with the keys that are in it a ticket ends
-        if self.asked_first:
-            self.context.resumption.wallet.drop(self.connection.name)
-        self._spend_ticket()
-        heir.state, heir.undecided, heir.ends_at = IkeSaState.ESTABLISHED, None, None
-        heir.children, self.children = self.children, {}
-        # nobody rekeys an IKE SA whose CHILD_SA exchanges wait for an answer (RFC 7296 section 2.25.2)
-        for child in heir.children.values():
-            child.taken = True
-        heir.later, self.later = self.later, Deadlines()
-        heir.tokens = self.tokens
-        # either may have moved since the heir was made
-        heir.local, heir.remote, heir.proven = self.local, self.remote, self.proven
-        heir.nat_local, heir.nat_remote, heir.nat_fake, heir.nat_supported = self.nat_local, self.nat_remote, self.nat_fake, self.nat_supported
-        heir.peer_addresses, heir.told_addresses = self.peer_addresses, self.told_addresses
-        if self.active is not None and self.active.name in OF_PATHS:
-            heir.queue.append(Task(self.active.name, self.active.begin))
-        for task in (*self.queue, *self.postponed):
-            heir.later.set(task, None)
-            if task.name not in OF_ONE_IKE_SA:
-                heir.queue.append(task)
-        self.queue = deque(task for task in self.queue if task.name == "IKE_DELETE")
-        self.postponed.clear()
-        self.emit(IkeHandedOver(heir))
-        if self.state is IkeSaState.DELETING:
-            heir.wind_up(self.deleting_for)  # what was to be deleted goes on under the new keys
+    # Exchanges that wait
 
     def postpone(self, task: Task, limit: int = RETRIES) -> bool:
         """Begin the exchange anew after a while; False when it has been tried often enough."""

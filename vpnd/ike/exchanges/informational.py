@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from kernel_shim.model import Spi
-from vpnd.ike import reauthentication, succession
+from vpnd.ike import handover, reauthentication, succession
 from vpnd.ike.effects import IkeClosed, Reason
 from vpnd.ike.exchanges import crash_detection, ike_session_resume, mobike, redirect, rekey_ike
 from vpnd.ike.iana import Exchange, NotifyType, ProtocolId
@@ -84,10 +84,10 @@ def respond(session: Session, request: Message) -> Steps[Response]:
     deletes = request.all(DeletePayload)
     # RFC 7296 section 1.4.1: the IKE SA; the answer is empty
     if any(payload.protocol == ProtocolId.IKE for payload in deletes):
-        theirs = session.rival_ike
+        theirs = handover.rival_ike(session)
         # RFC 7296 sections 2.8.2 and 2.25.2: the peer rekeyed it as well and is done; our own request is forgotten
         if theirs is not None and session.heir is None:
-            session.hand_over(theirs)
+            handover.hand_over(session, theirs)
             rekey_ike.introduce(theirs)
         return Response(close=IkeClosed(Reason.REKEYED if session.heir or session.state is IkeSaState.REKEYED else Reason.PEER_DELETED, session.describe()))
     answer = list(_delete(session, (spi for payload in deletes if payload.protocol == ProtocolId.ESP for spi in payload.spis)))

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from kernel_shim.secret import Secret
+from vpnd.ike import handover
 from vpnd.ike.crypto.groups import group, implemented_groups
 from vpnd.ike.effects import IkeOpened, Reason, RekeyFailed
 from vpnd.ike.exchanges import crash_detection, ike_session_resume
@@ -49,7 +50,7 @@ def rekey(session: Session, task: Task) -> Steps[None]:
         return
     task.rival = None
     session.state = IkeSaState.REKEYING
-    new = session.successor(initiator=True)
+    new = handover.successor(session, initiator=True)
     nonce = session.context.entropy(NONCE_LENGTH)
     try:
         lowest = yield from _negotiate(session, new, nonce)
@@ -58,16 +59,16 @@ def rekey(session: Session, task: Task) -> Steps[None]:
         return
     new.stand()
     session.emit(IkeOpened(new))
-    theirs = session.rival_ike
+    theirs = handover.rival_ike(session)
     if theirs is not None and task.rival is not None and lowest < task.rival.lowest:
         # RFC 7296 section 2.8.2: ours is the redundant one; the peer deletes the old one
         await_deletion(session, theirs)
         new.wind_up(Reason.REKEYED)
         return
-    session.hand_over(new)
+    handover.hand_over(session, new)
     introduce(new, ours=True)
     if theirs is not None:
-        session.end_by(theirs, session.now + REPLACED_TIMEOUT)
+        handover.end_by(session, theirs, session.now + REPLACED_TIMEOUT)
     session.wind_up(Reason.REKEYED)
 
 
@@ -115,7 +116,7 @@ def _negotiate(session: Session, new: Session, nonce: bytes) -> Steps[bytes]:
 
 
 def _not_rekeyed(session: Session, task: Task, refused: _Refused) -> None:
-    theirs = session.rival_ike
+    theirs = handover.rival_ike(session)
     if theirs is not None:
         # RFC 7296 section 2.8.2: the peer was done before it saw our request
         await_deletion(session, theirs)
@@ -161,7 +162,7 @@ def respond(session: Session, request: Message) -> Response:
     except (KeyError, ValueError):
         return Response((NotifyPayload(NotifyType.NO_PROPOSAL_CHOSEN),))
     nonce_r = session.context.entropy(NONCE_LENGTH)
-    new = session.successor(initiator=False)
+    new = handover.successor(session, initiator=False)
     answer = chosen.with_spi(new.spi_local.to_bytes(SPI_LENGTH, "big"))
     new.spi_remote = int.from_bytes(chosen.spi, "big")
     payloads: tuple[Payload, ...] = SaPayload((answer,)), NoncePayload(nonce_r), KePayload(ke.group, public), *crash_detection.token_payloads(new)
@@ -217,7 +218,7 @@ def _derive(session: Session, new: Session, chosen: Proposal, suite: IkeSuite, s
 
 def await_deletion(session: Session, heir: Session) -> None:
     """`heir` takes over; who made it deletes the old one."""
-    session.hand_over(heir)
+    handover.hand_over(session, heir)
     introduce(heir)
     if session.state is not IkeSaState.DELETING:
         session.state = IkeSaState.REKEYED
