@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import itertools
 import json
 import os
@@ -11,23 +12,31 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self, TypeVar
 
-from lab.process import Process, run
+from lab.process import LabError, Process, run
 
 T = TypeVar("T")
 
 PREFIX: Final = "lab"
 NETNS_DIRECTORY: Final = Path("/run/netns")
 CLONE_NEWNET: Final = 0x40000000
+SIOCGIFFLAGS: Final = 0x8913
+IFF_UP: Final = 0x1
+IFF_RUNNING: Final = 0x40
+RTF_LOCAL: Final = 0x80000000
+ROUTE_SECONDS: Final = 30.0
 
 _NAME = re.compile(rf"^{PREFIX}(\d+)-\d+-")
+_MAY_ADD_IPV6 = re.compile(r"^addr\w* (add|replace) \S*:|\bup\b")
 _serial = itertools.count(1)
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -92,8 +101,10 @@ class Namespace:
         return Process(self.argv(argv), self.directory / f"{self.role}-{log_name}.log", env=env, pass_fds=pass_fds)
 
     def ip(self, *commands: str) -> None:
-        """Run lines of `ip` commands, all or LabError."""
+        """Run lines of `ip` commands, all or LabError. IPv6 addresses on links that are up can be reached when it returns."""
         run(["ip", "-n", self.name, "-batch", "-"], text_input="\n".join(commands) + "\n")
+        if any(_MAY_ADD_IPV6.search(command) for command in commands):
+            self.call(_await_local_routes)
 
     def sysctl(self, **settings: int | str) -> None:
         """Keys below net., with `__` for a dot: `ipv4__ip_forward=1`."""
@@ -120,6 +131,33 @@ class Namespace:
         """Every process whose main thread lives here."""
         done = run(["ip", "netns", "pids", self.name], check=False)
         return [int(word) for word in done.stdout.split()]
+
+
+def _await_local_routes() -> None:
+    """Linux puts the local route of an IPv6 address in from a work queue (addrconf_dad_work): until then what is sent there is dropped, untold."""
+    limit = time.monotonic() + ROUTE_SECONDS
+    while _without_local_route():
+        if time.monotonic() > limit:
+            raise LabError(f"no local routes of {_without_local_route()}")
+        time.sleep(0.002)
+
+
+def _without_local_route() -> set[str]:
+    """IPv6 addresses, in hexadecimal, of links that are up and have a carrier."""
+    table = [line.split() for line in Path("/proc/thread-self/net/ipv6_route").read_text().splitlines()]
+    local = {words[0] for words in table if int(words[8], 16) & RTF_LOCAL}
+    addresses = [line.split() for line in Path("/proc/thread-self/net/if_inet6").read_text().splitlines()]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+        return {words[0] for words in addresses if words[0] not in local and _is_running(asking, words[5])}
+
+
+def _is_running(asking: socket.socket, interface: str) -> bool:
+    try:
+        answer = fcntl.ioctl(asking, SIOCGIFFLAGS, struct.pack("16s24x", interface.encode()))
+    except OSError:  # it went
+        return False
+    wanted = IFF_UP | IFF_RUNNING
+    return int(struct.unpack_from("H", answer, 16)[0]) & wanted == wanted
 
 
 def _delete_namespace(name: str) -> None:

@@ -70,7 +70,7 @@ class Guest:
             "no:cacheprovider",
             *("-p", "pytest_timeout", "-p", "pytest_asyncio.plugin"),
             "--confcutdir=tests/realkernel/inside",
-            "--timeout=300",
+            "--timeout=600",
             "--junitxml=/exchange/junit.xml",
             "-v",
             "--durations=20",
