@@ -24,10 +24,10 @@ WHACK: Final = Path("/usr/libexec/ipsec/whack")
 CERTUTIL: Final = Path("/usr/bin/certutil")
 PK12UTIL: Final = Path("/usr/bin/pk12util")
 
-# Of `whack --showstates` and `whack --trafficstatus`
-_STATE: Final = re.compile(r'^#(\d+): "[^"]+"\S* (\w+) .*?(?:IKE SA #(\d+); )?idle', re.MULTILINE)
-_SPIS: Final = re.compile(r'^#(\d+): "[^"]+"\S* esp\.([0-9a-f]+)@\S+ esp\.([0-9a-f]+)@', re.MULTILINE)
-_TRAFFIC: Final = re.compile(r'^#(\d+): "[^"]+"\S*, type=ESP.* inBytes=(\d+), outBytes=(\d+)', re.MULTILINE)
+# Of `whack --showstates` and `whack --trafficstatus`; a connection for any peer has an instance for each: "site"[1] 192.0.2.1
+_STATE: Final = re.compile(r'^#(\d+): "[^"]+"(?:\[\d+\] )?\S* (\w+) .*?(?:IKE SA #(\d+); )?idle', re.MULTILINE)
+_SPIS: Final = re.compile(r'^#(\d+): "[^"]+"(?:\[\d+\] )?\S* esp\.([0-9a-f]+)@\S+ esp\.([0-9a-f]+)@', re.MULTILINE)
+_TRAFFIC: Final = re.compile(r'^#(\d+): "[^"]+"(?:\[\d+\] )?\S*, type=ESP.* inBytes=(\d+), outBytes=(\d+)', re.MULTILINE)
 
 
 def missing() -> str:
@@ -53,7 +53,7 @@ class Libreswan(ForeignDaemon):
 
         (near_id, far_id), secrets = values("id")[:2], values("secret")
         connection = {
-            "left": values("local_addrs")[0],
+            "left": values("local_addrs")[0].replace("%any", "%defaultroute"),
             "right": values("remote_addrs")[0],
             "leftid": f"@{near_id}",
             "rightid": f"@{far_id}",

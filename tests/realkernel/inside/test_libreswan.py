@@ -1,14 +1,17 @@
-"""Libreswan, with all defaults on both sides: a tunnel that carries, and goes on carrying when either side rekeys."""
+"""Libreswan, with all defaults on both sides: a tunnel that carries, and goes on carrying when either side rekeys, or changes its address."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 from lab.gateway import Gateway
 from lab.libreswan import Libreswan
+from lab.namespaces import Namespace
 from lab.pairing import OURS
 from lab.process import wait_until
 from lab.tunnel import CHILD, CONNECTION, Side, Tunnel
-from realkernel.kernel_gateways import KernelPair, kernel_pair
+from realkernel.kernel_gateways import KernelPair, kernel_pair, xfrm
 
 pytestmark = [pytest.mark.realkernel, pytest.mark.timeout(600)]  # its start and each order to it takes seconds under emulation
 
@@ -56,4 +59,38 @@ def test_either_side_begins_and_rekeys() -> None:
         carries(both)
         (child,) = theirs.children()
         assert min(child.bytes_in, child.bytes_out) > 0
+        assert both.leaks() == []
+
+
+NEW = "192.0.2.77"
+
+
+def moving(namespace: Namespace, config: Path) -> Libreswan:
+    namespace.ip("route add default via 192.0.2.2")  # its way to the peer tells it its address
+    return Libreswan(namespace, config, {"mobike": "yes"})
+
+
+def staying(namespace: Namespace, config: Path) -> Libreswan:
+    return Libreswan(namespace, config, {"mobike": "yes", "right": "%any"})  # without, it agrees to no MOBIKE
+
+
+@pytest.mark.parametrize("ours", [Side.A, Side.B])
+def test_an_address_changes(ours: Side) -> None:
+    tunnel = Tunnel(proposals="default", esp_proposals="default", connection_options={"mobike": "yes", "encap": "no"}, connection_a={"local_addrs": "%any"})
+    with kernel_pair(*((xfrm, staying) if ours is Side.A else (moving, xfrm)), tunnel) as both:
+        link = both.link
+        a, b = link.sites.a, link.sites.b
+        link.a.initiate(timeout=ANSWER)
+        link.b.wait_child(timeout=SECONDS)
+        carries(both)
+        before = [(child.spi_in, child.spi_out) for child in link.children()]
+        a.gateway.sysctl(ipv4__conf__wan__promote_secondaries=1)  # else the new address goes with the old one
+        a.gateway.ip(f"addr add {NEW}/24 dev wan", f"addr del {a.wan4}/24 dev wan", f"route replace {b.net4} via {b.wan4}")
+        b.gateway.ip(f"route replace {a.net4} via {NEW}")
+        link.carries_again(timeout=SECONDS)
+        carries(both)
+        assert [(child.spi_in, child.spi_out) for child in link.children()] == before
+        for site in (a, b):
+            outer = [line for line in site.gateway.run(["ip", "xfrm", "state"]).stdout.splitlines() if line.startswith("src")]
+            assert sorted(outer) == [f"src {b.wan4} dst {NEW}", f"src {NEW} dst {b.wan4}"]
         assert both.leaks() == []
