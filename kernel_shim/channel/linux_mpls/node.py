@@ -56,7 +56,7 @@ class LinuxLabels:
             self._sysctls.set("mpls/platform_labels", str(TABLE_SIZE))
         async with RouteSocket("labels") as netlink, RouteTables() as tables:
             if by_detour := {tunnel.key: tunnel for tunnel in _by_detour(entries)}:
-                await raise_shield(_by_detour({**self._known.tunnels, **by_detour}.values()))
+                await raise_shield(_shielded({**self._known.tunnels, **by_detour}.values()))
                 if not await detour.lies(netlink):
                     await detour.lay(netlink)
             await self._put(netlink, tables, entries)
@@ -66,10 +66,9 @@ class LinuxLabels:
             for run in _runs(entries):
                 await self._delete(netlink, tables, [known for entry in run if (known := self._known.get(entry.key)) is not None])
             if _by_detour(entries):
-                left = _by_detour(self._known.tunnels.values())
-                if not left:
+                if not _by_detour(self._known.tunnels.values()):
                     await detour.take_up(netlink)
-                await raise_shield(left)
+                await raise_shield(_shielded(self._known.tunnels.values()))
 
     async def labels(self) -> Sequence[NodeEntry]:
         before, found, wrong = self._known, Known(), set[Key]()
@@ -78,7 +77,7 @@ class LinuxLabels:
             standing = self._standing_vrfs(links)
             for vrf in standing.values():
                 found.put(before.as_put(vrf))
-            lies = await detour.lies(netlink) and await is_raised(_by_detour(links.tunnels.values()))
+            lies = await detour.lies(netlink) and await is_raised(_shielded(before.as_put(tunnel) for tunnel in links.tunnels.values()))
             for name, tunnel in links.tunnels.items():
                 found.put(before.as_put(tunnel))
                 if not ((lies or not _by_detour([tunnel])) and await links.fits(netlink, tunnel)):
@@ -194,3 +193,8 @@ def _other(entry: NodeEntry) -> NodeEntry:
 def _by_detour(entries: Iterable[NodeEntry]) -> list[Tunnel]:
     """The tunnels among them that go by the detour."""
     return [entry for entry in entries if isinstance(entry, Tunnel) and entry.local.version == 6]
+
+
+def _shielded(entries: Iterable[NodeEntry]) -> list[Tunnel]:
+    """Those of them whose packets leave in SAs alone."""
+    return [tunnel for tunnel in _by_detour(entries) if not tunnel.managed]
