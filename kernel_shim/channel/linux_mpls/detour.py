@@ -8,7 +8,7 @@ pair, comes in at the other, and is forwarded as a stranger's packet would be: t
 2. A policy lets pass what has that mark (`vpnd.mpls.guard`).
 3. A rule leads what has that mark to a table, in which there is the pair, and beneath it `unreachable`: nothing has that mark and leaves otherwise.
 
-Kernels before 6.1 look up labelled packets without the device's mark: there they go as they would without all this.
+A kernel that looks up labelled packets without the device's mark (net/ipv6/ip6_gre.c, ip6gre_xmit_other) sends them as it would without all this.
 """
 
 from __future__ import annotations
