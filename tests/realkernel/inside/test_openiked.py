@@ -65,12 +65,12 @@ def test_we_begin_in_udp_and_rekey() -> None:
 
 def test_it_begins_without_udp_and_its_lifetimes_rekey() -> None:
     tunnel = replace(DEFAULTS, connection_options={"encap": "no"})
-    with kernel_pair(openiked("ikelifetime 12 lifetime 3h bytes 400K"), OURS, tunnel) as both:
+    with kernel_pair(openiked("ikelifetime 8 lifetime 3h bytes 400K"), OURS, tunnel) as both:
         link = both.link
         up(link)
         carries(both)
         done = link.rekeyed(timeout=SECONDS)
-        link.datagrams(count=345, rate=100.0, size=1100)
+        link.datagrams(count=345, rate=200.0, size=1100)
         done()
         carries(both)
         link.rekeyed(children=False, timeout=SECONDS)()
