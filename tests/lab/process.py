@@ -116,7 +116,9 @@ class Process:
     def log(self) -> str:
         return self.log_path.read_text(errors="replace")
 
-    def wait(self, timeout: float = STOP_SECONDS) -> int:
+    def wait(self, timeout: float | None = None) -> int:
+        """Its exit status; LabError when it does not end in time, by default `STOP_SECONDS`."""
+        timeout = timeout or STOP_SECONDS
         try:
             return self._child.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -127,8 +129,9 @@ class Process:
         self._child.kill()
         self._child.wait()
 
-    def stop(self, timeout: float = STOP_SECONDS) -> int:
-        """SIGTERM and the exit status; SIGKILL and LabError when it does not end in time."""
+    def stop(self, timeout: float | None = None) -> int:
+        """SIGTERM and the exit status; SIGKILL and LabError when it does not end in time, by default `STOP_SECONDS`."""
+        timeout = timeout or STOP_SECONDS
         if self.running:
             self._child.terminate()
         try:

@@ -26,3 +26,15 @@ async def test_strangers_do_not_fill_the_log(monkeypatch: pytest.MonkeyPatch) ->
     assert b.manager.counters.snapshot()["strangers_not_logged"] == 6
     # who asked for it hears all of it
     assert len([line for line in stranger.lines if "authentication of peer" in line]) == 5
+
+
+async def test_a_stranger_of_a_long_name_writes_no_long_line() -> None:
+    network = Network()
+    b = Node(network, config("b"), B)
+    stranger = Node(network, config("a", secret="guessed").replace("a.example", "a" * 8_000), A)
+    for node in (b, stranger):
+        await node.start()
+    with pytest.raises(ControlError):
+        await stranger.up()
+    await until(lambda: any("authentication of peer 'aaaa" in line for line in b.lines))
+    assert max(map(len, b.lines)) < 1000

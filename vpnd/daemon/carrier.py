@@ -53,6 +53,7 @@ from vpnd.ike.sa import IkeSa
 from vpnd.policies import PolicySpec, policies_for
 from vpnd.telemetry.counters import Counters
 from vpnd.telemetry.throttle import Throttle
+from vpnd.telemetry.wording import abridged
 
 STRANGERS_AT_ONCE: Final = 100  # log lines about responders whose peer never proved who it is; anybody can cause them, at the cost of a key exchange
 STRANGERS_A_SECOND: Final = 5.0
@@ -362,7 +363,7 @@ class Carrier:
         if unsaid is None:
             self._counters.add("strangers_not_logged")
             return
-        self._news.say(text + (f" ({unsaid} more lines like it were not logged)" if unsaid else ""), entry, warning=warning)
+        self._news.say(abridged(text) + (f" ({unsaid} more lines like it were not logged)" if unsaid else ""), entry, warning=warning)
 
     def _closed(self, entry: Entry, effect: IkeClosed) -> None:
         sa = entry.sa

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from kernel_shim.model import KernelError
+
+LONGEST: Final = 500  # characters of a line about what a stranger said: identities may have tens of thousands
 
 
 def explained(error: Exception) -> str:
@@ -17,3 +21,11 @@ def explained(error: Exception) -> str:
 def counted(count: int, one: str, many: str = "") -> str:
     """`1 peer`, `2 peers`; `many` where the plural is not made by an s."""
     return f"{count} {one if count == 1 else many or one + 's'}"
+
+
+def abridged(text: str) -> str:
+    """`text` within `LONGEST` characters: its beginning and its end."""
+    if len(text) <= LONGEST:
+        return text
+    half = LONGEST // 2
+    return f"{text[:half]}[...]{text[-half:]}"

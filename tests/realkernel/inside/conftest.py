@@ -21,6 +21,7 @@ collect_ignore_glob = [] if os.environ.get("REALKERNEL_GUEST") else ["test_*.py"
 if os.environ.get("REALKERNEL_GUEST"):
     for module in (lab.frr, lab.gateway, lab.libreswan, lab.openiked, lab.strongswan):
         module.READY_SECONDS *= EMULATION
+    lab.process.STOP_SECONDS *= EMULATION
 
 
 @pytest.fixture(scope="session", autouse=True)
