@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Final
 
 from pyroute2 import AsyncIPRoute
+from pyroute2.netlink.exceptions import NetlinkError
 
 from kernel_shim.channel.linux_mpls import detour, devices, ingress, routes
 from kernel_shim.channel.linux_mpls.devices import Devices, tunnel_device
@@ -55,20 +57,30 @@ class LinuxLabels:
         if any(isinstance(entry, LabelBinding | VrfRoute) for entry in entries):
             self._sysctls.set("mpls/platform_labels", str(TABLE_SIZE))
         async with RouteSocket("labels") as netlink, RouteTables() as tables:
-            if by_detour := {tunnel.key: tunnel for tunnel in _by_detour(entries)}:
-                await raise_shield(_shielded({**self._known.tunnels, **by_detour}.values()))
-                if not await detour.lies(netlink):
-                    await detour.lay(netlink)
-            await self._put(netlink, tables, entries)
+            by_detour = {tunnel.key: tunnel for tunnel in _by_detour(entries)}
+            before = _by_detour(known for entry in entries if (known := self._known.get(entry.key)) is not None)
+            if by_detour:
+                self._require_forwarding(next(iter(by_detour.values())))
+            try:
+                if by_detour:
+                    await raise_shield(_shielded({**self._known.tunnels, **by_detour}.values()))
+                    if not await detour.lies(netlink):
+                        await detour.lay(netlink)
+                await self._put(netlink, tables, entries)
+            except (KernelError, NetlinkError):
+                if by_detour and not _by_detour([*self._known.tunnels.values(), *(await Devices.read(netlink)).tunnels.values()]):
+                    with suppress(KernelError, NetlinkError):
+                        await self._end_detour(netlink)
+                raise
+            if any(tunnel.key not in by_detour for tunnel in before):  # they go over IPv4 now
+                await self._end_detour(netlink)
 
     async def delete_labels(self, entries: Sequence[NodeEntry]) -> None:
         async with RouteSocket("labels") as netlink, RouteTables() as tables:
             for run in _runs(entries):
                 await self._delete(netlink, tables, [known for entry in run if (known := self._known.get(entry.key)) is not None])
             if _by_detour(entries):
-                if not _by_detour(self._known.tunnels.values()):
-                    await detour.take_up(netlink)
-                await raise_shield(_shielded(self._known.tunnels.values()))
+                await self._end_detour(netlink)
 
     async def labels(self) -> Sequence[NodeEntry]:
         before, found, wrong = self._known, Known(), set[Key]()
@@ -98,6 +110,20 @@ class LinuxLabels:
         async with RouteSocket("labels") as netlink:
             links = await Devices.read(netlink)
             return await ingress.dropped(netlink, {links.indexes[tunnel_device(peer)] for peer in links.tunnels})
+
+    # The detour
+
+    def _require_forwarding(self, tunnel: Tunnel) -> None:
+        if self._sysctls.get(FORWARDING) == "0":
+            raise KernelError(
+                errno.EOPNOTSUPP, f"peer {tunnel.peer}: over IPv6 labels are forwarded on their way out, and net.{FORWARDING.replace('/', '.')} is 0"
+            )
+
+    async def _end_detour(self, netlink: AsyncIPRoute) -> None:
+        """As much of it as no tunnel that stands needs."""
+        if not _by_detour(self._known.tunnels.values()):
+            await detour.take_up(netlink)
+        await raise_shield(_shielded(self._known.tunnels.values()))
 
     # What stands
 
@@ -149,10 +175,6 @@ class LinuxLabels:
                     await routes.clear_table(tables, entry.table)
                 await routes.end_table(netlink, entry.table, ended=True)
             case Tunnel():
-                if _by_detour([entry]) and self._sysctls.get(FORWARDING) == "0":
-                    raise KernelError(
-                        errno.EOPNOTSUPP, f"peer {entry.peer}: over IPv6 labels are forwarded on their way out, and net.{FORWARDING.replace('/', '.')} is 0"
-                    )
                 made = await devices.put_tunnel(netlink, entry)
             case Peer():
                 await ingress.admit(netlink, entry)
@@ -186,8 +208,8 @@ def _runs(entries: Sequence[NodeEntry]) -> Iterator[Sequence[NodeEntry]]:
 
 
 def _other(entry: NodeEntry) -> NodeEntry:
-    """Told of a tunnel that stands, but not as it should below: so it is put again, or goes if nobody wants it."""
-    return replace(entry, managed=not entry.managed) if isinstance(entry, Tunnel) else entry
+    """Told of a tunnel that stands, but not as it should below: it leads to itself, which nobody wants, so it is put again or goes."""
+    return replace(entry, remote=entry.local) if isinstance(entry, Tunnel) else entry
 
 
 def _by_detour(entries: Iterable[NodeEntry]) -> list[Tunnel]:

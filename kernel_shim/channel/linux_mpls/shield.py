@@ -6,6 +6,7 @@ The policy that lets the detour pass (`vpnd.mpls.guard`) says nothing of where t
 from __future__ import annotations
 
 import asyncio
+import errno
 import re
 from collections.abc import Collection
 from contextlib import closing
@@ -19,14 +20,19 @@ from kernel_shim.nft import Nft
 TABLE: Final = "ip6 vpnd-labels"
 _ENDS: Final = f"{TABLE} ends"
 _CHAIN: Final = f"{TABLE} leaving"
-_RULE: Final = f'meta l4proto gre oifname != "{NEAR}" rt ipsec missing ip6 saddr . ip6 daddr @ends counter'
+_GRE: Final = "meta l4proto 47"  # by its number: a host without /etc/protocols has no name for it
+_RULE: Final = f'{_GRE} oifname != "{NEAR}" rt ipsec missing ip6 saddr . ip6 daddr @ends counter'
 _PAIR: Final = re.compile(r"([0-9a-f:.]+) \. ([0-9a-f:.]+)")
 
 
 async def raise_shield(tunnels: Collection[Tunnel]) -> None:
-    """Over all of them, and none else, from one moment to the next; over none it is gone. KernelError when there is no nftables."""
+    """Over all of them, and none else, from one moment to the next; over none it is gone. KernelError when one is needed and there is no nftables."""
     if not tunnels:
-        await _run(f"add table {TABLE}\ndelete table {TABLE}\n")
+        try:
+            await _run(f"add table {TABLE}\ndelete table {TABLE}\n")
+        except KernelError as error:
+            if error.errno != errno.ENOSYS:
+                raise
         return
     ends = ", ".join(f"{tunnel.local} . {tunnel.remote}" for tunnel in tunnels)
     await _run(
@@ -46,7 +52,7 @@ async def is_raised(tunnels: Collection[Tunnel]) -> bool:
     if not tunnels:
         return True
     try:
-        told = await _run(f"list table {TABLE}\n")
+        told = (await _run(f"list table {TABLE}\n")).replace("meta l4proto gre", _GRE)
     except KernelError:
         return False
     return _RULE in told and "hook output" in told and {(str(tunnel.local), str(tunnel.remote)) for tunnel in tunnels} <= set(_PAIR.findall(told))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
+import sys
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from ipaddress import ip_address
 
 import pytest
@@ -13,9 +16,13 @@ from lab.capture import Capture
 from lab.namespaces import Lab, Namespace
 from lab.process import wait_until
 
-from kernel_shim.channel.linux_mpls import detour
+from kernel_shim.channel.linux_mpls import detour, shield
+from kernel_shim.channel.linux_mpls.devices import Devices, tunnel_device
+from kernel_shim.channel.linux_mpls.node import LinuxLabels
 from kernel_shim.channel.linux_mpls.shield import is_raised, raise_shield
 from kernel_shim.channel.route_socket import RouteSocket
+from kernel_shim.channel.sysctl import Sysctls
+from kernel_shim.model import KernelError
 from kernel_shim.mpls.node import Tunnel
 
 pytestmark = pytest.mark.root
@@ -138,3 +145,81 @@ def test_what_has_the_mark_comes_out_and_is_forwarded_and_nothing_else_leaves(he
         send(OTHER, b"the last", 0)
         wait_until(lambda: seen(b"the last"), "what is no tunnel's leaves", 10.0)
         assert not any(seen(text) for text in (b"without the mark", b"without the pair", b"without the rule"))
+
+
+def test_a_host_without_names_of_protocols_has_a_shield(here: Namespace) -> None:
+    raise_it = """if True:
+        import asyncio, sys
+        from ipaddress import ip_address
+        from kernel_shim.channel.linux_mpls.shield import is_raised, raise_shield
+        from kernel_shim.mpls.node import Tunnel
+        tunnels = [Tunnel("pe", ip_address("2001:db8::1"), ip_address("2001:db8::2"))]
+        asyncio.run(raise_shield(tunnels))
+        sys.exit(not asyncio.run(is_raised(tunnels)))
+    """
+    here.run(["unshare", "-m", "sh", "-c", 'mount --bind /dev/null /etc/protocols && exec "$@"', "sh", sys.executable, "-c", raise_it])
+
+    async def raised() -> bool:
+        return await is_raised([TUNNEL])
+
+    assert in_it(here, raised) == [True]  # where they have names it is the same
+
+
+def test_where_nothing_is_to_be_shielded_nftables_are_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run(commands: str) -> str:
+        raise KernelError(errno.ENOSYS, "nftables: neither libnftables nor the nft program is usable")
+
+    monkeypatch.setattr(shield, "_run", run)
+    asyncio.run(raise_shield(()))
+    with pytest.raises(KernelError, match="nftables"):
+        asyncio.run(raise_shield([TUNNEL]))
+
+
+def test_a_tunnel_that_is_refused_leaves_no_detour(here: Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def refuse(*_: object) -> bool:
+        raise KernelError(errno.EOPNOTSUPP, "no module ip6_gre")
+
+    monkeypatch.setattr("kernel_shim.channel.linux_mpls.devices.put_tunnel", refuse)
+
+    async def put() -> None:
+        await LinuxLabels(Sysctls()).put_labels([TUNNEL])
+
+    for expected in ("ip6_gre", "forwarding is 0"):
+        with pytest.raises(KernelError, match=expected):
+            in_it(here, put)
+        assert not any(word in state(here) for word in ("mplsdetour", "vpnd-labels", str(detour.TABLE)))
+        here.sysctl(ipv6__conf__all__forwarding=0)
+
+
+def test_a_tunnel_that_leaves_ipv6_takes_the_detour_along(here: Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def put_tunnel(*_: object) -> bool:
+        return False
+
+    monkeypatch.setattr("kernel_shim.channel.linux_mpls.devices.put_tunnel", put_tunnel)
+    before, kernel, states = state(here), LinuxLabels(Sysctls()), []
+
+    async def put(*tunnels: Tunnel) -> None:
+        await kernel.put_labels(tunnels)
+        states.append(await asyncio.to_thread(state, here))
+
+    four = Tunnel("pe", ip_address("192.0.2.1"), ip_address("192.0.2.2"))
+    in_it(here, lambda: put(TUNNEL, OTHER), lambda: put(four), lambda: put(replace(four, peer="other")))
+    assert [all(word in told for word in ("mplsdetour0", "vpnd-labels")) for told in states] == [True, True, False]
+    assert states[-1] == before
+
+
+@pytest.mark.parametrize("managed", [False, True])
+def test_a_tunnel_without_its_detour_is_told_as_none_that_is_wanted(here: Namespace, monkeypatch: pytest.MonkeyPatch, managed: bool) -> None:
+    """Linux does not tell whether it is managed."""
+
+    async def read(_: object) -> Devices:
+        return Devices({tunnel_device("pe"): 1}, {}, {}, {}, {"pe": TUNNEL}, {1: 65536}, frozenset({"pe"}))
+
+    monkeypatch.setattr(Devices, "read", read)
+
+    async def told() -> object:
+        return [entry for entry in await LinuxLabels(Sysctls()).labels() if entry.key == TUNNEL.key]
+
+    ((found,),) = in_it(here, told)  # type: ignore[misc]
+    assert isinstance(found, Tunnel)
+    assert found != replace(TUNNEL, managed=managed)
