@@ -208,3 +208,22 @@ async def test_the_orderly_end_leaves_nothing(labels: LabelSynchroniser) -> None
     await labels.attach(kernel)
     await labels.remove_all()
     assert there(kernel) == {}
+
+
+async def test_an_orderly_end_in_the_midst_of_a_change_leaves_nothing(labels: LabelSynchroniser, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = FakeNode()
+    labels.replace(STATIC, [TUNNEL])
+    await labels.attach(kernel)
+    put, under_way = kernel.put_labels, asyncio.Event()
+
+    async def put_and_wait(entries: Sequence[NodeEntry]) -> None:
+        await put(entries)
+        under_way.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(kernel, "put_labels", put_and_wait)
+    labels.replace(STATIC, ALL)
+    await under_way.wait()
+    await labels.stop()
+    await labels.remove_all()
+    assert there(kernel) == {}

@@ -86,6 +86,7 @@ class LabelSynchroniser:
         self._counters = counters
         self.desired: Final = DesiredLabels()
         self._standing: dict[Key, NodeEntry] = {}  # as far as it is known
+        self._carrying = False  # more may stand than is known; also after a stop in the midst of it
         self._channel: LabelChannel | None = None
         self._changed: dict[Key, None] = {}  # an ordered set
         self._turn = asyncio.Lock()
@@ -147,10 +148,13 @@ class LabelSynchroniser:
         self._standing = {}
 
     async def remove_all(self) -> None:
-        """The orderly end: nothing is left in the kernel. Raises what the channel raises."""
-        if self._channel is not None and self._standing:
-            await self._channel.delete_labels(sorted(self._standing.values(), key=lambda entry: _order(entry.key), reverse=True))
-            self._standing.clear()
+        """The orderly end, after `stop`: nothing is left in the kernel. Raises what the channel raises."""
+        if self._channel is None:
+            return
+        standing = await self._channel.labels() if self._carrying else list(self._standing.values())
+        if standing:
+            await self._channel.delete_labels(sorted(standing, key=lambda entry: _order(entry.key), reverse=True))
+        self._standing.clear()
 
     async def stop(self) -> None:
         self._repair.stop()
@@ -215,6 +219,7 @@ class LabelSynchroniser:
 
     async def _carry(self, channel: LabelChannel, keys: Sequence[Key]) -> None:
         """ChannelClosed when the kernel goes away; what it refuses is tried again later."""
+        self._carrying = True
         standing, desired = self._standing, self.desired
         gone: list[list[NodeEntry]] = [[] for _ in _ORDER]
         wanted: list[list[NodeEntry]] = [[] for _ in _ORDER]
@@ -247,6 +252,7 @@ class LabelSynchroniser:
         for entry in failed:
             if not await self._put(channel, [entry], last=True):
                 self._repair.failed(entry.key)
+        self._carrying = False
 
     async def _put(self, channel: LabelChannel, entries: Sequence[NodeEntry], *, last: bool = False) -> bool:
         try:
