@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 from ipaddress import IPv4Address
 
-from vpnd_nodes import A, B, Network, Node, mirrored, pair, until
+import pytest
+from vpnd_nodes import A, B, Network, Node, config, mirrored, pair, until
 
-from kernel_shim.model import Acquire, AcquireSequence, Direction, Endpoint, Flow, Mode, PolicyIndex
+from kernel_shim.model import Acquire, AcquireSequence, Direction, Endpoint, Flow, Mode, PolicyIndex, SaId
+from vpnd.control.backend import ControlError
 from vpnd.daemon.entry import Entry
 from vpnd.ike.context import Retransmission
 from vpnd.ike.effects import Reason
@@ -121,3 +123,27 @@ async def test_a_demand_goes_on_with_the_ike_sa_that_stays() -> None:
     held.release()
     await up
     assert other.sa.children
+
+
+async def test_a_refusal_that_the_kernel_holds_up_ends_the_demand_though_the_ike_sa_was_rekeyed(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, childless = Network(), "childless = allow"
+    a = Node(network, config("a", connection=childless), A, retransmission=PATIENT)
+    b = Node(network, config("b", connection=childless).replace("10.1.0.0/16", "10.9.0.0/16"), B, retransmission=PATIENT)
+    for node in (b, a):
+        await node.start()
+    async for _line in a.operations.initiate(child=None, ike="site", timeout=5.0):
+        pass
+    delete, slow = a.channels[-1].delete_sa, asyncio.Event()
+
+    async def delete_slowly(sa: SaId) -> None:
+        await slow.wait()
+        await delete(sa)
+
+    monkeypatch.setattr(a.channels[-1], "delete_sa", delete_slowly)
+    up = asyncio.create_task(a.up())
+    await until(lambda: any("request for a CHILD_SA denied" in line for line in b.lines))
+    b.operations.rekey(ike="site")
+    await until(lambda: any("rekeyed from" in line for line in a.lines))
+    slow.set()
+    with pytest.raises(ControlError, match="traffic selectors"):
+        await up

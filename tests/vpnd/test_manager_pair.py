@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from dataclasses import replace
 from ipaddress import IPv4Address, ip_address
 
@@ -449,6 +451,24 @@ async def test_the_ike_sa_is_rekeyed_by_the_operator(sides: str) -> None:
     await until(lambda: not a.kernel.sas and not b.kernel.sas and len(a.manager) == len(b.manager) == 0)
     assert not a.kernel.policies
     assert not b.kernel.policies
+
+
+async def test_ike_sas_that_were_rekeyed_are_forgotten_though_their_child_stands() -> None:
+    a, b, _ = await pair()
+    await a.up()
+    await until(lambda: mirrored(a, b))
+    past: list[weakref.ref[object]] = []
+    for node in (a, b, a):
+        (old,) = node.manager.entries()
+        past += [weakref.ref(each.sa) for side in (a, b) for each in side.manager.entries()]
+        node.operations.rekey(ike="site")
+        await until(lambda old=old: old.sa.closed and len(a.manager) == len(b.manager) == 1)
+    del old
+    await asyncio.sleep(0)
+    gc.collect()
+    assert [sa for sa in past if sa() is not None] == []
+    inbound = next(sa for sa in b.kernel.sas.values() if sa.direction is Direction.IN)
+    assert b.manager.child_with(inbound.id) == (next(b.manager.entries()), children(b)[0][0])
 
 
 async def test_a_demand_goes_on_under_the_new_ike_sa() -> None:

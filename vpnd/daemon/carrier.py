@@ -146,6 +146,7 @@ class Carrier:
                 new.owners.add(child_id)
             if child_id in old.installing:
                 new.installing[child_id] = old.installing.pop(child_id)
+        self._registry.hand_over(new)
         self._counters.add("ike_rekeyed")
         name = new.sa.connection.name
         self._news.say(f"IKE_SA {name}[{new.sa.unique_id}] rekeyed from {name}[{old.sa.unique_id}]", new)
@@ -215,7 +216,7 @@ class Carrier:
             self._begin_installing(entry.current, child_id, sa)
             await self._claim_policies(entry.current, child_id, sa)
         await self._kernel.install(sa)
-        self._registry.own(sa.id, entry, child_id)
+        self._registry.own(sa.id, entry.current, child_id)
         if not inbound:
             self._installed(entry.current, child_id)
 
@@ -226,7 +227,7 @@ class Carrier:
             self._begin_installing(entry.current, child_id, new)
         await self._kernel.migrate(old, new)
         self._registry.disown(old.id)
-        self._registry.own(new.id, entry, child_id)
+        self._registry.own(new.id, entry.current, child_id)
         if inbound:
             await self._claim_policies(entry.current, child_id, new)
         else:
@@ -328,6 +329,7 @@ class Carrier:
                     self.listener.child_closed(entry, child, reason)
                 self._release(entry, child.id)
             case ChildFailed():
+                entry = entry.current  # who waits for it waits there
                 self._counters.add("child_failed")
                 detail = f" ({effect.detail})" if effect.detail else ""
                 self._news.say(f"CHILD_SA {effect.name} failed: {effect.reason.value}{detail}", entry, warning=True)

@@ -129,6 +129,13 @@ class Registry:
     def own(self, sa: SaId, entry: Entry, child_id: int) -> None:
         self._child_of[sa] = (entry, child_id)
 
+    def hand_over(self, heir: Entry) -> None:
+        """The SAs of its children are its own from now on: nothing keeps those that it came of by rekeying."""
+        for child in heir.sa.children.values():
+            for sa in (child.sa.inbound.id, child.sa.outbound.id):
+                if sa in self._child_of:
+                    self._child_of[sa] = (heir, child.sa.id)
+
     def disown(self, sa: SaId) -> None:
         self._child_of.pop(sa, None)
 

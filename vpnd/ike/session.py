@@ -241,6 +241,8 @@ class Session:
                 handover.end_by(self, theirs, self.now)
         self.close_reason = reason
         self.predecessor = None
+        if self.heir is not None and self.heir.predecessor is self:
+            self.heir.predecessor = None
         self.state = IkeSaState.DESTROYING
         self.forget_followups()
         self._void_tickets(reason)
