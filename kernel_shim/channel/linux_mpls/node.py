@@ -68,7 +68,7 @@ class LinuxLabels:
                         await detour.lay(netlink)
                 await self._put(netlink, tables, entries)
             except (KernelError, NetlinkError):
-                if by_detour and not _by_detour([*self._known.tunnels.values(), *(await Devices.read(netlink)).tunnels.values()]):
+                if by_detour and not _by_detour(self._known.tunnels.values()) and not _by_detour((await Devices.read(netlink)).tunnels.values()):
                     with suppress(KernelError, NetlinkError):
                         await self._end_detour(netlink)
                 raise
