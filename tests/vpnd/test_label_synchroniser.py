@@ -181,6 +181,38 @@ async def test_what_is_refused_holds_up_nothing_else_and_is_tried_again(labels: 
     assert labels.refused == {}
 
 
+async def test_what_is_refused_is_forgotten_once_nobody_wants_it(labels: LabelSynchroniser) -> None:
+    kernel = FakeNode()
+    kernel.refuses = {TUNNEL.key}
+    labels.replace(STATIC, ALL)
+    await labels.attach(kernel)
+    assert labels.refused
+    labels.withdraw(STATIC, [TUNNEL.key])
+    await labels.settled()
+    assert labels.refused == {}
+
+
+async def test_what_is_not_removed_is_tried_again(labels: LabelSynchroniser, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(repair, "REPAIR_FIRST", 0.0)
+    kernel = FakeNode()
+    labels.replace(STATIC, ALL)
+    await labels.attach(kernel)
+    remove, tries = kernel.delete_labels, 0
+
+    async def busy(entries: Sequence[NodeEntry]) -> None:
+        nonlocal tries
+        tries += 1
+        if tries == 1:
+            raise KernelError(errno.EBUSY, "not now")
+        await remove(entries)
+
+    monkeypatch.setattr(kernel, "delete_labels", busy)
+    labels.withdraw(STATIC, [LABEL.key])
+    async with asyncio.timeout(5):
+        while LABEL.key in there(kernel):
+            await asyncio.sleep(0.01)
+
+
 async def test_one_that_is_refused_does_not_send_all_others_one_by_one(labels: LabelSynchroniser) -> None:
     kernel = FakeNode()
     entries: list[NodeEntry] = [LabelBinding(Label(1000 + number), LABEL.paths) for number in range(8 * TRIED_TOGETHER)]

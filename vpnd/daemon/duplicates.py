@@ -66,9 +66,10 @@ class Duplicates:
     # IKE SAs
 
     def _company(self, entry: Entry) -> list[Entry]:
-        """The other IKE SAs between the same two peers, apart from those that are reauthenticated and pairs that the peer made, which are its to judge."""
-        ours = entry.sa.original_initiator
-        return [peer for peer in self._manager.peers_of(entry) if peer is not entry and not peer.leaving and (ours or peer.sa.original_initiator)]
+        """Others of the connection between the same two peers, but not those that are reauthenticated, nor pairs that the peer made, which are its to judge."""
+        ours, name = entry.sa.original_initiator, entry.sa.connection.name
+        others = (peer for peer in self._manager.peers_of(entry) if peer is not entry and peer.sa.connection.name == name)
+        return [peer for peer in others if not peer.leaving and (ours or peer.sa.original_initiator)]
 
     def _look_later(self, entry: Entry, looks: int) -> None:
         if looks and entry not in self._looking and self._company(entry):

@@ -214,7 +214,8 @@ class LabelSynchroniser:
                     self._changed = {**changed, **self._changed}
                     return
                 async for key in _in_slices(list(changed)):
-                    if key not in self._refused:
+                    if self._standing.get(key) == self.desired[key]:
+                        self._refused.pop(key, None)
                         self._repair.done(key)
 
     async def _carry(self, channel: LabelChannel, keys: Sequence[Key]) -> None:

@@ -30,8 +30,9 @@ class Repair(Generic[T]):
         """It was tried in vain, and is tried again after a pause."""
         pause = min(self._pauses[item] * 2, REPAIR_LAST) if item in self._pauses else REPAIR_FIRST
         self._pauses[item] = pause
-        self._due[item] = asyncio.get_running_loop().time() + pause
-        self._set_timer()
+        self._due[item] = due = asyncio.get_running_loop().time() + pause
+        if self._timer is None or due < self._timer.when():  # thousands may fail together
+            self._set_timer()
 
     def done(self, item: T) -> None:
         """It needs no further try."""
@@ -61,4 +62,5 @@ class Repair(Generic[T]):
         for item in ready:
             del self._due[item]
         self._set_timer()
-        self._again(ready)
+        if ready:
+            self._again(ready)
