@@ -134,3 +134,16 @@ async def test_several_children_come_along_with_their_selectors() -> None:
     a.operations.rekey(ike="site", reauth=True)
     await until(lambda: mirrored(a, b, 2) and not ikes(a) & before)
     assert await selectors(a) == wanted
+
+
+async def test_an_ike_sa_without_children_takes_the_place_of_one_without() -> None:
+    a, b, _ = await pair(connection="childless = allow")
+    site = a.manager.connections["site"]
+    a.manager.connections["site"] = replace(site, children={})
+    async for _line in a.operations.initiate(child=None, ike="site", timeout=5.0):
+        pass
+    await until(lambda: len(ikes(b)) == 1)
+    before = ikes(a)
+    a.operations.rekey(ike="site", reauth=True)
+    await until(lambda: len(ikes(a)) == 1 and ikes(a) == ikes(b) and not ikes(a) & before)
+    assert not a.kernel.sas

@@ -30,6 +30,8 @@ class Happenings:
         self._manager.news.publish(IkeUpDown(True, ike_status(entry, NO_USAGE)))
         self._demands.ike_sas.established(entry)
         self._demands.duplicates.ike_established(entry)
+        if not entry.sa.children:
+            self._reauthentications.settled(entry)
 
     def ike_rekeyed(self, old: Entry, new: Entry) -> None:
         self._manager.news.publish(IkeRekeyed(ike_status(old, NO_USAGE, children=()), ike_status(new, NO_USAGE, children=())))

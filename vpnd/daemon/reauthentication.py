@@ -64,7 +64,7 @@ class Reauthentications:
     # News of the manager
 
     def settled(self, entry: Entry) -> None:
-        """A CHILD_SA of it is up or refused: with the last of them the old IKE SA has nothing left to do."""
+        """A CHILD_SA of it is up or refused, or it has none: with the last of them the old IKE SA has nothing left to do."""
         old = self._old.get(entry)
         if old is not None and entry.sa.established_at is not None and not entry.sa.closed and not entry.sa.asks_for_children:
             asyncio.get_running_loop().call_later(OVERLAP, self._break, entry)
