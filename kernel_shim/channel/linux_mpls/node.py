@@ -28,7 +28,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 from kernel_shim.channel.linux_mpls import detour, devices, ingress, routes
 from kernel_shim.channel.linux_mpls.devices import Devices, tunnel_device
 from kernel_shim.channel.linux_mpls.known import Known
-from kernel_shim.channel.linux_mpls.shield import is_raised, raise_shield
+from kernel_shim.channel.linux_mpls.shield import raise_shield, shielded
 from kernel_shim.channel.linux_mpls.tables import RouteTables
 from kernel_shim.channel.route_socket import RouteSocket
 from kernel_shim.channel.sysctl import Sysctls
@@ -89,10 +89,14 @@ class LinuxLabels:
             standing = self._standing_vrfs(links)
             for vrf in standing.values():
                 found.put(before.as_put(vrf))
-            lies = await detour.lies(netlink) and await is_raised(_shielded(before.as_put(tunnel) for tunnel in links.tunnels.values()))
-            for name, tunnel in links.tunnels.items():
-                found.put(before.as_put(tunnel))
-                if not ((lies or not _by_detour([tunnel])) and await links.fits(netlink, tunnel)):
+            by_detour = {tunnel.key for tunnel in _by_detour(links.tunnels.values())}
+            lies, under_shield = bool(by_detour) and await detour.lies(netlink), await shielded() if by_detour else frozenset()
+            for name, read in links.tunnels.items():
+                detours, bare = read.key in by_detour, (read.local, read.remote) not in under_shield
+                tunnel = before.as_put(replace(read, managed=detours and bare))
+                assert isinstance(tunnel, Tunnel)
+                found.put(tunnel)
+                if (detours and not (lies and tunnel.managed == bare)) or not await links.fits(netlink, tunnel):
                     wrong.add(tunnel.key)
                 peer = await ingress.admitted(netlink, name, links.indexes[tunnel_device(name)])
                 if peer is not None:
@@ -106,7 +110,7 @@ class LinuxLabels:
         return [_other(entry) if entry.key in wrong else entry for entry in found.entries()] if wrong else found.entries()
 
     async def forbidden(self) -> int:
-        """How many packets the filters of the tunnels that stand have dropped, for a label that their peer may not send."""
+        """How many packets the filters of the tunnels that stand have dropped: without a label, or with one that their peer may not send."""
         async with RouteSocket("labels") as netlink:
             links = await Devices.read(netlink)
             return await ingress.dropped(netlink, {links.indexes[tunnel_device(peer)] for peer in links.tunnels})

@@ -8,12 +8,13 @@ from __future__ import annotations
 import asyncio
 import errno
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Set
 from contextlib import closing
+from ipaddress import ip_address
 from typing import Final
 
 from kernel_shim.channel.linux_mpls.detour import NEAR
-from kernel_shim.model import KernelError
+from kernel_shim.model import IPAddress, KernelError
 from kernel_shim.mpls.node import Tunnel
 from kernel_shim.nft import Nft
 
@@ -47,15 +48,15 @@ add rule {_CHAIN} {_RULE} drop
     )
 
 
-async def is_raised(tunnels: Collection[Tunnel]) -> bool:
-    """Over all of them, if there are any."""
-    if not tunnels:
-        return True
+async def shielded() -> Set[tuple[IPAddress, IPAddress]]:
+    """The ends, near and far, of what it is over; none unless it is whole."""
     try:
         told = (await _run(f"list table {TABLE}\n")).replace("meta l4proto gre", _GRE)
     except KernelError:
-        return False
-    return _RULE in told and "hook output" in told and {(str(tunnel.local), str(tunnel.remote)) for tunnel in tunnels} <= set(_PAIR.findall(told))
+        return frozenset()
+    if _RULE not in told or "hook output" not in told:
+        return frozenset()
+    return frozenset((ip_address(near), ip_address(far)) for near, far in _PAIR.findall(told))
 
 
 async def _run(commands: str) -> str:

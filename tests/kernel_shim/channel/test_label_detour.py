@@ -18,8 +18,9 @@ from lab.process import wait_until
 
 from kernel_shim.channel.linux_mpls import detour, shield
 from kernel_shim.channel.linux_mpls.devices import Devices, tunnel_device
+from kernel_shim.channel.linux_mpls.mtu import device_mtu
 from kernel_shim.channel.linux_mpls.node import LinuxLabels
-from kernel_shim.channel.linux_mpls.shield import is_raised, raise_shield
+from kernel_shim.channel.linux_mpls.shield import raise_shield, shielded
 from kernel_shim.channel.route_socket import RouteSocket
 from kernel_shim.channel.sysctl import Sysctls
 from kernel_shim.model import KernelError
@@ -93,7 +94,7 @@ def test_what_is_damaged_is_seen_and_laid_again(here: Namespace, damage: str) ->
 
 def test_a_shield_is_over_the_tunnels_that_there_are(here: Namespace) -> None:
     async def raised(*tunnels: Tunnel) -> bool:
-        return await is_raised(tunnels)
+        return await shielded() == {(tunnel.local, tunnel.remote) for tunnel in tunnels}
 
     async def over(*tunnels: Tunnel) -> None:
         await raise_shield(tunnels)
@@ -151,18 +152,15 @@ def test_a_host_without_names_of_protocols_has_a_shield(here: Namespace) -> None
     raise_it = """if True:
         import asyncio, sys
         from ipaddress import ip_address
-        from kernel_shim.channel.linux_mpls.shield import is_raised, raise_shield
+        from kernel_shim.channel.linux_mpls.shield import raise_shield, shielded
         from kernel_shim.mpls.node import Tunnel
         tunnels = [Tunnel("pe", ip_address("2001:db8::1"), ip_address("2001:db8::2"))]
         asyncio.run(raise_shield(tunnels))
-        sys.exit(not asyncio.run(is_raised(tunnels)))
+        sys.exit(not asyncio.run(shielded()))
     """
     here.run(["unshare", "-m", "sh", "-c", 'mount --bind /dev/null /etc/protocols && exec "$@"', "sh", sys.executable, "-c", raise_it])
 
-    async def raised() -> bool:
-        return await is_raised([TUNNEL])
-
-    assert in_it(here, raised) == [True]  # where they have names it is the same
+    assert in_it(here, shielded) == [{(TUNNEL.local, TUNNEL.remote)}]  # where they have names it is the same
 
 
 def test_where_nothing_is_to_be_shielded_nftables_are_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,17 +207,44 @@ def test_a_tunnel_that_leaves_ipv6_takes_the_detour_along(here: Namespace, monke
 
 
 @pytest.mark.parametrize("managed", [False, True])
-def test_a_tunnel_without_its_detour_is_told_as_none_that_is_wanted(here: Namespace, monkeypatch: pytest.MonkeyPatch, managed: bool) -> None:
-    """Linux does not tell whether it is managed."""
+def test_what_stands_otherwise_than_it_should_is_told_so(here: Namespace, monkeypatch: pytest.MonkeyPatch, managed: bool) -> None:
+    """Linux does not tell whether a tunnel is managed: the shield does, to one that has not put it."""
+    tunnel, device = replace(TUNNEL, managed=managed), tunnel_device("pe")
+    indexes, standing, unmarked = {device: 1}, {"pe": TUNNEL}, set[str]()
 
     async def read(_: object) -> Devices:
-        return Devices({tunnel_device("pe"): 1}, {}, {}, {}, {"pe": TUNNEL}, {1: 65536}, frozenset({"pe"}))
+        return Devices(indexes, {}, {}, {}, standing, {1: mtu}, frozenset(unmarked))
 
+    async def put_tunnel(*_: object) -> bool:
+        return False
+
+    async def put() -> None:
+        await kernel.put_labels([tunnel])
+
+    async def told(by: LinuxLabels | None = None) -> object:
+        return await (by or LinuxLabels(Sysctls())).labels()
+
+    async def told_again() -> object:
+        return await told(kernel)
+
+    mtu = device_mtu(TUNNEL, 1500)
+    kernel = LinuxLabels(Sysctls())
     monkeypatch.setattr(Devices, "read", read)
+    monkeypatch.setattr("kernel_shim.channel.linux_mpls.devices.put_tunnel", put_tunnel)
+    assert in_it(here, put, told_again, told) == [None, [tunnel], [tunnel]]
 
-    async def told() -> object:
-        return [entry for entry in await LinuxLabels(Sysctls()).labels() if entry.key == TUNNEL.key]
+    def is_wrong() -> bool:
+        return all(not set(found) & {TUNNEL, replace(TUNNEL, managed=True)} for found in in_it(here, told_again, told))  # type: ignore[call-overload]
 
-    ((found,),) = in_it(here, told)  # type: ignore[misc]
-    assert isinstance(found, Tunnel)
-    assert found != replace(TUNNEL, managed=managed)
+    assert not is_wrong()
+    here.ip("link del mplsdetour0")
+    assert is_wrong()
+    in_it(here, put)
+    assert not is_wrong()
+    unmarked.add("pe")
+    assert is_wrong()
+    unmarked.clear()
+    in_it(here, lambda: raise_shield([TUNNEL] if managed else ()))
+    assert not any(tunnel in found for found in in_it(here, told_again, told))  # type: ignore[operator]
+    in_it(here, put)
+    assert in_it(here, told_again, told) == [[tunnel], [tunnel]]
