@@ -56,6 +56,7 @@ def hand_over(session: Session, heir: Session) -> None:
     session.rekey_at = None
     heir.reauth_at, heir.reauth_end = session.reauth_at, session.reauth_end
     session.reauth_at = None
+    heir.departs_at = session.departs_at
     session.forget_followups()
     # RFC 5723 section 6.2: with the keys that are in it a ticket ends
     if session.asked_first:

@@ -24,6 +24,7 @@ from vpnd.ike.wire.reader import Reader, Writer
 LIFETIME: Final = 8 * 3600.0  # s of a ticket, and of a key that seals tickets: one opens for one to two of it
 MAX_AGE: Final = 24 * 3600.0  # s since the peers last proved who they are; resumption after resumption does not put it off
 MAX_SPENT: Final = 524_288  # tickets that must not be taken again, some 170 octets each: for 100,000 IKE SAs rekeyed every 2 hours; beyond, all are void
+CROWD: Final = 1024  # of these, from which on expired ones are looked for
 MAX_TICKETS: Final = 10_000  # that we keep, one a connection
 MAX_TICKET: Final = 4096  # octets of a ticket that we keep
 
@@ -93,6 +94,7 @@ class TicketOffice:
         self._current = AESGCM(entropy(KEY_LENGTH))
         self._previous: AESGCM | None = None
         self._spent: dict[bytes, float] = {}  # id: when it would have expired
+        self._crowded = CROWD  # how many of them, before those that have expired are forgotten
 
     def seal(self, state: Resumable, now: float, ticket_id: bytes = b"") -> tuple[bytes, bytes]:
         """(id, ticket). The id goes into it in place of that of `state`; all tickets of one IKE SA have the same, and are spent together."""
@@ -119,8 +121,9 @@ class TicketOffice:
         """From now on it does not open. False when that was so before."""
         if ticket_id in self._spent:
             return False
-        if len(self._spent) >= MAX_SPENT:
+        if len(self._spent) >= min(self._crowded, MAX_SPENT):
             self._spent = {each: expires for each, expires in self._spent.items() if now < expires}
+            self._crowded = max(CROWD, 2 * len(self._spent))
         if len(self._spent) >= MAX_SPENT:
             self._change(now)
             self._change(now)

@@ -66,13 +66,17 @@ def test_during_a_session() -> None:
     agree(pair, 0)
 
 
-def test_a_client_that_stays_is_deleted() -> None:
+@pytest.mark.parametrize("rekeyed", [False, True])
+def test_a_client_that_stays_is_deleted(rekeyed: bool) -> None:
     pair = psk_pair()
     pair.connect()
     pair.a.follows = False
     pair.b.run(pair.b.sa, pair.b.sa.redirect(OTHER, pair.now), pair.now)
     pair.settle()
     agree(pair, 1)
+    if rekeyed:
+        pair.a.run(pair.a.sa, pair.a.sa.rekey(pair.now), pair.now)
+        pair.settle()
     pair.wait(DEPARTURE + 1)
     assert pair.b.closed is Reason.REDIRECTED
     agree(pair, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 from dataclasses import replace
 from typing import Any
 
@@ -400,6 +401,18 @@ def test_what_is_remembered_of_used_tickets_is_bounded(monkeypatch: pytest.Monke
     assert office.spend(tickets[3][0], 1.0)
     # room was made by new keys: no ticket opens any more, used or not
     assert [office.open(ticket, 1.0) for _, ticket in tickets] == [None] * 5
+
+
+def test_used_tickets_are_forgotten_once_they_would_have_expired() -> None:
+    office = TicketOffice(random.Random(1).randbytes)
+    tracemalloc.start()
+    try:
+        for number in range(30_000):
+            assert office.spend(number.to_bytes(16, "big"), LIFETIME / 100 * number)
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < 1_000_000
 
 
 @given(st.binary(max_size=200), st.integers(0, 400))
