@@ -70,11 +70,7 @@ async def admit(route: AsyncIPRoute, peer: Peer) -> None:
     if link is None:
         raise KernelError(errno.ENODEV, f"peer {peer.name} has no tunnel")
     index = link["index"]
-    filters = await _Filters.read(route, index)
-    if not filters.drops:
-        with suppress(NetlinkError):  # it is there already
-            await route.tc("add", "ingress", index=index, handle=INGRESS)
-        await _filter(route, "add", "matchall", index, DROP, ETH_P_ALL, action="drop")
+    filters = await shut(route, index)
     for block in wanted - filters.passed.keys():
         key = f"{block.value << BEHIND_LABEL:#x}/{block.mask << BEHIND_LABEL:#x}+0"
         await _filter(route, "add", "u32", index, PASS, target=FLOW, keys=[key], action="ok")
@@ -82,6 +78,16 @@ async def admit(route: AsyncIPRoute, peer: Peer) -> None:
         await _filter(route, "del", "u32", index, PASS, target=FLOW, handle=filters.passed[block])
     if not gate(peer.name, open_=True):
         raise KernelError(errno.EACCES, f"peer {peer.name}: {tunnel_device(peer.name)} cannot be opened to labels")
+
+
+async def shut(route: AsyncIPRoute, index: int) -> _Filters:
+    """From now on the device drops what is not passed; what is. KernelError."""
+    filters = await _Filters.read(route, index)
+    if not filters.drops:
+        with suppress(NetlinkError):  # it is there already
+            await route.tc("add", "ingress", index=index, handle=INGRESS)
+        await _filter(route, "add", "matchall", index, DROP, ETH_P_ALL, action="drop")
+    return filters
 
 
 async def _filter(route: AsyncIPRoute, verb: str, kind: str, index: int, place: int, protocol: int = ETH_P_MPLS_UC, **options: Any) -> None:

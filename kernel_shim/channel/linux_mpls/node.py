@@ -30,7 +30,7 @@ from kernel_shim.channel.linux_mpls.devices import Devices, tunnel_device
 from kernel_shim.channel.linux_mpls.known import Known
 from kernel_shim.channel.linux_mpls.shield import raise_shield, shielded
 from kernel_shim.channel.linux_mpls.tables import RouteTables
-from kernel_shim.channel.route_socket import RouteSocket
+from kernel_shim.channel.route_socket import RouteSocket, link_named
 from kernel_shim.channel.sysctl import Sysctls
 from kernel_shim.model import KernelError
 from kernel_shim.mpls.labels import LAST_LABEL
@@ -180,6 +180,8 @@ class LinuxLabels:
                 await routes.end_table(netlink, entry.table, ended=True)
             case Tunnel():
                 made = await devices.put_tunnel(netlink, entry)
+                if made and (link := await link_named(netlink, tunnel_device(entry.peer))) is not None:
+                    await ingress.shut(netlink, link["index"])  # now: its peer may be refused
             case Peer():
                 await ingress.admit(netlink, entry)
             case _:

@@ -248,3 +248,23 @@ def test_what_stands_otherwise_than_it_should_is_told_so(here: Namespace, monkey
     assert not any(tunnel in found for found in in_it(here, told_again, told))  # type: ignore[operator]
     in_it(here, put)
     assert in_it(here, told_again, told) == [[tunnel], [tunnel]]
+
+
+def test_a_tunnels_device_takes_nothing_before_it_is_said_what(here: Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    shut: list[int] = []
+
+    async def put_tunnel(*_: object) -> bool:
+        return True
+
+    async def note(_: object, index: int) -> None:
+        shut.append(index)
+
+    monkeypatch.setattr("kernel_shim.channel.linux_mpls.devices.put_tunnel", put_tunnel)
+    monkeypatch.setattr("kernel_shim.channel.linux_mpls.ingress.shut", note)
+    here.ip(f"link add {tunnel_device('pe')} type veth peer name other")
+
+    async def put() -> None:
+        await LinuxLabels(Sysctls()).put_labels([TUNNEL])
+
+    in_it(here, put)
+    assert shut == [here.call(lambda: socket.if_nametoindex(tunnel_device("pe")))]
