@@ -260,7 +260,7 @@ class Session:
 
     def _void_tickets(self, reason: Reason) -> None:
         """An IKE SA that ended on purpose, or with a refusal, is not resumed."""
-        if reason not in RESUMABLE:
+        if self.asked_first and reason not in RESUMABLE:
             self.context.resumption.wallet.drop(self.connection.name)
         if reason not in RESUMABLE or reason is Reason.REKEYED:
             self.spend_ticket()

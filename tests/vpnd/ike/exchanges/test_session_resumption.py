@@ -93,6 +93,18 @@ def test_the_next_ike_sa_needs_no_key_exchange() -> None:
     assert not in_full(pair)
 
 
+def test_a_stranger_who_begins_and_never_ends_voids_no_ticket() -> None:
+    pair = standing()
+    lose(pair)
+    pair.b.start(pair.a.endpoint, pair.now)
+    pair.step()
+    (half_open,) = pair.a.standing
+    pair.flight.clear()
+    pair.a.run(half_open, half_open.timer(pair.now + 31.0), pair.now)
+    assert half_open.close_reason is Reason.HALF_OPEN_TIMEOUT
+    assert pair.a.resumption.wallet.take("to-b", pair.now) is not None
+
+
 def test_a_cookie_is_returned_first() -> None:
     pair = standing()
     lose(pair)
