@@ -8,8 +8,10 @@ from dataclasses import replace
 import pytest
 from vpnd_nodes import DEFAULTS, Node, mirrored, pair, until
 
-from kernel_shim.model import Action, Direction
+from kernel_shim.model import Action, Direction, Endpoint
 from vpnd.daemon import reauthentication
+from vpnd.ike.context import Retransmission
+from vpnd.ike.iana import Exchange
 
 BREAK_BEFORE_MAKE = replace(DEFAULTS, make_before_break=False)
 
@@ -134,6 +136,31 @@ async def test_several_children_come_along_with_their_selectors() -> None:
     a.operations.rekey(ike="site", reauth=True)
     await until(lambda: mirrored(a, b, 2) and not ikes(a) & before)
     assert await selectors(a) == wanted
+
+
+async def test_what_comes_up_on_the_old_ike_sa_meanwhile_comes_along() -> None:
+    a, b, _ = await pair(
+        child="}\n other {\n local_ts = 10.8.0.0/16\n remote_ts = 10.8.0.0/16\n esp_proposals = aes128gcm16", retransmission=Retransmission(30.0)
+    )
+    await a.up()
+    await until(lambda: mirrored(a, b))
+    before, held, send = ikes(a), list[tuple[Endpoint, Endpoint, bytes]](), a.send
+
+    def hold(local: Endpoint, remote: Endpoint, data: bytes) -> None:
+        if data[18] == Exchange.IKE_SA_INIT:
+            held.append((local, remote, data))
+        else:
+            send(local, remote, data)
+
+    a.send = hold  # type: ignore[method-assign]
+    a.operations.rekey(ike="site", reauth=True)
+    await until(lambda: held)
+    async for _line in b.operations.initiate(child="other", ike=None, timeout=5.0):
+        pass
+    await until(lambda: mirrored(a, b, 2))
+    send(*held[0])
+    await until(lambda: mirrored(a, b, 2) and len(ikes(a)) == 1 and ikes(a) == ikes(b) and not ikes(a) & before)
+    assert {child.sa.name for entry in a.manager.entries() for child in entry.sa.children.values()} == {"net", "other"}
 
 
 async def test_an_ike_sa_without_children_takes_the_place_of_one_without() -> None:
