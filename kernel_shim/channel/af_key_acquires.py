@@ -164,9 +164,11 @@ class AfKeyAcquires:
             self._larval[ends] = _Standing(event.sequence, added)
             self._to.setdefault((event.destination, event.reqid), set()).add(ends)
         if len(self._known) > MAX_ACQUIRES:
-            _, oldest = self._known.popitem(last=False)
+            number, oldest = self._known.popitem(last=False)
             if oldest.source is not None and oldest.destination is not None:
-                self._forget((oldest.source, oldest.destination, oldest.mode, oldest.reqid))
+                ends = oldest.source, oldest.destination, oldest.mode, oldest.reqid
+                if ends in self._larval and self._larval[ends].number == number:  # else a newer one has these ends
+                    self._forget(ends)
         self._tell(event)
 
     def _forget(self, ends: _Ends) -> None:

@@ -98,8 +98,8 @@ class Devices:
 
 def _tunnel(link: Link) -> Tunnel | None:
     peer, device = alias(link).removeprefix(_TUNNEL), kind(link)
-    if peer == alias(link) or device not in _ENCAPSULATIONS:
-        return None
+    if peer == alias(link) or device not in _ENCAPSULATIONS or link.get("IFLA_IFNAME") != tunnel_device(peer):
+        return None  # another's, or renamed by hand: then it is known no longer, and missing
     local, remote = (ip_address(data(link, f"IFLA_{device.upper()}_{end}")) for end in ("LOCAL", "REMOTE"))
     return Tunnel(peer, local, remote, _ENCAPSULATIONS[device])
 
