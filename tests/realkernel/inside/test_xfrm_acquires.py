@@ -54,9 +54,16 @@ def narrow_event_socket(pid: int) -> None:
     pidfd = os.pidfd_open(pid)
     narrowed = 0
     for entry in Path("/proc", str(pid), "fd").iterdir():
-        if not os.readlink(entry).startswith("socket:"):
+        try:
+            kind = os.readlink(entry)
+        except FileNotFoundError:
+            continue  # closed meanwhile: not that one
+        if not kind.startswith("socket:"):
             continue
-        with socket.socket(fileno=libc.syscall(PIDFD_GETFD, pidfd, int(entry.name), 0)) as theirs:
+        descriptor = libc.syscall(PIDFD_GETFD, pidfd, int(entry.name), 0)
+        if descriptor < 0 and ctypes.get_errno() == errno.EBADF:
+            continue  # likewise
+        with socket.socket(fileno=descriptor) as theirs:
             if (theirs.family, theirs.proto) == (socket.AF_NETLINK, NETLINK_XFRM) and theirs.getsockname()[1]:
                 theirs.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
                 narrowed += 1
