@@ -107,8 +107,11 @@ def encode(message: Message) -> bytes:
     return bytes(encoded.data)
 
 
-def decode(datagram: bytes) -> Iterator[Message]:
-    """The messages of a datagram, in order. MalformedMessage at the first that is none; those before it have been given."""
+def frames(datagram: bytes) -> Iterator[tuple[int, int, int, int, int, int]]:
+    """Type, flags, sequence and port of each netlink message, in order, and where it begins, header included, and ends.
+
+    MalformedMessage at the first that is none; those before it have been given.
+    """
     at = 0
     while at < len(datagram):
         if len(datagram) - at < HEADER.size:
@@ -116,10 +119,15 @@ def decode(datagram: bytes) -> Iterator[Message]:
         length, kind, flags, sequence, port = HEADER.unpack_from(datagram, at)
         if not HEADER.size <= length <= len(datagram) - at:
             raise MalformedMessage(f"a message of {length} octets in {len(datagram) - at}")
-        whole = datagram[at : at + length]
-        body, attributes = _split(kind, whole)
-        yield Message(kind, body, attributes, flags, sequence, port)
+        yield kind, flags, sequence, port, at, at + length
         at += length + -length % _ALIGNMENT
+
+
+def decode(datagram: bytes) -> Iterator[Message]:
+    """The messages of a datagram. Errors as of `frames`."""
+    for kind, flags, sequence, port, begin, end in frames(datagram):
+        body, attributes = _split(kind, datagram[begin:end])
+        yield Message(kind, body, attributes, flags, sequence, port)
 
 
 def _split(kind: int, whole: bytes) -> tuple[bytes, Mapping[int, bytes]]:

@@ -12,6 +12,7 @@ from typing import Final, NamedTuple
 
 from kernel_shim.mpls.labels import Entry, Label, MalformedStack, read_stack, write_stack
 from kernel_shim.xfrm.structs import MalformedMessage
+from kernel_shim.xfrm.wire import HEADER, frames
 
 NLMSG_ERROR: Final = 2
 NLMSG_DONE: Final = 3
@@ -43,7 +44,6 @@ _ADDRESS: Final = {AF_INET: 4, AF_INET6: 16}  # octets
 _KIND: Final = 0x3FFF  # without NLA_F_NESTED and NLA_F_NET_BYTEORDER
 _ALIGNMENT: Final = 4
 
-_HEADER: Final = struct.Struct("=IHHII")  # length, type, flags, sequence, port
 _ROUTE: Final = struct.Struct("=BBBBBBBBI")  # family, lengths of destination and source, TOS, table, protocol, scope, type, flags
 _NEXT_HOP: Final = struct.Struct("=HBBi")  # length, flags, hops, device
 _ATTRIBUTE: Final = struct.Struct("=HH")
@@ -112,7 +112,7 @@ def dump_message(family: int, protocol: int, sequence: int, table: int = 0) -> b
 
 
 def _message(kind: int, flags: int, sequence: int, body: bytes) -> bytes:
-    return _HEADER.pack(_HEADER.size + len(body), kind, NLM_F_REQUEST | flags, sequence, 0) + body
+    return HEADER.pack(HEADER.size + len(body), kind, NLM_F_REQUEST | flags, sequence, 0) + body
 
 
 def _route(route: Route, scope: int) -> bytes:
@@ -152,22 +152,15 @@ def _attribute(kind: int, value: bytes) -> bytes:
 
 
 def answers(datagram: bytes) -> Iterator[Answer]:
-    """The messages of a datagram, in order. MalformedMessage at the first that is none; those before it have been given."""
-    at = 0
-    while at < len(datagram):
-        if len(datagram) - at < _HEADER.size:
-            raise MalformedMessage(f"{len(datagram) - at} octets where a message begins")
-        length, kind, flags, sequence, _ = _HEADER.unpack_from(datagram, at)
-        if not _HEADER.size <= length <= len(datagram) - at:
-            raise MalformedMessage(f"a message of {length} octets in {len(datagram) - at}")
-        begin, end = at + _HEADER.size, at + length
+    """The messages of a datagram. Errors as of `frames`."""
+    for kind, flags, sequence, _, start, end in frames(datagram):
+        begin = start + HEADER.size
         interrupted = bool(flags & NLM_F_DUMP_INTR)
         if kind in (NLMSG_ERROR, NLMSG_DONE):
             number = _NUMBER.unpack_from(datagram, begin)[0] if end - begin >= _NUMBER.size else 0
             yield Answer(sequence, error=max(-number, 0), done=kind == NLMSG_DONE, interrupted=interrupted)
         elif kind == RTM_NEWROUTE:
             yield Answer(sequence, _read_route(datagram, begin, end), interrupted=interrupted)
-        at += length + -length % _ALIGNMENT
 
 
 def _read_route(data: bytes, begin: int, end: int) -> Route:
