@@ -64,9 +64,9 @@ class Core:
     gateway: Gateway
     frr: Frr
 
-    def passes(self) -> bool:
+    def passes(self, timeout: float = 10.0) -> bool:
         near, far = self.lab.a.customers["red"], self.lab.b.customers["red"]
-        return ping(near.host, far.host4, count=1, timeout=1.0).lost == 0
+        return ping(near.host, far.host4, count=1, timeout=timeout).lost == 0
 
     def connect(self) -> socket.socket:
         return self.node.call(lambda: socket.create_connection(("127.0.0.1", 2620), 30.0))
@@ -84,7 +84,7 @@ class Core:
         return {int(row["label"]): row["paths"][0] for row in rows}
 
     def until_connected(self, times: int) -> None:
-        wait_until(lambda: self.gateway.log().count("a routing daemon is connected") == times, f"connection {times}", 30.0)
+        wait_until(lambda: self.gateway.log().count("a routing daemon is connected") == times, f"connection {times}")
 
     def unknown_labels(self) -> int:
         """Packets that met no entry."""
@@ -95,7 +95,7 @@ class Core:
         return LongPing(near.host, far.host4)
 
     def until(self, passing: bool) -> None:
-        wait_until(lambda: self.passes() is passing, f"packets {'pass' if passing else 'stop'}", 30.0, 0.1)
+        wait_until(lambda: self.passes(1.0) is passing, f"packets {'pass' if passing else 'stop'}", interval=0.1)
 
 
 def _edge(pe: Provider, other: Provider, near: str, far: str, label: int, theirs: int) -> str:
@@ -197,7 +197,7 @@ def test_garbage_and_a_second_connection_cost_no_packet(core: Core) -> None:
         idle.sendall(bytes.fromhex("01010044"))
         assert core.passes()
     # zebra's own was closed for them, and it comes back.
-    wait_until(lambda: "cannot be read" in core.gateway.log(), "garbage is told", 10.0)
+    wait_until(lambda: "cannot be read" in core.gateway.log(), "garbage is told")
     core.say_anew(f"no {FORWARD}")
     core.until(passing=False)
 
@@ -235,5 +235,5 @@ def test_labels_that_change_while_zebra_connects_again(core: Core) -> None:
         core.frr.tell(*change(10))
     core.say_anew(*change(10))
     told = {label: f"{out} to b (pipe)" for label, out in lsps.items()} | {100: "200 to b (pipe)", 300: "400 to a (pipe)"}
-    wait_until(lambda: core.lsps() == told, "what zebra says, and no more", 30.0, 0.2)
+    wait_until(lambda: core.lsps() == told, "what zebra says, and no more", interval=0.2)
     assert running.lost() == 0

@@ -112,7 +112,7 @@ def test_what_it_suspends_is_made_anew_in_full() -> None:
         ours.wait_gone()
         theirs.whack("--initiate", "--asynchronous", "--name", CONNECTION)
         wait_until(lambda: "received TICKET_NACK" in theirs.log(), "its ticket is not taken")
-        wait_until(lambda: ours.ike_sas(), "it comes without", 20.0, 0.1)
+        wait_until(lambda: ours.ike_sas(), "it comes without", interval=0.1)
 
 
 # Redirection (RFC 5685)

@@ -69,7 +69,7 @@ def test_we_notice_a_dead_strongswan(ours: Side) -> None:
         link.a.initiate()
         mine, theirs = (link.a, link.b) if ours is Side.A else (link.b, link.a)
         theirs.kill()
-        mine.wait_gone(timeout=20)
+        mine.wait_gone()
         theirs.start()
         theirs.initiate()
         assert link.ping(ours).lost == 0
@@ -81,7 +81,7 @@ def test_strongswan_notices_our_death(ours: Side) -> None:
         link.a.initiate()
         mine, theirs = (link.a, link.b) if ours is Side.A else (link.b, link.a)
         mine.kill()
-        theirs.wait_gone(timeout=20)
+        theirs.wait_gone()
         mine.start()
         mine.initiate()
         assert link.ping(ours).lost == 0

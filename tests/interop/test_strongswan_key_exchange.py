@@ -80,7 +80,7 @@ def test_ppk_refused(ours: Side, tunnel: Tunnel) -> None:
         with pytest.raises(NegotiationFailed):
             link.a.initiate()
         # one that is half open goes with its time
-        wait_until(lambda: not any(ike.state == "ESTABLISHED" for daemon in (link.a, link.b) for ike in daemon.ike_sas()), "no IKE SA stands", 10.0, 0.1)
+        wait_until(lambda: not any(ike.state == "ESTABLISHED" for daemon in (link.a, link.b) for ike in daemon.ike_sas()), "no IKE SA stands", interval=0.1)
 
 
 # Childless IKE SAs (RFC 6023)

@@ -30,4 +30,4 @@ def test_what_is_worn_out_is_replaced_and_nothing_is_lost(ours: Side, options: d
         with link.datagrams_all_the_while():
             wait_until(replaced, f"{SUCCESSORS} successors", 40.0, 0.05)
         assert link.leaks() == []
-        wait_until(lambda: [len(daemon.children()) for daemon in (link.a, link.b)] == [1, 1], "one CHILD_SA on either side", 15.0, 0.1)
+        wait_until(lambda: [len(daemon.children()) for daemon in (link.a, link.b)] == [1, 1], "one CHILD_SA on either side", interval=0.1)

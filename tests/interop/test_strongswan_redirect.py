@@ -45,8 +45,8 @@ def test_a_client_is_sent_away_during_its_session(ours: Side) -> None:
         else:
             assert isinstance(link.b, StrongSwan)
             link.b.swanctl("--redirect", "--ike", CONNECTION, "--gateway", OTHER)
-        wait_until(lambda: arrived(link), "the client is at the other address", 20.0, 0.1)
-        wait_until(lambda: len(link.b.ike_sas()) == 1, "the old IKE SA is gone", 20.0, 0.1)
+        wait_until(lambda: arrived(link), "the client is at the other address", interval=0.1)
+        wait_until(lambda: len(link.b.ike_sas()) == 1, "the old IKE SA is gone", interval=0.1)
         link.carries_again()
 
 

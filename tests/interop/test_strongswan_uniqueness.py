@@ -21,7 +21,7 @@ def test_a_peer_that_forgot_everything_comes_back(ours: Side, unique: str, left:
         link.a.kill()
         link.a.start()
         link.a.initiate()
-        wait_until(lambda: len([ike for ike in link.b.ike_sas() if ike.state == "ESTABLISHED"]) == left, f"{left} IKE SAs left", 20.0, 0.1)
+        wait_until(lambda: len([ike for ike in link.b.ike_sas() if ike.state == "ESTABLISHED"]) == left, f"{left} IKE SAs left", interval=0.1)
         if left == 1:
             assert link.ping().lost == 0
 

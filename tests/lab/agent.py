@@ -19,6 +19,8 @@ DATAGRAM: Final = struct.Struct("!IIQ")  # flow, number, nanoseconds of CLOCK_MO
 BUFFER_BYTES: Final = 8 << 20
 SO_RCVBUFFORCE: Final = 33
 SO_SNDBUFFORCE: Final = 32
+LOST_SECONDS: Final = 10.0  # without an acknowledgement, and what is under way counts as lost
+LAST_SECONDS: Final = 1.0  # the last datagrams are acknowledged only if they complete a number
 ROUNDS: Final = 16  # between looks whether a stream is to end
 LISTED: Final = 50  # numbers that a report lists of what is missing or out of order
 PATTERN: Final = hashlib.shake_128(b"lab").digest(1 << 20)
@@ -140,7 +142,7 @@ def udp_source(control: int, settings: Settings) -> None:
     """Send `count` numbered datagrams a flow at `rate` a second in all; flows go round robin. A refused send counts as sent.
 
     Any message ends it early, after a round.
-    With `window` no more than so many are under way to a sink that acknowledges; a second without a word of it gives up waiting.
+    With `window` no more than so many are under way to a sink that acknowledges; it waits for the next word of it as long as a busy machine may take.
     """
     window, acknowledged = settings["window"], 0
     address, size = settings["address"], max(settings["size"], DATAGRAM.size)
@@ -165,20 +167,20 @@ def udp_source(control: int, settings: Settings) -> None:
             if (ahead := due - time.monotonic()) > 0.0005:
                 time.sleep(ahead)
             while window and sent - acknowledged >= window:
-                acknowledged = _acknowledgement(socks[flow]) or sent
+                acknowledged = _acknowledgement(socks[flow], LOST_SECONDS) or sent
             try:
                 socks[flow].sendto(DATAGRAM.pack(flow, number, time.monotonic_ns()) + filler, target)
             except OSError:
                 refused += 1
             sent += 1
     while window and acknowledged < sent:
-        acknowledged = _acknowledgement(socks[0]) or sent
+        acknowledged = _acknowledgement(socks[0], LAST_SECONDS) or sent
     _say(control, sent=sent, refused=refused, seconds=time.monotonic() - begin)
 
 
-def _acknowledgement(sock: socket.socket) -> int:
-    """How many the sink says are there; 0 when it says nothing for a second."""
-    sock.settimeout(1.0)
+def _acknowledgement(sock: socket.socket, patience: float) -> int:
+    """How many the sink says are there; 0 when it says nothing for `patience` seconds."""
+    sock.settimeout(patience)
     try:
         return int(DATAGRAM.unpack(sock.recv(DATAGRAM.size))[1])
     except (TimeoutError, OSError, struct.error):

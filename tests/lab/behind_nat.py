@@ -69,7 +69,7 @@ class Hidden:
         """Ping, TCP and datagrams, complete and intact, and nothing in clear: checksums hold for addresses that the other side never saw."""
         near, far = self.near, self.far
         assert self.a.child().mode == self.b.child().mode == "TRANSPORT"
-        assert ping(near.host, far.wan4, timeout=10.0).lost == 0
+        assert ping(near.host, far.wan4).lost == 0
         with tcp_server(far.gateway, far.wan4) as port:
             assert tcp_bulk(near.host, far.wan4, port, size=bulk).intact
         with udp_sink(far.gateway, far.wan4) as sink:

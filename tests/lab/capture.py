@@ -19,7 +19,7 @@ from typing import Final, Self
 
 from kernel_shim.packet.traffic_class import traffic_class
 from lab.namespaces import Namespace
-from lab.process import LabError, wait_until
+from lab.process import PATIENCE, LabError, wait_until
 
 # linux/if_packet.h, linux/if_ether.h
 SOL_PACKET: Final = 263
@@ -189,7 +189,7 @@ class Capture:
             raise LabError(f"the capture on {self.interface} lost {self._dropped} packets and proves nothing")
         return [packet for frame, seen in list(self._frames) if (packet := dissect(frame, seen)) is not None]
 
-    def wait_for(self, condition: Callable[[WirePacket], bool], what: str, timeout: float = 10.0) -> WirePacket:
+    def wait_for(self, condition: Callable[[WirePacket], bool], what: str, timeout: float = PATIENCE) -> WirePacket:
         """The first packet that meets `condition`."""
         return wait_until(lambda: next(filter(condition, self.packets()), None), what, timeout)
 

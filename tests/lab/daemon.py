@@ -15,11 +15,11 @@ import vici  # type: ignore[import-untyped]
 import vici.exception  # type: ignore[import-untyped]
 
 from lab.namespaces import Namespace
-from lab.process import LabError, Process, wait_until
+from lab.process import PATIENCE, LabError, Process, wait_until
 from lab.tunnel import CHILD, CONNECTION
 
-READY_SECONDS = 20.0
-VICI_SECONDS = 30.0
+READY_SECONDS = PATIENCE
+VICI_SECONDS = 2 * PATIENCE  # longer than what is asked for
 
 
 class NegotiationFailed(Exception):
@@ -169,11 +169,11 @@ class Daemon(abc.ABC):
                 raise NegotiationFailed(f"{self.kind}: {command} {arguments}: {error}\n{told}") from None
         return lines
 
-    def initiate(self, child: str = CHILD, timeout: float = 15.0) -> list[str]:
+    def initiate(self, child: str = CHILD, timeout: float = PATIENCE) -> list[str]:
         """Bring a CHILD_SA up; the daemon's progress lines."""
         return [line.get("msg", "") for line in self.request("initiate", child=child, timeout=int(timeout * 1000))]
 
-    def terminate(self, *, child: str | None = None, ike: str | None = None, timeout: float = 15.0) -> list[str]:
+    def terminate(self, *, child: str | None = None, ike: str | None = None, timeout: float = PATIENCE) -> list[str]:
         what = {"child": child} if child else {"ike": ike or CONNECTION}
         return [line.get("msg", "") for line in self.request("terminate", timeout=int(timeout * 1000), **what)]
 
@@ -194,21 +194,21 @@ class Daemon(abc.ABC):
             raise LabError(f"{self.kind}: {len(installed)} installed CHILD_SAs {name}: {self.ike_sas()}\n{self.log()[-6000:]}")
         return installed[0]
 
-    def wait_child(self, name: str = CHILD, timeout: float = 15.0) -> ChildSa:
+    def wait_child(self, name: str = CHILD, timeout: float = PATIENCE) -> ChildSa:
         """The installed CHILD_SA, once there is one."""
         try:
             return wait_until(lambda: next((child for child in self.children(name) if child.state == "INSTALLED"), None), f"CHILD_SA {name}", timeout, 0.02)
         except LabError as error:
             raise LabError(f"{self.kind}: {error}\n{self.log()[-6000:]}") from None
 
-    def wait_gone(self, *, timeout: float = 15.0) -> None:
+    def wait_gone(self, *, timeout: float = PATIENCE) -> None:
         """Until no IKE SA is left."""
         try:
             wait_until(lambda: not self.ike_sas(), "no IKE SA left", timeout, 0.02)
         except LabError as error:
             raise LabError(f"{self.kind}: {error}: {self.ike_sas()}\n{self.log()[-6000:]}") from None
 
-    def wait_child_gone(self, name: str = CHILD, timeout: float = 15.0) -> None:
+    def wait_child_gone(self, name: str = CHILD, timeout: float = PATIENCE) -> None:
         try:
             wait_until(lambda: not self.children(name), f"no CHILD_SA {name} left", timeout, 0.02)
         except LabError as error:

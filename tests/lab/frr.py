@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from lab.namespaces import Namespace
-from lab.process import LabError, Process, wait_until
+from lab.process import PATIENCE, LabError, Process, wait_until
 
 DAEMONS: Final = Path("/usr/lib/frr")
-READY_SECONDS = 30.0
+READY_SECONDS = PATIENCE
 KEEP_SECONDS: Final = 45  # that a zebra which starts leaves alone what an earlier one put into the kernel
 START_ORDER: Final = ("zebra", "staticd", "bgpd")
 

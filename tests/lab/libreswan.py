@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.serialization import pkcs12
 
 from lab.daemon import READY_SECONDS, ChildSa, ForeignDaemon, IkeSa, NegotiationFailed
 from lab.namespaces import Namespace
-from lab.process import LabError, wait_until
+from lab.process import PATIENCE, LabError, wait_until
 from lab.root import NEWER
 from lab.tunnel import CHILD, CONNECTION
 
@@ -128,10 +128,10 @@ class Libreswan(ForeignDaemon):
             raise NegotiationFailed(f"{self.kind}: {arguments}: status {status}\n{output}")
         return output.splitlines()
 
-    def initiate(self, child: str = CHILD, timeout: float = 15.0) -> list[str]:
+    def initiate(self, child: str = CHILD, timeout: float = PATIENCE) -> list[str]:
         return self._order("--initiate")
 
-    def terminate(self, *, child: str | None = None, ike: str | None = None, timeout: float = 15.0) -> list[str]:
+    def terminate(self, *, child: str | None = None, ike: str | None = None, timeout: float = PATIENCE) -> list[str]:
         return self._order("--terminate")
 
     def rekey(self, *, child: str | None = None, ike: str | None = None) -> None:

@@ -22,7 +22,7 @@ from lab.certs import KeyKind, make_key
 from lab.daemon import READY_SECONDS, ChildSa, ForeignDaemon, IkeSa
 from lab.gateway import Gateway
 from lab.namespaces import Namespace
-from lab.process import LabError, wait_until
+from lab.process import PATIENCE, LabError, wait_until
 from lab.tunnel import CHILD, CONNECTION
 
 IKED: Final = Path("/usr/sbin/iked")
@@ -137,12 +137,12 @@ class OpenIked(ForeignDaemon):
         """Its policy becomes and stays active; two seconds later it begins, and when that fails once a minute."""
         self.ikectl("load", str(self.directory / "active.conf"))
 
-    def initiate(self, child: str = CHILD, timeout: float = 15.0) -> list[str]:
+    def initiate(self, child: str = CHILD, timeout: float = PATIENCE) -> list[str]:
         self.begin()
         self.wait_child(child, timeout)
         return []
 
-    def terminate(self, *, child: str | None = None, ike: str | None = None, timeout: float = 15.0) -> list[str]:
+    def terminate(self, *, child: str | None = None, ike: str | None = None, timeout: float = PATIENCE) -> list[str]:
         """All IKE SAs; returns before the peer has answered."""
         return self.ikectl("reset", "sa").splitlines()
 

@@ -13,7 +13,7 @@ from lab.capture import Capture
 from lab.daemon import ChildSa, Daemon, NegotiationFailed
 from lab.gateway import Gateway
 from lab.namespaces import Namespace
-from lab.process import LabError, wait_until
+from lab.process import PATIENCE, LabError, wait_until
 from lab.relay import RelaySettings
 from lab.strongswan import NewerStrongSwan, StrongSwan
 from lab.topology import WAN, Sites, sites
@@ -65,7 +65,7 @@ class Pair:
             packets = [packet for packet in packets if packet.source in (site.net4 if packet.source.version == 4 else site.net6)]
         return [str(packet) for packet in packets]
 
-    def carries_again(self, side: Side = Side.A, timeout: float = 30.0) -> None:
+    def carries_again(self, side: Side = Side.A, timeout: float = PATIENCE) -> None:
         """Until a ping from `side` comes back."""
         wait_until(lambda: self.ping(side, count=1, timeout=1.0).received, "traffic passes", timeout, 0.2)
 
@@ -76,7 +76,7 @@ class Pair:
             return near.gateway, far.gateway, far.wan4 if self.tunnel.outer_version == 4 else far.wan6
         return near.host, far.host, far.host4 if self.tunnel.inner_version == 4 else far.host6
 
-    def ping(self, side: Side = Side.A, *, count: int = 3, timeout: float = 3.0) -> PingResult:
+    def ping(self, side: Side = Side.A, *, count: int = 3, timeout: float = PATIENCE / 3) -> PingResult:
         near, _, target = self.ends(side)
         return ping(near, target, count=count, timeout=timeout)
 
@@ -101,7 +101,7 @@ class Pair:
                 streams[side] = UdpStream(near, [(target, sinks[side].port)], count=count, rate=rate, size=size, window=window)
                 stack.callback(streams[side].abandon)
             sent = {side: stream.wait() for side, stream in streams.items()}
-            return {side: sinks[side].expect(sent[side].sent - sent[side].refused, timeout=3.0) for side in Side}
+            return {side: sinks[side].expect(sent[side].sent - sent[side].refused) for side in Side}
 
     @contextlib.contextmanager
     def datagrams_all_the_while(self, *, rate: float = 400.0, longest: float = 60.0) -> Iterator[None]:
@@ -120,11 +120,11 @@ class Pair:
                 if not streams[side].running:
                     raise LabError("the datagrams were to run all the while")
                 sent = streams[side].finish()
-                received = sinks[side].expect(sent.sent, timeout=3.0)
+                received = sinks[side].expect(sent.sent)
                 if (sent.refused, received.received, received.duplicates) != (0, sent.sent, 0):
                     raise LabError(f"{sent} but {received}")
 
-    def rekeyed(self, *, children: bool = True, timeout: float = 15.0) -> Callable[[], None]:
+    def rekeyed(self, *, children: bool = True, timeout: float = PATIENCE) -> Callable[[], None]:
         """Call what it returns to wait until other SAs than now, one CHILD_SA and one IKE SA, stand on both sides and no other is left."""
 
         def standing() -> list[tuple[str, str, list[tuple[int, int, str]]]]:
@@ -156,7 +156,7 @@ class Pair:
 
         return wait
 
-    def down(self, timeout: float = 15.0) -> None:
+    def down(self, timeout: float = PATIENCE) -> None:
         """No IKE SA on either side; traps stay. A late packet of earlier traffic may start one anew, so it looks again."""
 
         def gone() -> bool:

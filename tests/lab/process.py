@@ -7,20 +7,21 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from lab.forks import ForkedChild, ForkServer
 
 T = TypeVar("T")
 
-STOP_SECONDS = 10.0  # an orderly stop deletes its SAs first; what takes longer hangs
+PATIENCE: Final = 30.0  # seconds for what should take one: beyond it nothing comes any more, however busy the machine
+STOP_SECONDS = PATIENCE  # an orderly stop deletes its SAs first; what takes longer hangs
 
 
 class LabError(RuntimeError):
     """The laboratory itself failed: a tool is missing, a command was refused, a daemon did not come up."""
 
 
-def wait_until(probe: Callable[[], T | None], what: str, timeout: float = 10.0, interval: float = 0.01) -> T:
+def wait_until(probe: Callable[[], T | None], what: str, timeout: float = PATIENCE, interval: float = 0.01) -> T:
     """The first true value of `probe`. For states that no event tells of; LabError naming `what` after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while True:

@@ -10,7 +10,7 @@ from pathlib import Path
 from lab.capture import Capture
 from lab.gateway import Gateway
 from lab.namespaces import Namespace
-from lab.process import LabError, wait_until
+from lab.process import PATIENCE, LabError, wait_until
 from lab.providers import CUSTOMERS, Provider, Providers, label_connection, providers
 from lab.topology import WAN
 from lab.traffic import ping
@@ -64,7 +64,7 @@ class Edges:
         for gateway, near, far in ((self.a, self.lab.a, self.lab.b), (self.b, self.lab.b, self.lab.a)):
             gateway.config.write_text(configuration(near, far, customers, ttl=self.ttl, outer=self.outer))
 
-    def lost(self, name: str, count: int = 2, timeout: float = 5.0) -> int:
+    def lost(self, name: str, count: int = 2, timeout: float = PATIENCE / 3) -> int:
         near, far = self.lab.a.customers[name], self.lab.b.customers[name]
         return sum(ping(near.host, target, count=count, timeout=timeout).lost for target in (far.host4, far.host6))
 
@@ -77,7 +77,7 @@ class Edges:
     def reaches(self, name: str) -> None:
         """Until a packet of this customer passes: an SA may have to be made first."""
         near, far = self.lab.a.customers[name], self.lab.b.customers[name]
-        wait_until(lambda: ping(near.host, far.host4, count=1, timeout=1.0).received, f"{name} reaches its other site", 30.0, 0.2)
+        wait_until(lambda: ping(near.host, far.host4, count=1, timeout=1.0).received, f"{name} reaches its other site", interval=0.2)
 
 
 @contextlib.contextmanager

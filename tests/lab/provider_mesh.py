@@ -80,7 +80,7 @@ class Mesh:
         return sum(ping(self.host(name, source), address, count=count, timeout=timeout).received for address in (far.host4, far.host6))
 
     def reaches(self, name: str, source: str, target: str) -> None:
-        wait_until(lambda: self.received(name, source, target) == 2, f"{name} from {source} to {target}", 30.0, 0.2)
+        wait_until(lambda: self.received(name, source, target) == 2, f"{name} from {source} to {target}", interval=0.2)
 
 
 @contextlib.contextmanager

@@ -67,14 +67,14 @@ class Relay:
     """The test's handle on a relay process between interfaces `a` and `b` of `namespace`."""
 
     def __init__(self, namespace: Namespace, a: str, b: str, settings: RelaySettings) -> None:
-        from lab.process import Process
+        from lab.process import PATIENCE, Process
 
         self.settings = settings
         sockets = [namespace.call(lambda name=name: _packet_socket(name)) for name in (a, b)]  # type: ignore[misc]
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         fds = [*(s.fileno() for s in sockets), theirs.fileno()]
         self._control = ours
-        self._control.settimeout(10)
+        self._control.settimeout(PATIENCE)
         self.process = Process(
             [sys.executable, "-S", str(Path(__file__)), *map(str, fds), json.dumps(asdict(settings))],
             namespace.directory / f"relay-{namespace.role}.log",

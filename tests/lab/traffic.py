@@ -22,12 +22,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from lab.namespaces import Namespace
-from lab.process import LabError, Process, wait_until
+from lab.process import PATIENCE, LabError, Process, wait_until
 
 IPAddress = IPv4Address | IPv6Address
 
 AGENT: Final = Path(__file__).with_name("agent.py")
-START_SECONDS: Final = 15.0
 TCP_TOTAL_RETRANS: Final = struct.Struct("=I")  # struct tcp_info of linux/tcp.h: eight bytes, then words; this is the 24th
 TCP_TOTAL_RETRANS_OFFSET: Final = 8 + 23 * 4
 
@@ -130,7 +129,7 @@ def ping(
     *,
     count: int = 3,
     interval: float = 0.02,
-    timeout: float = 3.0,
+    timeout: float = PATIENCE / 3,
     size: int = 56,
     dont_fragment: bool = False,
     source: IPAddress | None = None,
@@ -158,7 +157,7 @@ class LongPing:
         # A log of its own: answers to an earlier one would stand for those that this one misses.
         self._process = host.start(["ping", "-n", "-i", str(interval), str(target)], f"ping-{target}-{next(_NUMBERS)}")
 
-    def lost(self, timeout: float = 30.0) -> int:
+    def lost(self, timeout: float = PATIENCE) -> int:
         """How many had no answer, of those before the next one that has; LabError when none comes within `timeout` seconds."""
         latest = max(self._answered(), default=0)
         wait_until(lambda: max(self._answered(), default=0) > latest, "an echo is answered", timeout)
@@ -260,7 +259,7 @@ def tcp_server(host: Namespace, address: IPAddress, port: int = 0) -> Iterator[i
     """A server that digests what it gets; the value is its port."""
     agent = Agent(host, "tcp-server", address=str(address), port=port)
     try:
-        yield agent.read(START_SECONDS)["ready"]
+        yield agent.read(PATIENCE)["ready"]
     finally:
         agent.close()
 
@@ -274,7 +273,7 @@ class TcpStream:
 
     def wait_connected(self) -> float:
         """Seconds that connect() took. LabError when it failed."""
-        return float(self._agent.read(self._timeout + START_SECONDS)["ready"])
+        return float(self._agent.read(self._timeout + PATIENCE)["ready"])
 
     def wait(self) -> BulkResult:
         try:
@@ -323,11 +322,11 @@ class UdpSink:
     def __init__(self, host: Namespace, address: IPAddress, port: int = 0, *, acknowledge: int = 0) -> None:
         self.address = address
         self._agent = Agent(host, "udp-sink", address=str(address), port=port, acknowledge=acknowledge)
-        self.port: int = self._agent.read(START_SECONDS)["ready"]
+        self.port: int = self._agent.read(PATIENCE)["ready"]
 
-    def expect(self, count: int, timeout: float = 10.0) -> Received:
+    def expect(self, count: int, timeout: float = PATIENCE) -> Received:
         """The account once `count` distinct datagrams are here, or after `timeout` seconds."""
-        return Received(**self._agent.ask(timeout + START_SECONDS, expect=count, timeout=timeout))
+        return Received(**self._agent.ask(timeout + PATIENCE, expect=count, timeout=timeout))
 
     def close(self) -> None:
         self._agent.close()
@@ -357,7 +356,7 @@ class UdpStream:
         source: IPAddress | None = None,
         window: int = 0,
     ) -> None:
-        self._timeout = count * len(targets) / rate + START_SECONDS
+        self._timeout = count * len(targets) / rate + PATIENCE
         self._agent = Agent(
             host,
             "udp-source",
@@ -368,7 +367,7 @@ class UdpStream:
             size=size,
             window=window,
         )
-        self._agent.read(START_SECONDS)
+        self._agent.read(PATIENCE)
 
     def wait(self) -> Sent:
         try:

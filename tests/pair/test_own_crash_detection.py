@@ -21,9 +21,9 @@ def test_the_peer_of_a_killed_key_manager_begins_anew_at_once() -> None:
         assert isinstance(b, Gateway)
         b.kill_vpnd()
         b.start_vpnd()
-        wait_until(lambda: any(sa.state == "ESTABLISHED" and sa.initiator_spi != old.initiator_spi for sa in link.a.ike_sas()), "a new IKE SA", 20.0, 0.1)
+        wait_until(lambda: any(sa.state == "ESTABLISHED" and sa.initiator_spi != old.initiator_spi for sa in link.a.ike_sas()), "a new IKE SA", interval=0.1)
         assert "peer has lost the IKE SA" in link.a.log()
-        wait_until(lambda: len(b.ike_sas()) == len(link.a.ike_sas()) == 1, "one IKE SA on either side", 10.0, 0.1)
+        wait_until(lambda: len(b.ike_sas()) == len(link.a.ike_sas()) == 1, "one IKE SA on either side", interval=0.1)
         link.carries_again()
         assert link.leaks() == []
         secret = next(b.directory.glob("state/*"))

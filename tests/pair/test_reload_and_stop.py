@@ -45,7 +45,7 @@ def test_a_reload_touches_only_what_changed() -> None:
 
         a.config.write_text(text)
         signalled(a, signal.SIGHUP)
-        wait_until(lambda: len(a.policies()) == 1, "the spare child is gone", 10.0, 0.05)
+        wait_until(lambda: len(a.policies()) == 1, "the spare child is gone", interval=0.05)
         assert link.ping().lost == 0
         assert a.child().spi_in == before.spi_in
         assert link.leaks() == []
@@ -58,7 +58,7 @@ def test_a_second_signal_ends_at_once() -> None:
         a = gateway(link)
         assert a.vpnd is not None
         signalled(a, signal.SIGTERM)
-        wait_until(lambda: "stopping" in a.log(), "it stops", 10.0, 0.05)
+        wait_until(lambda: "stopping" in a.log(), "it stops", interval=0.05)
         signalled(a, signal.SIGTERM)
-        wait_until(lambda: a.vpnd is not None and not a.vpnd.running, "vpnd has ended without waiting for the peer", 20.0, 0.05)
+        wait_until(lambda: a.vpnd is not None and not a.vpnd.running, "vpnd has ended without waiting for the peer", interval=0.05)
         assert a.vpnd.status == 0

@@ -134,17 +134,17 @@ def test_what_has_the_mark_comes_out_and_is_forwarded_and_nothing_else_leaves(he
     with Capture(here, "wan", outgoing=True) as wire:
         send(TUNNEL, b"without the mark", 0)
         send(OTHER, b"of another", 0)
-        wait_until(lambda: seen(b"of another"), "what is no tunnel's leaves", 10.0)
+        wait_until(lambda: seen(b"of another"), "what is no tunnel's leaves")
         # A veth pair hands the mark of a packet on; a device's own lookups, as those of a tunnel, leave none.
         here.run(["nft", "add table ip6 unmark; add chain ip6 unmark c { type filter hook postrouting priority 0; }; add rule ip6 unmark c meta mark set 0"])
         send(TUNNEL, b"with the mark", detour.MARK)
-        wait_until(lambda: seen(b"with the mark"), "the detour leads out", 10.0)
+        wait_until(lambda: seen(b"with the mark"), "the detour leads out")
         here.ip("link del mplsdetour0")
         send(TUNNEL, b"without the pair", detour.MARK)
         here.run(["ip", "-6", "rule", "del", "pref", "178"])
         send(TUNNEL, b"without the rule", detour.MARK)
         send(OTHER, b"the last", 0)
-        wait_until(lambda: seen(b"the last"), "what is no tunnel's leaves", 10.0)
+        wait_until(lambda: seen(b"the last"), "what is no tunnel's leaves")
         assert not any(seen(text) for text in (b"without the mark", b"without the pair", b"without the rule"))
 
 

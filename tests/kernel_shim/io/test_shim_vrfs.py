@@ -191,7 +191,7 @@ async def test_an_interface_of_a_vrf_goes_and_comes_again(edges: Edges) -> None:
     edges.lab.a.gateway.sysctl(**{"ipv4__conf__ce-red__proxy_arp": 1})
     near.host.ip(f"addr add {near.host4}/24 dev lan")
     far = edges.lab.b.customers["red"]
-    wait_until(lambda: ping(near.host, far.host4, count=1, timeout=1.0).received, "red is back", 10.0, 0.2)
+    wait_until(lambda: ping(near.host, far.host4, count=1, timeout=1.0).received, "red is back", interval=0.2)
 
 
 async def test_a_member_more_does_not_stop_the_others(edges: Edges) -> None:

@@ -14,7 +14,7 @@ import lab.strongswan
 import pytest
 from lab.forks import fork_servers
 
-EMULATION = 6  # how many times longer things may take in the guest
+EMULATION = 3  # how many times longer things may take in the guest
 
 collect_ignore_glob = [] if os.environ.get("REALKERNEL_GUEST") else ["test_*.py"]
 
