@@ -18,7 +18,6 @@ from kernel_shim.secret import Secret
 from vpnd.auth.credentials import CredentialStore
 from vpnd.config.addresses import parse_traffic_selector
 from vpnd.config.model import AuthMethod, AuthRound, ChildConfig, ConnectionConfig, SharedSecret
-from vpnd.daemon.crossings import has_twin
 from vpnd.daemon.markings import Markings
 from vpnd.ike.context import IkeSettings
 from vpnd.ike.effects import (
@@ -26,8 +25,6 @@ from vpnd.ike.effects import (
     ChildClosed,
     ChildEstablished,
     ChildFailed,
-    ChildSa,
-    DeadlineMoved,
     Effect,
     IkeClosed,
     IkeEstablished,
@@ -38,6 +35,7 @@ from vpnd.ike.effects import (
     RemoveSa,
     Send,
     SendKeepalive,
+    Stirred,
 )
 from vpnd.ike.exchanges.crash_detection import TokenMaker
 from vpnd.ike.fragments import ReassemblyBudget
@@ -47,6 +45,7 @@ from vpnd.ike.marking import Marking, SharedIfIds
 from vpnd.ike.proposal import parse_proposals
 from vpnd.ike.resumption import Resumption
 from vpnd.ike.sa import IkeSa
+from vpnd.ike.twins import Twins
 from vpnd.telemetry.exchanges import ExchangeCounters
 
 KEY = b"a pre-shared key of the tests"
@@ -124,6 +123,7 @@ class Peer:
     narrowest: int = 0  # path MTU that is known
     exchanges: ExchangeCounters = field(default_factory=ExchangeCounters)
     markings: Markings = field(default_factory=Markings)
+    twins: Twins = field(default_factory=Twins)
     _init: dict[tuple[bytes, Endpoint], IkeSa] = field(default_factory=dict)
     _ids: int = 0
     _spis: int = 0
@@ -179,9 +179,6 @@ class Peer:
     def first_contact(self, connection: ConnectionConfig) -> bool:
         return self.contacts
 
-    def has_twin(self, local: Identity | None, remote: Identity | None, child: ChildSa) -> bool:
-        return has_twin(child, self.sas.values())
-
     def admits(self, connection: ConnectionConfig, local: Identity, remote: Identity, address: IPAddress) -> bool:
         return self.admitting
 
@@ -223,6 +220,9 @@ class Peer:
             self.run(sa, effects, now)
 
     def run(self, sa: IkeSa | None, effects: Sequence[Effect], now: float) -> None:
+        for other in [effect.sa for effect in effects if isinstance(effect, Stirred)]:
+            assert isinstance(other, IkeSa)
+            self.run(other, other.stirred(now), now)
         for effect in effects:
             match effect:
                 case Send(local, remote, data):
@@ -258,8 +258,8 @@ class Peer:
                         continue
                     self.sad.pop(sa_id, None)
                     self.larval.discard(sa_id)
-                case DeadlineMoved():
-                    pass  # every deadline is asked for after each step
+                case Stirred():
+                    pass  # at once, above; every deadline is asked for after each step
                 case IkeOpened(IkeSa() as new):
                     self.sas[new.spi_local] = new
                     self.events.append(effect)

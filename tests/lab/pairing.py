@@ -122,7 +122,7 @@ class Pair:
                 sent = streams[side].finish()
                 received = sinks[side].expect(sent.sent)
                 if (sent.refused, received.received, received.duplicates) != (0, sent.sent, 0):
-                    raise LabError(f"{sent} but {received}")
+                    raise LabError(f"from {side.value}: {sent} but {received}")
 
     def rekeyed(self, *, children: bool = True, timeout: float = PATIENCE) -> Callable[[], None]:
         """Call what it returns to wait until other SAs than now, one CHILD_SA and one IKE SA, stand on both sides and no other is left."""

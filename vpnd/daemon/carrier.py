@@ -29,7 +29,6 @@ from vpnd.ike.effects import (
     ChildDenied,
     ChildEstablished,
     ChildFailed,
-    DeadlineMoved,
     Effect,
     IkeClosed,
     IkeEstablished,
@@ -47,6 +46,7 @@ from vpnd.ike.effects import (
     RemoveSa,
     Send,
     SendKeepalive,
+    Stirred,
 )
 from vpnd.ike.gateway_id import GatewayId
 from vpnd.ike.sa import IkeSa
@@ -102,8 +102,9 @@ class Carrier:
                 self._open(effect.sa)
             elif isinstance(effect, IkeHandedOver):
                 self._hand_over(entry, self._required(effect.sa))
-            elif isinstance(effect, DeadlineMoved):
-                self.run(self._required(effect.sa), ())
+            elif isinstance(effect, Stirred):
+                other = self._required(effect.sa)
+                self.run(other, other.sa.stirred(asyncio.get_running_loop().time()))
         if entry.task is None and not entry.advancing and entry.awaits is None:
             entry.advancing = True
             try:
@@ -270,7 +271,7 @@ class Carrier:
                     self.listener.reauthentication_due(entry)
             case IkeClosed():
                 self._closed(entry, effect)
-            case IkeOpened() | IkeHandedOver() | DeadlineMoved():
+            case IkeOpened() | IkeHandedOver() | Stirred():
                 pass  # at once, in `run`
             case Redirected(gateway):
                 self.redirected(entry.current, gateway)

@@ -105,13 +105,6 @@ def _lower(one: Origin, other: Origin, *, ours: bool) -> bool:
     return one.at < other.at if ours else one.spi < other.spi
 
 
-def has_twin(child: ChildSa, ikes: Iterable[IkeSa]) -> bool:
-    """Whether another CHILD_SA of `ikes` sends the same packets, and neither it nor its IKE SA is being deleted."""
-    standing = (ike for ike in ikes if not ike.closed and ike.state is not IkeSaState.DELETING)
-    others = (other for ike in standing for other in ike.children.values() if other.sa.id != child.id)
-    return any(other.sends and other.state is not ChildSaState.DELETING and same(other.sa, child) for other in others)
-
-
 def same(one: ChildSa, other: ChildSa) -> bool:
     """Whether two CHILD_SAs are for the same packets of the same child."""
     # an IKE SA may have thousands, of one child and unlike in a selector: what differs is seen before anything is hashed

@@ -51,7 +51,7 @@ class Duplicates:
     def _look_at_place(self, entry: Entry, place: int, looks: int) -> None:
         """What was about to end may have been kept."""
         entry = entry.current
-        standing = next((child for child in entry.sa.children.values() if child.place == place and child.state in STANDING), None)
+        standing = next((child for child in entry.sa.children.of_place(place) if child.state in STANDING), None)
         if standing is not None and not entry.sa.closed:
             self._look_at_child(entry, standing.sa, looks)
 

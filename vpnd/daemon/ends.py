@@ -156,7 +156,7 @@ class Ends:
                 return (config.start_action & StartAction.START) | config.dpd_action
             case Reason.PEER_DELETED:
                 # the peer deleted it because another one of the same stands
-                twin = self._manager.has_twin(entry.sa.local_id, entry.sa.remote_id, child)
+                twin = self._manager.twins.sends(entry.sa.local_id, entry.sa.remote_id, child)
                 return StartAction.NONE if twin else config.close_action
             case Reason.REAUTHENTICATION:
                 return StartAction.START

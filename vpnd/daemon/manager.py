@@ -17,7 +17,7 @@ from weakref import WeakValueDictionary
 from kernel_shim.model import Capabilities, Endpoint, IPAddress, SaId
 from vpnd.auth.credentials import CredentialStore
 from vpnd.config.model import ChildConfig, ConnectionConfig, UniquePolicy
-from vpnd.daemon import crossings, uniqueness
+from vpnd.daemon import uniqueness
 from vpnd.daemon.carrier import Carrier, Sockets
 from vpnd.daemon.entry import Entry, Listener
 from vpnd.daemon.kernel_side import KernelSide
@@ -28,7 +28,7 @@ from vpnd.daemon.registry import InitKey, Registry
 from vpnd.daemon.reqids import ReqIds
 from vpnd.gate import Admitted, Gate, GateSettings, Refused, Reply, origin_of
 from vpnd.ike.context import IkeSettings
-from vpnd.ike.effects import AuthenticationRejected, ChildSa, Effect, Send
+from vpnd.ike.effects import AuthenticationRejected, Effect, Send
 from vpnd.ike.exchanges.crash_detection import TokenMaker
 from vpnd.ike.fragments import ReassemblyBudget
 from vpnd.ike.gateway_id import GatewayId
@@ -38,6 +38,7 @@ from vpnd.ike.marking import Marking, SharedIfIds
 from vpnd.ike.resumption import Resumption
 from vpnd.ike.sa import IkeSa
 from vpnd.ike.session import Session
+from vpnd.ike.twins import Twins
 from vpnd.ike.wire.header import FLAG_INITIATOR, FLAG_RESPONSE, HEADER_LENGTH
 from vpnd.peers import Connections
 from vpnd.schedule import Deadlines
@@ -105,6 +106,7 @@ class Manager:
         self._entropy = entropy
         self._resumption = Resumption(entropy)
         self._gate = Gate(gate, entropy)
+        self.twins: Final = Twins()
         self.connections: Final = Connections()
         self.resolved: Final[dict[str, IPAddress]] = {}  # host names of remote_addrs
         self.registry: Final = Registry()
@@ -202,9 +204,6 @@ class Manager:
 
     def first_contact(self, connection: ConnectionConfig) -> bool:
         return connection.unique is not UniquePolicy.NEVER and not self.registry.in_contact(connection.name)
-
-    def has_twin(self, local: Identity | None, remote: Identity | None, child: ChildSa) -> bool:
-        return crossings.has_twin(child, (entry.sa for entry in self.registry.of_peer((local, remote))))
 
     def admits(self, connection: ConnectionConfig, local: Identity, remote: Identity, address: IPAddress) -> bool:
         return uniqueness.admits(self.registry, connection, local, remote, address)

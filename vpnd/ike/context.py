@@ -15,6 +15,7 @@ from vpnd.ike.fragments import ReassemblyBudget
 from vpnd.ike.identity import Identity
 from vpnd.ike.marking import Marking, SharedIfIds
 from vpnd.ike.resumption import Resumption
+from vpnd.ike.twins import Twins
 
 if TYPE_CHECKING:
     from vpnd.ike.session import Session
@@ -96,6 +97,9 @@ class IkeContext(Protocol):
     @property
     def resumption(self) -> Resumption: ...
 
+    @property
+    def twins(self) -> Twins: ...
+
     def addresses(self) -> Sequence[IPAddress]:
         """Our own addresses, on which a peer can reach us."""
 
@@ -119,9 +123,6 @@ class IkeContext(Protocol):
 
     def first_contact(self, connection: ConnectionConfig) -> bool:
         """Whether no other IKE SA stands with the peer of this connection, so that INITIAL_CONTACT may be said."""
-
-    def has_twin(self, local: Identity | None, remote: Identity | None, child: ChildSa) -> bool:
-        """Whether between these identities another CHILD_SA for the packets of `child` sends, and neither it nor its IKE SA is being deleted."""
 
     def admits(self, connection: ConnectionConfig, local: Identity, remote: Identity, address: IPAddress) -> bool:
         """Whether the peer, who proved to be `remote` and is at `address`, may have this IKE SA beside those that stand."""

@@ -167,8 +167,8 @@ class IkeHandedOver:
 
 
 @dataclass(frozen=True, slots=True)
-class DeadlineMoved:
-    """This other IKE SA has another `next_deadline` now."""
+class Stirred:
+    """This other IKE SA has something to do now: call its `stirred` before the effects that follow are carried out, and ask for its `next_deadline` anew."""
 
     sa: MadeIkeSa
 
@@ -264,7 +264,7 @@ Effect = (
     | IkeClosed
     | IkeOpened
     | IkeHandedOver
-    | DeadlineMoved
+    | Stirred
     | ReauthenticationDue
     | ChildEstablished
     | ChildClosed

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from vpnd.ike.effects import DeadlineMoved, IkeHandedOver
-from vpnd.ike.state import IkeSaState
+from vpnd.ike.effects import IkeHandedOver, Stirred
+from vpnd.ike.state import Children, IkeSaState
 from vpnd.ike.steps import Task
 from vpnd.schedule import Deadlines
 
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 S = TypeVar("S", bound="Session")
 
 OF_ONE_IKE_SA: Final = frozenset({"IKE_DPD", "IKE_REKEY", "IKE_DELETE"})  # exchanges that are not handed over
-OF_PATHS: Final = frozenset({"IKE_MOBIKE", "IKE_ROUTE_CHECK"})  # exchanges that, if they are under way then, begin anew on the heir: it has what is to move
+# that, if they are under way then, begin anew on the heir: it has what they are for
+BEGUN_ANEW: Final = frozenset({"IKE_MOBIKE", "IKE_ROUTE_CHECK", "CHILD_CONFIRM"})
 
 
 def successor(session: S, *, initiator: bool) -> S:
@@ -46,7 +47,7 @@ def rival_ike(session: Session) -> Session | None:
 def end_by(session: Session, other: Session, when: float) -> None:
     """Another IKE SA, which came of the peer's rekeying of this one, is to be deleted by the peer, or by us at that time."""
     other.undecided, other.ends_at = None, when
-    session.emit(DeadlineMoved(other))
+    session.emit(Stirred(other))
 
 
 def hand_over(session: Session, heir: Session) -> None:
@@ -63,18 +64,20 @@ def hand_over(session: Session, heir: Session) -> None:
         session.context.resumption.wallet.drop(session.connection.name)
     session.spend_ticket()
     heir.state, heir.undecided, heir.ends_at = IkeSaState.ESTABLISHED, None, None
-    heir.children, session.children = session.children, {}
+    heir.children, session.children = session.children, Children()
     # nobody rekeys an IKE SA whose CHILD_SA exchanges wait for an answer (RFC 7296 section 2.25.2)
     for child in heir.children.values():
         child.taken = True
+        session.context.twins.leave(session, child)
+        session.context.twins.enter(heir, child)
     heir.later, session.later = session.later, Deadlines()
     heir.tokens = session.tokens
     # either may have moved since the heir was made
     heir.local, heir.remote, heir.proven = session.local, session.remote, session.proven
     heir.nat_local, heir.nat_remote, heir.nat_fake, heir.nat_supported = session.nat_local, session.nat_remote, session.nat_fake, session.nat_supported
     heir.peer_addresses, heir.told_addresses = session.peer_addresses, session.told_addresses
-    if session.active is not None and session.active.name in OF_PATHS:
-        heir.queue.append(Task(session.active.name, session.active.begin))
+    if session.active is not None and session.active.name in BEGUN_ANEW:
+        heir.queue.append(Task(session.active.name, session.active.begin, target=session.active.target))
     for task in (*session.queue, *session.postponed):
         heir.later.set(task, None)
         if task.name not in OF_ONE_IKE_SA:

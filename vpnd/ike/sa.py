@@ -267,10 +267,10 @@ class IkeSa(Lifecycle):
         self.now = now
         if child_id not in self.children and self.heir is not None:
             return self.heir.install_failed(child_id, direction, now)
-        child = self.children.pop(child_id, None)
+        child = self.children.get(child_id)
         if child is None:
             return []
-        self.later.set(child_id, None)
+        succession.leave(self, child)
         self.effects += child.at_risk
         self.emit(RemoveSa(child.sa.outbound.id))
         self.emit(RemoveSa(child.sa.inbound.id))
@@ -285,8 +285,8 @@ class IkeSa(Lifecycle):
             self.emit(RekeyFailed(child.replaces, Reason.KERNEL_REFUSED))
         elif child.initiator:
             self.emit(ChildFailed(child.sa.name, Reason.KERNEL_REFUSED, acquire=child.sa.inbound.acquire))
-        elif child.replaces and direction is Direction.OUT:
-            # its SA out came late: it was announced long ago
+        elif child.waited and direction is Direction.OUT:
+            # it was announced long ago
             self.emit(ChildClosed(child.sa, Reason.KERNEL_REFUSED))
         else:
             self.emit(ChildDenied(Reason.KERNEL_REFUSED, child.sa.name))
@@ -300,6 +300,11 @@ class IkeSa(Lifecycle):
             self.queue.remove(task)
         for task in [task for task in self.postponed if _creates(task, name)]:
             self.call_off(task)
+        return self._done()
+
+    def stirred(self, now: float) -> list[Effect]:
+        """What another IKE SA left it to do."""
+        self.now = now
         return self._done()
 
     # Status

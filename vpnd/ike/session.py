@@ -27,7 +27,7 @@ from vpnd.ike.marking import SharedIfIds
 from vpnd.ike.nat import detect
 from vpnd.ike.proposal import Proposal
 from vpnd.ike.resumption import NEVER, Resumable
-from vpnd.ike.state import Child, IkeSaState
+from vpnd.ike.state import Child, Children, IkeSaState
 from vpnd.ike.steps import IkeCrypto, Task
 from vpnd.ike.wire.header import IkeSpi
 from vpnd.ike.wire.message import Message
@@ -86,7 +86,7 @@ class Session:
         self.established_at: float | None = None
         self.close_reason: Reason | None = None
         self.deleting_for = Reason.DELETED  # while it is DELETING
-        self.children: dict[int, Child] = {}
+        self.children = Children()
         # for the exchanges
         self.now = now
         self.crypto: IkeCrypto | None = None
@@ -290,7 +290,7 @@ class Session:
         raise NotImplementedError
 
     def probe_peer(self) -> None:
-        """Queue a request, whatever it says."""
+        """Queue a request, whatever it says, unless one waits."""
         raise NotImplementedError
 
     def repeat_request(self) -> None:
@@ -337,7 +337,7 @@ class Session:
 
     def has_twin(self, child: Child) -> bool:
         """Whether another CHILD_SA sends the same packets to the same peer, perhaps one of another IKE SA."""
-        return self.context.has_twin(self.local_id, self.remote_id, child.sa)
+        return self.context.twins.sends(self.local_id, self.remote_id, child.sa)
 
     def rekey_later(self, child: Child) -> None:
         """After a rekeying that failed: again, while the SA lasts."""
@@ -350,8 +350,7 @@ class Session:
 
     def child_by_outbound(self, spi: bytes) -> Child | None:
         """The CHILD_SA whose SPI the peer says: that of its own inbound SA."""
-        number = int.from_bytes(spi, "big")
-        return next((child for child in self.children.values() if child.sa.outbound.spi == number), None)
+        return self.children.by_spi_out(int.from_bytes(spi, "big"))
 
     def random(self) -> float:
         """In [0, 1)."""

@@ -5,6 +5,8 @@ deletes it, who made the other one deletes what both replace. Everything stays i
 
 - What we made sends at once, for the peer has its SA in before it answers. What the peer made sends once nothing else of the place does:
   by deleting what it replaced the peer says that it has its SA in.
+- Twins (`vpnd.ike.twins`) are no rekeying: the peer reauthenticates, or both sides made one at once. What the peer made waits for its word beside a twin
+  that sends, for our answer and its SA in come after packets that leave with the answer; so the peer is asked at once, and may delete the twin before.
 - REKEYED is what the peer is to delete. It is not rekeyed. If it was replaced it may send; if it is redundant never, for the peer may not even have it in.
 """
 
@@ -13,9 +15,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
-from vpnd.ike.effects import ChildClosed, ChildEstablished, InstallSa, Reason, RemoveSa
+from vpnd.ike.effects import ChildClosed, ChildEstablished, InstallSa, Reason, RemoveSa, Stirred
 from vpnd.ike.state import Child, ChildSaState
 from vpnd.ike.steps import Rival
+from vpnd.ike.twins import stays
 
 if TYPE_CHECKING:
     from vpnd.ike.session import Session
@@ -27,7 +30,7 @@ AT_ONCE: Final = frozenset({Reason.EXPIRED, Reason.KERNEL_LOST, Reason.KERNEL_RE
 
 def place(session: Session, child: Child) -> Iterator[Child]:
     """The others that stand in its place."""
-    return (other for other in session.children.values() if other is not child and other.place == child.place)
+    return (other for other in session.children.of_place(child.place) if other is not child)
 
 
 def outlived(session: Session, child: Child) -> bool:
@@ -70,7 +73,7 @@ def take_place(session: Session, task: Task, old: Child) -> None:
 
 def ours_in_place_of(session: Session, old: Child) -> Child | None:
     """What our own rekeying made, while nothing else has a claim to the place."""
-    successors = [child for child in session.children.values() if child.replaces == old.sa.id]
+    successors = [child for child in place(session, old) if child.replaces == old.sa.id]
     return successors[0] if len(successors) == 1 and successors[0].initiator and successors[0].state is not ChildSaState.DELETING else None
 
 
@@ -112,18 +115,19 @@ def install(session: Session, child: Child, replaces: Child | None = None) -> No
 def enter(session: Session, child: Child) -> None:
     """It stands."""
     session.held.discard(child.sa.inbound.id)
-    session.children[child.sa.id] = child
+    session.children.add(child)
+    session.context.twins.enter(session, child)
     child.taken = child.initiator
-    child.sends = child.initiator or not any(other.sends for other in place(session, child))
+    child.sends = child.initiator or not (any(other.sends for other in place(session, child)) or session.has_twin(child))
+    child.waited = not child.sends
     soft = child.sa.outbound.soft.seconds
     session.later.set(child.sa.id, child.installed_at + soft if soft and child.state is not ChildSaState.REKEYED else None)
 
 
 def close(session: Session, child: Child, reason: Reason) -> None:
     """It is over."""
-    if session.children.pop(child.sa.id, None) is None:
+    if not leave(session, child):
         return
-    session.later.set(child.sa.id, None)
     _elect(session, child)
     session.emit(RemoveSa(child.sa.outbound.id))
     # what the peer sent before it heard of the end is under way still
@@ -131,6 +135,25 @@ def close(session: Session, child: Child, reason: Reason) -> None:
     session.emit(RemoveSa(child.sa.inbound.id, session.context.settings.rekeyed_delay if lingers else 0.0))
     session.emit(ChildClosed(child.sa, reason))
     revise(session, child)
+
+
+def leave(session: Session, child: Child) -> bool:
+    """It stands no more; whether it did."""
+    session.context.twins.leave(session, child)
+    session.later.set(child.sa.id, None)
+    return session.children.remove(child.sa.id) is not None
+
+
+def waits_for_peer(session: Session, child: Child) -> bool:
+    """Whether it is to send as soon as the peer surely has its SA in."""
+    return not (child.sends or child.ceased or child.redundant or any(other.sends for other in place(session, child)))
+
+
+def taken(session: Session, child: Child) -> None:
+    """The peer has our answer."""
+    child.taken = True
+    if waits_for_peer(session, child):
+        _send_by(session, child)
 
 
 def cease(session: Session, child: Child) -> None:
@@ -145,24 +168,34 @@ def revise(session: Session, of_place: Child) -> None:
     """What was left to the peer to delete goes on if what was better is gone."""
     if session.closed:
         return
-    for child in session.children.values():
-        if child.place == of_place.place and child.state is ChildSaState.REKEYED and not child.redundant and not outlived(session, child):
+    for child in session.children.of_place(of_place.place):
+        if child.state is ChildSaState.REKEYED and not child.redundant and not outlived(session, child):
             child.state = ChildSaState.INSTALLED
             session.rekey_later(child)
 
 
 def _elect(session: Session, going: Child) -> None:
-    """Somebody of the place has to send."""
-    if session.closed:
-        return
-    others = list(place(session, going))
+    """Somebody of the place has to send; if nobody of it is left, a twin."""
+    others = [] if session.closed else list(place(session, going))
     if any(other.sends for other in others):
         return
     able = [other for other in others if not (other.ceased or other.redundant or other.state is ChildSaState.DELETING)]
     best = max(able, key=lambda other: (other.taken, other.generation, other.lowest), default=None)
     if best is not None:
-        best.sends = True
-        session.emit(InstallSa(best.sa.id, best.sa.outbound))
+        _send_by(session, best)
+        return
+    twins = [standing for standing in session.context.twins.of(session.local_id, session.remote_id, going.sa) if stays(*standing)]
+    waiting = [(of, twin) for of, twin in twins if waits_for_peer(of, twin)]
+    if waiting and not any(twin.sends for _, twin in twins):
+        of, twin = max(waiting, key=lambda standing: (standing[1].taken, standing[1].installed_at, standing[1].sa.id))
+        _send_by(of, twin)
+        if of is not session:
+            session.emit(Stirred(of))
+
+
+def _send_by(session: Session, child: Child) -> None:
+    child.sends = True
+    session.emit(InstallSa(child.sa.id, child.sa.outbound))
 
 
 def refused_by_kernel(session: Session, child: Child) -> None:

@@ -352,6 +352,8 @@ class Transport(Protection):
             self._send(message, serving.local, serving.remote)
             if child.sends:
                 self.emit(InstallSa(child.sa.id, child.sa.outbound))
+            elif succession.waits_for_peer(self, child):
+                self.queue.appendleft(informational.confirm(child.sa.id))
             old = self.children.get(child.replaces)
             self.emit(ChildEstablished(child.sa, old.sa if old else None))
         if response.close is not None:

@@ -28,6 +28,21 @@ def probe(session: Session, _task: Task) -> Steps[None]:
     mobike.notice_mapping(session, response)
 
 
+def confirm(child_id: int) -> Task:
+    """Hear that the peer has our answer, which made that CHILD_SA."""
+
+    def steps(session: Session, task: Task) -> Steps[None]:
+        child = session.children.get(task.target)
+        if child is None or not succession.waits_for_peer(session, child):
+            return
+        yield from probe(session, task)
+        child = session.children.get(task.target)
+        if child is not None:
+            succession.taken(session, child)
+
+    return Task("CHILD_CONFIRM", steps, target=child_id)
+
+
 def delete_child(spi: Spi, child_id: int, reason: Reason) -> Task:
     """RFC 7296 section 1.4.1: delete by the SPI of our inbound SA; the peer's answer deletes the other direction. `child_id` 0: we have none."""
 
@@ -54,11 +69,11 @@ def delete_ike(reason: Reason) -> Task:
     """RFC 7296 section 1.4.1: the IKE SA takes its CHILD_SAs along; one that was rekeyed has none, and its peer waits to hear of it."""
 
     def steps(session: Session, _task: Task) -> Steps[None]:
-        twins = [session.has_twin(child) for child in session.children.values()]
-        for child in list(session.children.values()):
+        children = list(session.children.values())
+        for child in children:
             succession.cease(session, child)
         # one that a peer keeps unheard would take what is meant for its twin, or for what replaced it; what it should have deleted itself it may never have had
-        patient = any(twins) or reason is Reason.REPLACED or (reason is Reason.REKEYED and session.ends_at is None)
+        patient = any(session.has_twin(child) for child in children) or reason is Reason.REPLACED or (reason is Reason.REKEYED and session.ends_at is None)
         tries = None if patient else DELETE_TRIES
         yield from ask(Ask(Exchange.INFORMATIONAL, (DeletePayload(ProtocolId.IKE),), tries=tries))
         session.close(reason, session.describe())
@@ -99,10 +114,9 @@ def respond(session: Session, request: Message) -> Steps[Response]:
 def _delete(session: Session, spis: Iterable[bytes]) -> Iterable[bytes]:
     """Close the peer's CHILD_SAs; the SPIs of our inbound SAs go into the answer."""
     # a message may name thousands, and an IKE SA may have thousands
-    known = {child.sa.outbound.spi.to_bytes(SPI_LENGTH, "big"): child for child in session.children.values()}
     for spi in spis:
-        child = known.get(spi)
-        if child is None or child.sa.id not in session.children:
+        child = session.child_by_outbound(spi)
+        if child is None:
             # its answer to our CREATE_CHILD_SA may still be on its way, or lost
             making = session.active is not None and (session.active.child is not None or session.active.name == "CHILD_REKEY")
             if making and len(session.early_deletes) < MAX_EARLY_DELETES:

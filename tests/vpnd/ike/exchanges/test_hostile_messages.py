@@ -292,6 +292,7 @@ def test_what_is_remembered_of_early_deletes_is_bounded() -> None:
     sa = pair.b.sa
     header = Header(sa.wire_spi_i, sa.wire_spi_r, Exchange.INFORMATIONAL, MessageId(0), initiator=False, response=False)
     pair.deliver(Datagram("b", sa.local, sa.remote, seal_message(header, (DeletePayload(3, made_up),), sa.keys.send, pair.b.entropy)))
+    sa._next_id += 1
     assert len(pair.a.sa.early_deletes) == MAX_EARLY_DELETES
     pair.settle()
     agree(pair, 2)

@@ -26,6 +26,7 @@ from lab.ike_pair import Datagram, Pair, Peer, agree
 
 from kernel_shim.model import Direction
 from vpnd.daemon.crossings import superfluous_child
+from vpnd.ike import succession
 from vpnd.ike.effects import ChildClosed, IkeClosed, Reason
 from vpnd.ike.state import ChildSaState
 
@@ -140,7 +141,8 @@ def test_rekeying_meets_the_deletion_of_what_is_gone_already() -> None:
 
 def lose_child(peer: Peer) -> None:
     """It has it no more, and did not say so yet."""
-    old = peer.sa.children.pop(1)
+    old = peer.sa.children[1]
+    succession.leave(peer.sa, old)
     for sa_id in (old.sa.inbound.id, old.sa.outbound.id):
         del peer.sad[sa_id]
     peer.events.append(ChildClosed(old.sa, Reason.EXPIRED))
