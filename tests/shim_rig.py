@@ -8,7 +8,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from ipaddress import IPv4Network, ip_network
 from pathlib import Path
 from typing import Any, Final
@@ -72,6 +72,15 @@ class Shim:
         """SIGKILL: nothing is taken away in order."""
         os.kill(self.process.pid, signal.SIGKILL)
         self.process.wait()
+
+    @contextlib.contextmanager
+    def halted(self) -> Iterator[None]:
+        """It stands still meanwhile, and what happens to its host it sees afterwards."""
+        os.kill(self.process.pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(self.process.pid, signal.SIGCONT)
 
     def stop(self) -> int:
         """SIGTERM, and its exit status."""
