@@ -1,4 +1,4 @@
-"""Two key managers in one process: real cores, a kernel in memory each, and a network that is a function call."""
+"""Two key managers in one process: real cores, a kernel in memory each, and a network that is a function call. Their tests run in `virtual_time`."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ Sockets within the process work as ever: what is ready is served before time mov
 from __future__ import annotations
 
 import asyncio
+import math
 import selectors
 from collections.abc import Coroutine
 from typing import Any, Final, TypeVar
@@ -29,7 +30,8 @@ class _Selector(selectors.DefaultSelector):
         if not ready:
             if timeout is None:
                 raise Stuck("no event and no timer")
-            self.now += max(0.0, timeout)
+            # by a little more, and never by nothing: what is due is past then, whatever rounding did to its distance
+            self.now = math.nextafter(self.now + max(0.0, timeout), math.inf)
         return ready
 
 
@@ -39,8 +41,8 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def __init__(self, start: float = 1000.0) -> None:
         self._virtual: Final = _Selector(start)
         super().__init__(self._virtual)
-        # asyncio takes timers of this much more than now as due: with less, time would stand still before them.
-        self._clock_resolution = 1e-6
+        # No timer is early: one that is set anew because its time has not come would else be due again, and time would stand still.
+        self._clock_resolution = 0.0
 
     def time(self) -> float:
         return self._virtual.now

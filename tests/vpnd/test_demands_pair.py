@@ -16,6 +16,8 @@ from vpnd.ike.effects import Reason
 from vpnd.ike.iana import Exchange
 from vpnd.ike.wire.header import FLAG_RESPONSE
 
+pytestmark = pytest.mark.virtual_time
+
 PATIENT = Retransmission(30.0)
 
 

@@ -13,6 +13,8 @@ from vpnd.config.model import DaemonConfig
 from vpnd.daemon import ends, inactivity
 from vpnd.ike.sa import REKEY_SPACING
 
+pytestmark = pytest.mark.virtual_time
+
 
 async def asymmetric(options_a: str, options_b: str = "", connection_a: str = "", start_a: str = "none") -> tuple[Node, Node, Network]:
     network = Network()

@@ -12,6 +12,8 @@ from vpnd.daemon import manager
 from vpnd.ike.iana import Exchange
 from vpnd.ike.transport import Transport
 
+pytestmark = pytest.mark.virtual_time
+
 LOCAL, REMOTE = Endpoint(B, 4500), Endpoint(A, 4500)
 
 

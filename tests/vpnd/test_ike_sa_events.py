@@ -9,6 +9,8 @@ from kernel_shim.model import Direction, Endpoint, NewMapping
 from vpnd.control.backend import Alert, ControlError, DaemonEvent, IkeUpdated
 from vpnd.control.vici.formats import alert_event, ike_update_event
 
+pytestmark = pytest.mark.virtual_time
+
 
 async def test_listeners_hear_of_new_addresses_and_of_what_went_wrong() -> None:
     a, b, _ = await pair(connection="mobike = no")

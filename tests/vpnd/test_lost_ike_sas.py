@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
 from vpnd_nodes import A, B, pair, until
 
 from kernel_shim.model import Endpoint
 from vpnd.daemon.manager import LOST_AT_ONCE
 from vpnd.ike.effects import Reason
 from vpnd.ike.wire.header import FLAG_INITIATOR
+
+pytestmark = pytest.mark.virtual_time
 
 
 async def test_the_token_of_an_ike_sa_that_stands_stays_secret() -> None:

@@ -17,6 +17,8 @@ from vpnd.control.backend import ChildUpDown, ControlError, LogLine
 from vpnd.daemon import background, duplicates, endpoints
 from vpnd.gate import GateSettings
 
+pytestmark = pytest.mark.virtual_time
+
 
 async def test_an_acquire_brings_up_the_child_with_its_sequence_and_policies() -> None:
     a, b, _ = await pair("trap", "trap")

@@ -17,6 +17,8 @@ from vpnd.control.vici.formats import child_sa
 from vpnd.daemon.markings import Markings
 from vpnd.ike.marking import Marking, NumbersExhausted, SharedIfIds
 
+pytestmark = pytest.mark.virtual_time
+
 POLICY = Policy(Selector(AddressRange.of(IPv4Network("10.1.0.0/16")), AddressRange.of(IPv4Network("10.2.0.0/16"))), Direction.OUT, Action.BYPASS, 1, ())
 CONNECTION = ConnectionConfig("site", (), (), (), {})
 

@@ -10,6 +10,8 @@ from vpnd_nodes import A, B, Network, Node, config, mirrored, until
 from kernel_shim.model import Direction, IPAddress
 from vpnd.daemon import endpoints
 
+pytestmark = pytest.mark.virtual_time
+
 ELSEWHERE = ip_address("127.0.0.14")
 
 

@@ -13,6 +13,8 @@ from vpnd.daemon import reauthentication
 from vpnd.ike.context import Retransmission
 from vpnd.ike.iana import Exchange
 
+pytestmark = pytest.mark.virtual_time
+
 BREAK_BEFORE_MAKE = replace(DEFAULTS, make_before_break=False)
 
 

@@ -13,6 +13,8 @@ from vpnd.daemon.endpoints import Endpoints
 from vpnd.daemon.redirects import Redirection
 from vpnd.ike.gateway_id import GatewayId
 
+pytestmark = pytest.mark.virtual_time
+
 
 @pytest.mark.parametrize(
     ("stands_for", "goes_to"), [("203.0.113.9", "203.0.113.9"), ("127.0.0.1", str(B)), ("224.0.0.1", str(B)), ("::", str(B)), (None, str(B))]

@@ -10,6 +10,8 @@ from vpnd_nodes import A, Network, Node, config
 from kernel_shim.model import Endpoint
 from vpnd.control.backend import ControlError
 
+pytestmark = pytest.mark.virtual_time
+
 
 class Mirror(Network):
     """Whatever is sent comes back from where it was sent to."""

@@ -13,6 +13,8 @@ from vpnd.config.errors import ConfigErrors
 from vpnd.config.model import ConnectionConfig, SharedSecret
 from vpnd.control.backend import ControlError
 
+pytestmark = pytest.mark.virtual_time
+
 OTHER = """}}
       other {{
         local_ts = 10.1.8.0/24

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 
+import pytest
 from vpnd_nodes import Network, Node, mirrored, pair, until
 
 from vpnd.ike.effects import Reason
@@ -12,6 +13,8 @@ from vpnd.ike.exchanges.ike_session_resume import basis_of
 from vpnd.ike.iana import Exchange
 from vpnd.ike.identity import Identity
 from vpnd.ike.resumption import Ticket
+
+pytestmark = pytest.mark.virtual_time
 
 
 def exchanges(network: Network) -> list[int]:

@@ -11,6 +11,8 @@ from vpnd_nodes import A, Network, Node, config, mirrored, pair, until
 from kernel_shim.model import NO_MARK, Action, Capabilities, Direction, Mark
 from vpnd.control.backend import ControlError
 
+pytestmark = pytest.mark.virtual_time
+
 
 def with_shunt(mode: str, start: str, version: int = 4) -> Node:
     local, remote = ("10.1.9.0/24", "0.0.0.0/0") if version == 4 else ("fd01:9::/64", "::/0")

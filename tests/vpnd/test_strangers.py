@@ -8,6 +8,8 @@ from vpnd_nodes import A, B, Network, Node, config, until
 from vpnd.control.backend import ControlError
 from vpnd.daemon import carrier
 
+pytestmark = pytest.mark.virtual_time
+
 
 async def test_strangers_do_not_fill_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(carrier, "STRANGERS_AT_ONCE", 4)

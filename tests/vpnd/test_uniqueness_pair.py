@@ -11,6 +11,8 @@ from kernel_shim.model import Direction, IPAddress
 from vpnd.control.backend import ControlError
 from vpnd.daemon import duplicates, uniqueness
 
+pytestmark = pytest.mark.virtual_time
+
 ROAMED = type(A)("127.0.0.13")
 
 
