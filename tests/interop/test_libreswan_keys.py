@@ -12,7 +12,7 @@ from lab.daemon import NegotiationFailed
 from lab.gateway import Gateway
 from lab.libreswan import Libreswan
 from lab.namespaces import Namespace
-from lab.pairing import DaemonFactory, Pair, facing
+from lab.pairing import GIVES_UP_SOON, DaemonFactory, Pair, facing
 from lab.process import wait_until
 from lab.tunnel import CONNECTION, PPK_NAME, Credentials, Side, Tunnel
 
@@ -87,7 +87,7 @@ def test_a_wrong_ppk(ours: Side) -> None:
 
 def test_our_resumption_ends_in_a_full_exchange() -> None:
     def mine(namespace: Namespace, config: Path) -> Gateway:
-        return Gateway(namespace, config, settings={"retransmit_timeout": "0.3", "retransmit_tries": "2"})
+        return Gateway(namespace, config, settings=GIVES_UP_SOON)
 
     tunnel = Tunnel(**DEFAULTS, connection_a={"resumption": "yes"}, dpd_a="1s")
     with facing(Side.A, tunnel, mine=mine, theirs=libreswan(session_resumption="yes")) as link:

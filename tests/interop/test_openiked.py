@@ -11,7 +11,7 @@ from lab.certs import KeyKind
 from lab.daemon import NegotiationFailed
 from lab.gateway import Gateway
 from lab.openiked import OpenIked, OpenIkedOnShim
-from lab.pairing import DaemonFactory, Pair, carries_a_little, facing
+from lab.pairing import GIVES_UP_SOON, DaemonFactory, Pair, carries_a_little, facing
 from lab.process import wait_until
 from lab.tunnel import CHILD, CONNECTION, Credentials, Side, Tunnel
 
@@ -19,7 +19,6 @@ pytestmark = [pytest.mark.interop, pytest.mark.openiked, pytest.mark.timeout(180
 
 OUR_SIDES = [pytest.param(Side.A, id="initiator"), pytest.param(Side.B, id="responder")]
 DEFAULTS = Tunnel(proposals="default", esp_proposals="default", connection_options={"encap": "no"})  # out of UDP its kernel here takes nothing
-IMPATIENT = {"retransmit_timeout": "0.2", "retransmit_tries": "2"}
 
 
 def openiked(policy: str = "", lifetimes: str = "", *settings: str) -> DaemonFactory:
@@ -94,7 +93,7 @@ def test_rekeyed_by_us(ours: Side) -> None:
 
 def test_an_ike_sa_of_theirs_that_we_rekey_goes_without_an_answer() -> None:
     """Behind its own rekeying OpenIKED 7.2 takes a delete from the original initiator only (`ikev2_msg_valid_ike_sa`), and is silent to others."""
-    with facing(Side.B, DEFAULTS, mine=set_to(**IMPATIENT), theirs=openiked()) as link:
+    with facing(Side.B, DEFAULTS, mine=set_to(**GIVES_UP_SOON), theirs=openiked()) as link:
         up(link)
         mine, _ = ours_and_theirs(link)
         done = link.rekeyed(children=False)
@@ -175,7 +174,7 @@ def test_we_crash() -> None:
 
 
 def test_it_dies() -> None:
-    with facing(Side.A, replace(DEFAULTS, dpd_a="1s"), mine=set_to(**IMPATIENT), theirs=openiked()) as link:
+    with facing(Side.A, replace(DEFAULTS, dpd_a="1s"), mine=set_to(**GIVES_UP_SOON), theirs=openiked()) as link:
         up(link)
         mine, theirs = ours_and_theirs(link)
         theirs.signal(signal.SIGSTOP)

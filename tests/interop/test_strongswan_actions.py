@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 from lab.gateway import Gateway
-from lab.pairing import Pair, facing
+from lab.pairing import GIVES_UP_SOON, Pair, facing
 from lab.process import wait_until
 from lab.tunnel import CHILD, Side, Tunnel
 
@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.interop, pytest.mark.timeout(120)]
 OUR_SIDES = [pytest.param(Side.A, id="initiator"), pytest.param(Side.B, id="responder")]
 
 
-QUICK = partial(Gateway, settings={"retransmit_timeout": "0.5", "retransmit_tries": "1"})
+QUICK = partial(Gateway, settings=GIVES_UP_SOON)
 
 
 def _options(ours: Side, **options: str) -> dict[str, dict[str, str]]:

@@ -8,7 +8,7 @@ import pytest
 from lab.certs import KeyKind
 from lab.daemon import NegotiationFailed
 from lab.gateway import Gateway
-from lab.pairing import facing
+from lab.pairing import GIVES_UP_SOON, facing
 from lab.process import wait_until
 from lab.strongswan import StrongSwan
 from lab.tunnel import CHILD, CONNECTION, NAME_A, NAME_B, SECRET, Credentials, Side, Tunnel
@@ -17,9 +17,8 @@ pytestmark = pytest.mark.interop
 
 OUR_SIDES = [pytest.param(Side.A, id="initiator"), pytest.param(Side.B, id="responder")]
 DPD = Tunnel(dpd_a="1s", dpd_b="1s")
-# A dead peer is given up after one retransmission, so that the tests need not wait minutes.
-QUICK_OURS = partial(Gateway, settings={"retransmit_timeout": "0.5", "retransmit_tries": "1"})
-QUICK_STRONGSWAN = partial(StrongSwan, settings="retransmit_timeout = 0.5\n  retransmit_tries = 1")
+QUICK_OURS = partial(Gateway, settings=GIVES_UP_SOON)
+QUICK_STRONGSWAN = partial(StrongSwan, settings="\n  ".join(f"{name} = {value}" for name, value in GIVES_UP_SOON.items()))
 IKE_INFORMATIONAL = 37
 
 

@@ -27,6 +27,9 @@ OURS: DaemonFactory = Gateway
 STRONGSWAN: DaemonFactory = StrongSwan
 NEWER_STRONGSWAN: DaemonFactory = NewerStrongSwan
 
+# retransmissions: after 3 s a peer is dead, and so long even a busy machine does not let one wait
+GIVES_UP_SOON: Final = {"retransmit_timeout": "1.0", "retransmit_tries": "1"}
+
 WINDOW: Final = 128  # datagrams under way; strongSwan's libipsec and every socket buffer hold as many
 
 
