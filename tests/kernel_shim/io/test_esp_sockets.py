@@ -117,10 +117,14 @@ def test_a_packet_over_the_mtu_travels_in_fragments_where_it_may(network: Namesp
 
 def test_packets_without_udp_are_joined_by_peer_length_and_class(network: Namespace, sockets: list[GatewaySockets]) -> None:
     wire = line(network, sockets, 4, NO_PORT)
-    for _ in range(5):
-        wire.left.send(wire.right.local, memoryview(SPI + bytes(96)), 100)
-    wire.left.send(wire.right.local, memoryview(SPI + bytes(46)), 50)
-    wire.left.send(wire.right.local, memoryview(SPI + bytes(196)), 200)
+    with network.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ESP) as witness:  # it gets what all raw sockets get
+        witness.bind((ADDRESSES[4][1], 0))
+        witness.settimeout(5)
+        sizes = [100] * 5 + [50, 200]
+        for size in sizes:
+            wire.left.send(wire.right.local, memoryview(SPI + bytes(size - len(SPI))), size)
+        for _ in sizes:
+            witness.recv(2048)
     got = wire.carry(SPI + bytes(196), 200, traffic_class=1)
     assert [(batch.length, batch.segment_size, batch.traffic_class) for batch, _ in got][:2] == [(550, 100, 0), (200, 200, 0)]
 

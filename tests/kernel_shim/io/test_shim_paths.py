@@ -59,6 +59,7 @@ async def test_a_decrypted_packet_for_another_site_is_protected_again() -> None:
             await install(channel, spoke.wan4, policies(spoke.wan4, hub.wan4, spoke.net4, EVERY_SITE), associations(spoke.wan4, hub.wan4, other, one))
         with Capture(hub.gateway, WAN) as wire:
             ping(spoke.host, ip_network("10.3.0.0/16")[7], count=3, timeout=0.5)
+            wait_until(lambda: sum(packet.source == hub.wan4 for packet in wire.esp()) >= 3, "the hub sends them back")
             async with a.channel() as channel:
                 status = {one.sa.direction: one.packets for one in await channel.sas()}
             assert status[Direction.IN] >= 3

@@ -39,7 +39,7 @@ class Gateways:
     def leaks(self) -> list[str]:
         return [str(packet) for packet in self.wire.clear_packets(self.sites.inner_networks)]
 
-    def ping(self, count: int = 3, timeout: float = 3.0) -> int:
+    def ping(self, count: int = 3, timeout: float = 10.0) -> int:
         return ping(self.sites.a.host, self.sites.b.host4, count=count, timeout=timeout).lost
 
 

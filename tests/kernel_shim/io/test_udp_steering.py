@@ -107,10 +107,14 @@ def test_every_one_of_24_flows_is_steered_and_coalesced_by_contents(opened: Open
         sender.sendmsg([ESP * segments], [(socket.IPPROTO_UDP, UDP_SEGMENT, len(ESP).to_bytes(2, "little"))])
         sender.sendmsg([IKE * segments], [(socket.IPPROTO_UDP, UDP_SEGMENT, len(IKE).to_bytes(2, "little"))])
     buffer = memoryview(bytearray(65536))
-    batches = [(batch.remote.port, batch.length, batch.segment_size) for batch in esp.receive(buffer)]
+    batches: list[tuple[int, int, int]] = []
+    while len(batches) < len(senders):
+        assert readable(esp.fileno()), f"only {batches} came"
+        batches += [(batch.remote.port, batch.length, batch.segment_size) for batch in esp.receive(buffer)]
     assert sorted(batches) == sorted((sender.getsockname()[1], len(ESP) * segments, len(ESP)) for sender in senders)
     with socket.socket(fileno=os.dup(nat_t)) as ike:
         for _ in senders:
+            assert readable(nat_t)
             data, control, _, _ = ike.recvmsg(65536, 64)
             assert data == IKE * segments
             assert [(level, kind, int.from_bytes(size, "little")) for level, kind, size in control] == [(socket.IPPROTO_UDP, UDP_GRO, len(IKE))]
