@@ -40,8 +40,9 @@ def ours_and_theirs(link: Pair) -> tuple[Gateway, Libreswan]:
     return ours, theirs
 
 
-def stands(link: Pair) -> bool:
-    return all([sa.state for sa in daemon.ike_sas()] == ["ESTABLISHED"] for daemon in (link.a, link.b))
+def stands(link: Pair) -> None:
+    """Until it does: pluto shows what it has while it is busy with nothing else."""
+    wait_until(lambda: all([sa.state for sa in daemon.ike_sas()] == ["ESTABLISHED"] for daemon in (link.a, link.b)), "an IKE SA on either side", interval=0.1)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +52,7 @@ def stands(link: Pair) -> bool:
 def test_certificates(ours: Side, kind: KeyKind, authby: str) -> None:
     with facing(ours, Tunnel(**DEFAULTS, credentials=Credentials.make(kind)), theirs=libreswan(authby=authby)) as link:
         begin(link)
-        assert stands(link)
+        stands(link)
 
 
 # Post-quantum pre-shared keys (RFC 8784)
@@ -65,7 +66,7 @@ def test_ppk(ours: Side) -> None:
     tunnel = Tunnel(**DEFAULTS, ppk_a=PPK, ppk_b=PPK, connection_options=REQUIRED)
     with facing(ours, tunnel, theirs=libreswan(ppk="insist", ppk_ids=f'"{PPK_NAME}"')) as link:
         begin(link)
-        assert stands(link)
+        stands(link)
         assert ours_and_theirs(link)[0].request("list-sas")[0][CONNECTION]["ppk"] == "yes"
 
 
@@ -78,8 +79,7 @@ def test_a_wrong_ppk(ours: Side) -> None:
         else:
             link.a.whack("--initiate", "--asynchronous", "--name", CONNECTION)  # it tries for ever
             wait_until(lambda: "the shared key does not match" in link.b.log(), "it is refused")
-        assert not link.a.ike_sas()
-        assert not link.b.ike_sas()
+        assert not [sa for daemon in (link.a, link.b) for sa in daemon.ike_sas() if sa.state == "ESTABLISHED"]
 
 
 # Session resumption (RFC 5723): libreswan 5.2 computes the AUTH of a resumed IKE SA from the first message alone

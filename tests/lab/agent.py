@@ -20,7 +20,7 @@ BUFFER_BYTES: Final = 8 << 20
 SO_RCVBUFFORCE: Final = 33
 SO_SNDBUFFORCE: Final = 32
 LOST_SECONDS: Final = 10.0  # without an acknowledgement, and what is under way counts as lost
-LAST_SECONDS: Final = 1.0  # the last datagrams are acknowledged only if they complete a number
+LAST_SECONDS: Final = 1.0  # the last datagrams of a stream that ended early are acknowledged only if they complete a number
 ROUNDS: Final = 16  # between looks whether a stream is to end
 LISTED: Final = 50  # numbers that a report lists of what is missing or out of order
 PATTERN: Final = hashlib.shake_128(b"lab").digest(1 << 20)
@@ -69,7 +69,7 @@ def tcp_client(control: int, settings: Settings) -> None:
             total += len(chunk)
         connection.shutdown(socket.SHUT_WR)
         answer = b""
-        while not answer.endswith(b"\n") and (part := connection.recv(4096)):
+        while part := connection.recv(4096):  # until its end: no segment is to be under way any more when we say that we are done
             answer += part
     count, theirs = answer.decode().split()
     _say(control, bytes=int(count), seconds=time.monotonic() - begin, connect=connected, intact=int(count) == total and theirs == digest.hexdigest())
@@ -78,9 +78,9 @@ def tcp_client(control: int, settings: Settings) -> None:
 def udp_sink(control: int, settings: Settings) -> None:
     """Account numbered datagrams by flow. Asked {"expect": n, "timeout": s}, it answers once n distinct ones are here or time is up.
 
-    With `acknowledge` every so many datagrams, and the last of its expectation, are answered with how many are here.
+    With `acknowledge` every so many datagrams, and the last of `whole`, are answered with how many are here.
     """
-    acknowledge = settings["acknowledge"]
+    acknowledge, whole = settings["acknowledge"], settings["whole"]
     sock = socket.socket(_family(settings["address"]), socket.SOCK_DGRAM)
     sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, BUFFER_BYTES)
     sock.bind((settings["address"], settings["port"]))
@@ -134,7 +134,7 @@ def udp_sink(control: int, settings: Settings) -> None:
                 if number < last.get(flow, -1):
                     reordered.append((flow, number))
                 last[flow] = max(number, last.get(flow, -1))
-                if acknowledge and total % acknowledge == 0:
+                if acknowledge and (total % acknowledge == 0 or total == whole):
                     sock.sendto(DATAGRAM.pack(flow, total, sent), sender)
 
 
@@ -144,7 +144,7 @@ def udp_source(control: int, settings: Settings) -> None:
     Any message ends it early, after a round.
     With `window` no more than so many are under way to a sink that acknowledges; it waits for the next word of it as long as a busy machine may take.
     """
-    window, acknowledged = settings["window"], 0
+    window, acknowledged, lost = settings["window"], 0, 0
     address, size = settings["address"], max(settings["size"], DATAGRAM.size)
     flows: list[tuple[str, int]] = [(target, port) for target, port in settings["targets"]]
     socks = []
@@ -166,15 +166,18 @@ def udp_source(control: int, settings: Settings) -> None:
             due = begin + sent / settings["rate"]
             if (ahead := due - time.monotonic()) > 0.0005:
                 time.sleep(ahead)
-            while window and sent - acknowledged >= window:
-                acknowledged = _acknowledgement(socks[flow], LOST_SECONDS) or sent
+            while window and sent - acknowledged - lost >= window:
+                if told := _acknowledgement(socks[flow], LOST_SECONDS):
+                    acknowledged = told
+                else:
+                    lost = sent - acknowledged
             try:
                 socks[flow].sendto(DATAGRAM.pack(flow, number, time.monotonic_ns()) + filler, target)
             except OSError:
                 refused += 1
             sent += 1
-    while window and acknowledged < sent:
-        acknowledged = _acknowledgement(socks[0], LAST_SECONDS) or sent
+    while window and acknowledged + lost < sent and (told := _acknowledgement(socks[0], LAST_SECONDS)):
+        acknowledged = told
     _say(control, sent=sent, refused=refused, seconds=time.monotonic() - begin)
 
 

@@ -98,13 +98,13 @@ class Pair:
             sinks, streams = {}, {}
             for side in Side:
                 _, far, target = self.ends(side)
-                sinks[side] = stack.enter_context(udp_sink(far, target, acknowledge=window // 4))
+                sinks[side] = stack.enter_context(udp_sink(far, target, acknowledge=window // 4, whole=count))
             for side in Side:
                 near, _, target = self.ends(side)
                 streams[side] = UdpStream(near, [(target, sinks[side].port)], count=count, rate=rate, size=size, window=window)
                 stack.callback(streams[side].abandon)
             sent = {side: stream.wait() for side, stream in streams.items()}
-            return {side: sinks[side].expect(sent[side].sent - sent[side].refused) for side in Side}
+            return {side: sinks[side].expect(sent[side].sent - sent[side].refused, timeout=PATIENCE / 3) for side in Side}
 
     @contextlib.contextmanager
     def datagrams_all_the_while(self, *, rate: float = 400.0, longest: float = 60.0) -> Iterator[None]:

@@ -319,9 +319,9 @@ def tcp_connect(host: Namespace, target: IPAddress, port: int, *, timeout: float
 class UdpSink:
     """Receives and accounts numbered datagrams."""
 
-    def __init__(self, host: Namespace, address: IPAddress, port: int = 0, *, acknowledge: int = 0) -> None:
+    def __init__(self, host: Namespace, address: IPAddress, port: int = 0, *, acknowledge: int = 0, whole: int = 0) -> None:
         self.address = address
-        self._agent = Agent(host, "udp-sink", address=str(address), port=port, acknowledge=acknowledge)
+        self._agent = Agent(host, "udp-sink", address=str(address), port=port, acknowledge=acknowledge, whole=whole)
         self.port: int = self._agent.read(PATIENCE)["ready"]
 
     def expect(self, count: int, timeout: float = PATIENCE) -> Received:
@@ -333,9 +333,9 @@ class UdpSink:
 
 
 @contextmanager
-def udp_sink(host: Namespace, address: IPAddress, port: int = 0, *, acknowledge: int = 0) -> Iterator[UdpSink]:
-    """`acknowledge`: answer every so many datagrams, for a stream with a window."""
-    sink = UdpSink(host, address, port, acknowledge=acknowledge)
+def udp_sink(host: Namespace, address: IPAddress, port: int = 0, *, acknowledge: int = 0, whole: int = 0) -> Iterator[UdpSink]:
+    """`acknowledge`: answer every so many datagrams, and the last of `whole`, for a stream with a window."""
+    sink = UdpSink(host, address, port, acknowledge=acknowledge, whole=whole)
     try:
         yield sink
     finally:

@@ -78,7 +78,7 @@ def test_a_vrf_comes_and_goes_while_others_carry(edges: Edges) -> None:
     assert edges.lost("red") == edges.lost("blue") == 0
     assert edges.lost("green", timeout=0.5) == 4
     near, far = edges.lab.a.customers["red"], edges.lab.b.customers["red"]
-    with udp_sink(far.host, far.host4, acknowledge=32) as sink:
+    with udp_sink(far.host, far.host4, acknowledge=32, whole=1500) as sink:
         stream = UdpStream(near.host, [(far.host4, sink.port)], count=1500, rate=300, size=256, window=128)
         edges.write()
         for gateway in (edges.a, edges.b):

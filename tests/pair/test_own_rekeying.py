@@ -29,7 +29,7 @@ def test_no_datagram_is_lost_over_many_generations() -> None:
         sinks, streams = {}, {}
         for side in Side:
             near, far, target = link.ends(side)
-            sinks[side] = stack.enter_context(udp_sink(far, target, acknowledge=WINDOW // 4))
+            sinks[side] = stack.enter_context(udp_sink(far, target, acknowledge=WINDOW // 4, whole=COUNT))
             streams[side] = UdpStream(near, [(target, sinks[side].port)], count=COUNT, rate=RATE, size=256, window=WINDOW)
             stack.callback(streams[side].abandon)
         for side in Side:

@@ -39,6 +39,7 @@ def test_each_packet_by_the_narrowest_policy() -> None:
         # TCP is for the tunnel
         with tcp_server(far, target) as port:
             assert tcp_bulk(near, target, port, size=1 << 20).intact
+        assert ping(near, target).lost == 0  # behind the last segments
         protected = link.a.child().packets_out
         assert protected > 0
         # what goes nowhere goes neither in clear nor through the tunnel

@@ -63,7 +63,7 @@ def test_packets_that_do_not_fit() -> None:
         link.a.initiate()
         near, _, target = link.ends(Side.A)
         assert ping(near, target, size=4000).lost == 0
-        assert ping(near, target, size=1472, count=2, dont_fragment=True, timeout=1.0).received == 0
+        assert ping(near, target, size=1472, count=2, dont_fragment=True).received == 0
         assert "mtu" in near.run(["ip", "route", "get", str(target)]).stdout
         assert ping(near, target, size=1372, dont_fragment=True).lost == 0
 
