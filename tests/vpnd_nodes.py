@@ -119,11 +119,11 @@ class Node:
         return {sa.spi for sa in self.kernel.sas.values() if sa.direction is direction}
 
     async def up(self) -> None:
-        async for _line in self.operations.initiate(child="net", ike=None, timeout=5.0):
+        async for _line in self.operations.initiate(child="net", ike=None, timeout=60.0):
             pass
 
     async def down(self, **what: object) -> None:
-        async for _line in self.operations.terminate(timeout=5.0, **what):  # type: ignore[arg-type]
+        async for _line in self.operations.terminate(timeout=60.0, **what):  # type: ignore[arg-type]
             pass
 
 

@@ -208,7 +208,7 @@ async def test_what_is_not_removed_is_tried_again(labels: LabelSynchroniser, mon
 
     monkeypatch.setattr(kernel, "delete_labels", busy)
     labels.withdraw(STATIC, [LABEL.key])
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while LABEL.key in there(kernel):
             await asyncio.sleep(0.01)
 

@@ -72,7 +72,7 @@ def everything_shown() -> Iterator[str]:
 
 def ask_everything(path: Path) -> str:
     """What a client of the control socket may see."""
-    with ViciClient(path, timeout=20.0) as client:
+    with ViciClient(path, timeout=60.0) as client:
         shown = [repr(client.request(command).plain()) for command in ASKED]
         for command, event in STREAMED:
             shown += [repr(message) for message in client.streamed(command, event, {"trap": "yes", "drop": "yes", "pass": "yes"})]

@@ -134,13 +134,13 @@ async def test_a_dropped_acquire_is_found_and_can_be_given_up(kernel: FakeAfKey,
     kernel.loses = LosesFirst(MessageType.ACQUIRE)
     kernel.acquire(policy.index, HERE, PEER, LARVAL)
     await channel.get_spi(SpiRequest(PEER, HERE, Mode.TUNNEL, ReqId(7)))
-    event = await asyncio.wait_for(events.get(), 10)
+    event = await asyncio.wait_for(events.get(), 60)
     assert isinstance(event, Acquire)
     assert (event.policy, event.reqid, event.mode, event.source, event.destination) == (policy.index, 7, Mode.TUNNEL, HERE, PEER)
     await channel.acquire_failed(event.sequence, errno.ETIMEDOUT)
     assert kernel.larval == {}
     kernel.acquire(policy.index, HERE, PEER, LARVAL)
-    heard = await asyncio.wait_for(events.get(), 10)
+    heard = await asyncio.wait_for(events.get(), 60)
     assert isinstance(heard, Acquire)
     assert (heard.sequence, heard.selector) == (AcquireSequence(2), policy.selector)
 
@@ -154,7 +154,7 @@ async def test_reading_the_sas_finds_a_dropped_acquire_under_a_number_that_can_b
         kernel.acquire(policy.index, HERE, PEER, LARVAL)
         kernel.dropped = False
         (status,) = await channel.sas()
-        event = await asyncio.wait_for(events.get(), 10)
+        event = await asyncio.wait_for(events.get(), 60)
         assert isinstance(event, Acquire)
         assert (status.state, status.sa.acquire) == (SaState.LARVAL, event.sequence)
         await channel.sas()
@@ -175,7 +175,7 @@ async def test_an_acquire_of_the_same_ends_is_another_when_the_first_expired_and
     kernel.acquire(policy.index, HERE, PEER, LARVAL)
     kernel.dropped = False
     await channel.sas()
-    first = await asyncio.wait_for(events.get(), 10)
+    first = await asyncio.wait_for(events.get(), 60)
     kernel.larval.clear()
     kernel.seconds += 165
     if seen_gone:
@@ -183,7 +183,7 @@ async def test_an_acquire_of_the_same_ends_is_another_when_the_first_expired_and
     kernel.acquire(policy.index, HERE, PEER, LARVAL)
     kernel.dropped = False
     await channel.sas()
-    second = await asyncio.wait_for(events.get(), 10)
+    second = await asyncio.wait_for(events.get(), 60)
     assert isinstance(first, Acquire)
     assert isinstance(second, Acquire)
     assert first.sequence != second.sequence
@@ -208,7 +208,7 @@ async def test_a_larval_sa_goes_also_when_the_answer_about_it_is_lost(kernel: Fa
     channel.on_event(events.put_nowait)
     policy = await channel.add_policy(a_policy(channel))
     kernel.acquire(policy.index, HERE, PEER, LARVAL)
-    event = await asyncio.wait_for(events.get(), 10)
+    event = await asyncio.wait_for(events.get(), 60)
     assert isinstance(event, Acquire)
     kernel.loses = LosesFirst(MessageType.GETSPI)
     await channel.acquire_failed(event.sequence, errno.ETIMEDOUT)
@@ -224,7 +224,7 @@ async def test_an_acquire_is_found_though_the_tables_cannot_be_read_at_first(ker
     with pytest.raises(TimeoutError):
         await channel.sas()
     kernel.loses = lambda _message: False
-    assert isinstance(await asyncio.wait_for(events.get(), 10), Acquire)
+    assert isinstance(await asyncio.wait_for(events.get(), 60), Acquire)
 
 
 async def test_a_new_sa_kicks_the_policies_of_its_reqid(kernel: FakeAfKey, channel: AfKeyChannel) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from lab.capture import Capture
-from lab.process import LabError
+from lab.process import PATIENCE, LabError
 from lab.topology import LAN, WAN, Sites, sites
 from lab.traffic import ping, tcp_bulk, tcp_server
 from shim_rig import ANYWHERE, Shim, associations, connect, host, host_state, install, policies, spis
@@ -108,7 +108,7 @@ def _route_of_a_forwarded_packet(gateways: Gateways) -> str:
     return done.stdout + done.stderr
 
 
-def _clear_ping_from_the_wire(gateways: Gateways) -> int:
+def _clear_ping_from_the_wire(gateways: Gateways, patience: float = 0.3) -> int:
     """Pings in clear from the far site's address, as an attacker on the wire sends them; how many stayed without an answer."""
     near, far = gateways.sites.a, gateways.sites.b
     with (
@@ -118,7 +118,7 @@ def _clear_ping_from_the_wire(gateways: Gateways) -> int:
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, 0x49500000)  # past the far gateway's own capture
         raw.setsockopt(socket.IPPROTO_IP, 19, 1)  # IP_TRANSPARENT: a source that is not the gateway's
         raw.bind((str(far.host4), 0))
-        seen.settimeout(0.3)
+        seen.settimeout(patience)
         unanswered = 0
         for number in range(3):
             raw.sendto(bytes.fromhex("0800") + _checksum(number) + b"\x12\x34" + number.to_bytes(2, "big"), (str(near.host4), 0))
@@ -135,7 +135,7 @@ def _checksum(number: int) -> bytes:
 
 
 async def test_clear_packets_from_the_wire_are_dropped_and_counted(gateways: Gateways) -> None:
-    assert _clear_ping_from_the_wire(gateways) == 0, "without a policy they pass"
+    assert _clear_ping_from_the_wire(gateways, PATIENCE) == 0, "without a policy they pass"
     await gateways.connect()
     assert _clear_ping_from_the_wire(gateways) == 3
     assert gateways.a.counters()["guard.clear-dropped.packets"] == 3

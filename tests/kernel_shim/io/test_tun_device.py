@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 from lab.namespaces import Lab, Namespace
+from lab.process import PATIENCE
 
 from kernel_shim.io.settings import TRANSMIT_QUEUE, ShimSettings, tunnel_mtu
 from kernel_shim.io.tun import VNET_HEADER, Tun, read_sysctl
@@ -29,7 +30,7 @@ def network() -> Iterator[Namespace]:
 def read_frame(tun: Tun, buffer: memoryview) -> memoryview:
     poll = select.poll()
     poll.register(tun.fileno(), select.POLLIN)
-    assert poll.poll(5_000), "no frame came"
+    assert poll.poll(PATIENCE * 1000), "no frame came"
     return buffer[: tun.read_into(buffer)]
 
 

@@ -11,6 +11,7 @@ from ipaddress import ip_address
 
 import pytest
 from lab.namespaces import Lab, Namespace
+from lab.process import PATIENCE
 
 from kernel_shim.channel.xfrm import bypass_policies
 from kernel_shim.model import PORT_IKE, PORT_NAT_T, IPAddress, KernelError
@@ -52,7 +53,7 @@ def closed() -> Iterator[Closed]:
 def opened(namespace: Namespace, address: IPAddress) -> tuple[socket.socket, socket.socket]:
     plain, natt = (socket.socket(fileno=descriptor) for descriptor in namespace.call(lambda: open_ike_sockets(address, bypass_policies)))
     for each in (plain, natt):
-        each.settimeout(5.0)
+        each.settimeout(PATIENCE)
     return plain, natt
 
 

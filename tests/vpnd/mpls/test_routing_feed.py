@@ -44,7 +44,7 @@ class Labels:
         self.changed.set()
 
     async def until(self, *wanted: NodeEntry) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while set(self.entries.values()) != set(wanted):
                 self.changed.clear()
                 await self.changed.wait()
