@@ -79,13 +79,21 @@ class MemorySink:
         self.esp.append(Sent(local, remote, bytes(buffer), segment_size, whole, traffic_class))
 
     def write_tun(self, frame: memoryview) -> None:
+        assert_taken(frame)
         self.frames.append(bytes(frame))
 
     def write_vrf(self, vrf: str, frame: memoryview) -> None:
+        assert_taken(frame)
         self.vrfs.setdefault(vrf, []).append(bytes(frame))
 
     def bypass(self, frame: memoryview) -> None:
         self.clear.append(bytes(frame))
+
+
+def assert_taken(frame: memoryview) -> None:
+    """A TUN refuses what UDP could not send in one (linux/virtio_net.h, virtio_net_hdr_to_skb)."""
+    vnet = VnetHeader.unpack(frame)
+    assert vnet.gso_type != virtio.GSO_UDP_L4 or len(frame) - virtio.LENGTH - vnet.header_length <= 64 * vnet.gso_size
 
 
 def packets_of(frame: bytes) -> list[bytes]:

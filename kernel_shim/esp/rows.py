@@ -12,11 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from kernel_shim.esp.wire import HEADER, Shape
+from kernel_shim.packet.virtio import MAX_UDP_SEGMENTS
 
 Sequences = npt.NDArray[np.uint64]
 
-# Specifications: UDP_MAX_SEGMENTS of Linux before 6.9, and the largest UDP payload over IPv4
-MAX_ROWS: Final = 64
+# Specifications: what one send may hold, and the largest UDP payload over IPv4
+MAX_ROWS: Final = MAX_UDP_SEGMENTS
 MAX_DATAGRAMS: Final = 65507
 
 # Limits of this implementation

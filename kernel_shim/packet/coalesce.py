@@ -152,11 +152,11 @@ class Joiner:
     def __init__(self, tail_room: int) -> None:
         self.buffer: Final = memoryview(bytearray(virtio.LENGTH + LARGEST_PACKET + 1 + tail_room))
         self._bytes: Final = np.frombuffer(self.buffer, np.uint8)
-        self._end = 0
+        self._end = self._segments = self._limit = 0
         self._shortened = False
 
     def begin(self, form: Format, rows: Rows) -> None:
-        """Join `rows`, a range that `runs` gave. What is joined must be at most 65,535 bytes long, headers included."""
+        """Join `rows`, a range that `runs` gave. What is joined must be at most 65,535 bytes long, headers included, and of UDP `MAX_UDP_SEGMENTS`."""
         self._form, count = form, len(rows)
         start = virtio.LENGTH + len(form.prefix)
         self._head = start + form.header
@@ -165,19 +165,20 @@ class Joiner:
         self._end = self._head + count * form.size
         self._bytes[self._head : self._end].reshape(count, form.size)[:] = rows[:, form.header : form.length]
         self._segments, self._shortened = count, False
+        self._limit = virtio.MAX_UDP_SEGMENTS if form.protocol == PROTOCOL_UDP else LARGEST_PACKET
         self._ending = 0
         if form.protocol == PROTOCOL_TCP:
             self._ending = int(rows[count - 1, form.upper + 13]) & _ENDING
 
     @property
     def complete(self) -> bool:
-        """Nothing more can join: the last packet was a short one, or said that the data ends here."""
-        return self._shortened or self._ending != 0
+        """Nothing more can join: the last packet was a short one, or said that the data ends here, or these are as many as the kernel takes."""
+        return self._shortened or self._ending != 0 or self._segments >= self._limit
 
     def extend(self, form: Format, rows: Rows) -> bool:
         """Join another range of verified rows; False when they do not continue what is here."""
         size = len(rows) * form.size
-        if form != self._form or not self._continues(bytearray(rows[0, : form.header].tobytes()), size):
+        if form != self._form or not self._continues(bytearray(rows[0, : form.header].tobytes()), size, len(rows)):
             return False
         self._bytes[self._end : self._end + size].reshape(len(rows), form.size)[:] = rows[:, form.header : form.length]
         self._end += size
@@ -196,7 +197,7 @@ class Joiner:
         header = bytearray(packet[: form.header])
         if form.protocol == PROTOCOL_TCP and header[upper + 13] & _UNMERGEABLE_FLAGS:
             return False
-        if not _lengths_agree(form, header, length) or not verifies(form, packet) or not self._continues(header, size):
+        if not _lengths_agree(form, header, length) or not verifies(form, packet) or not self._continues(header, size, 1):
             return False
         self.buffer[self._end : self._end + size] = packet[form.header :]
         self._end += size
@@ -206,10 +207,10 @@ class Joiner:
             self._ending = packet[upper + 13] & _ENDING
         return True
 
-    def _continues(self, header: bytearray, size: int) -> bool:
-        """Whether `size` bytes behind `header` come next in this flow. Uses `header` up."""
+    def _continues(self, header: bytearray, size: int, count: int) -> bool:
+        """Whether `size` bytes of `count` packets, the first behind `header`, come next in this flow, and fit. Uses `header` up."""
         form, upper = self._form, self._form.upper
-        if self.complete or self._end - virtio.LENGTH + size > LARGEST_PACKET:
+        if self.complete or self._segments + count > self._limit or self._end - virtio.LENGTH + size > LARGEST_PACKET:
             return False
         mine = bytearray(self.buffer[virtio.LENGTH + len(form.prefix) : self._head])
         if form.protocol == PROTOCOL_TCP:

@@ -12,6 +12,7 @@ GSO_TCPV4: Final = 1
 GSO_TCPV6: Final = 4
 GSO_UDP_L4: Final = 5
 GSO_ECN: Final = 0x80
+MAX_UDP_SEGMENTS: Final = 64  # UDP_MAX_SEGMENTS of Linux before 6.9; a frame of more is refused whole (EINVAL)
 NO_OFFLOAD: Final = bytes(LENGTH)
 
 _HEADER: Final = struct.Struct("<BBHHHH")

@@ -11,6 +11,7 @@ from kernel_shim.algorithms import USERSPACE
 from kernel_shim.dataplane.engine import EngineConfig
 from kernel_shim.model import Mode
 from kernel_shim.packet import virtio
+from kernel_shim.packet.virtio import MAX_UDP_SEGMENTS
 
 FAMILIES = [(4, 4), (4, 6), (6, 4), (6, 6)]
 SHAPES = [(Mode.TUNNEL, *family) for family in FAMILIES] + [(Mode.TRANSPORT, 4, 4), (Mode.TRANSPORT, 6, 6)]
@@ -108,6 +109,19 @@ def test_what_took_two_sends_is_written_once() -> None:
     pair.pass_on()
     assert len(pair.right.sink.frames) == 1
     assert b"".join(packet[52:] for packet in pair.right.received()) == payload
+
+
+@pytest.mark.parametrize("count", [64, 65, 128, 129, 300])
+@pytest.mark.parametrize("mode", [Mode.TUNNEL, Mode.TRANSPORT])
+def test_no_write_holds_more_small_datagrams_than_a_kernel_takes(mode: Mode, count: int) -> None:
+    """What waited while the process had no processor comes in one wake-up."""
+    pair = Pair(mode=mode)
+    pair.connect()
+    packets = [pair.packet(number) for number in range(count)]
+    pair.send(*packets)
+    pair.right.take(pair.left.sent(), pair.now)
+    assert len(pair.right.sink.frames) == -(-count // MAX_UDP_SEGMENTS)
+    assert [packet[20:] for packet in pair.right.received()] == [packet[20:] for packet in packets]
 
 
 def test_interleaved_flows_are_joined_apart_and_stay_in_order() -> None:

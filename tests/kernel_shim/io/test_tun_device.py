@@ -8,13 +8,18 @@ import socket
 import struct
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 from lab.namespaces import Lab, Namespace
 from lab.process import PATIENCE
+from scapy.layers.inet import IP, UDP
+from scapy.packet import Raw
 
 from kernel_shim.io.settings import TRANSMIT_QUEUE, ShimSettings, tunnel_mtu
 from kernel_shim.io.tun import VNET_HEADER, Tun, read_sysctl
 from kernel_shim.model import KernelError
+from kernel_shim.packet.coalesce import Joiner, format_of
+from kernel_shim.packet.virtio import MAX_UDP_SEGMENTS
 
 VNET = struct.Struct("<BBHHHH")  # flags, gso_type, hdr_len, gso_size, csum_start, csum_offset
 NEEDS_CSUM, GSO_TCPV4 = 1, 1
@@ -69,6 +74,29 @@ def test_a_large_send_is_one_frame_and_goes_back_as_one(network: Namespace) -> N
             assert accepted is not None
             accepted.close()
             assert 20_000 < largest <= 65535 + VNET_HEADER
+    finally:
+        tun.close()
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("count", [2, MAX_UDP_SEGMENTS])
+def test_joined_datagrams_are_taken_in_one_write(network: Namespace, count: int) -> None:
+    tun = network.call(lambda: Tun("vpn0", 1400))
+    try:
+        network.ip("addr add 10.9.0.1/24 dev vpn0")
+        with network.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver:
+            receiver.bind(("10.9.0.1", 0))
+            receiver.settimeout(PATIENCE)
+            datagrams = [number.to_bytes(4, "big") for number in range(count)]
+            headers = IP(src="10.9.0.2", dst="10.9.0.1", flags="DF") / UDP(sport=7, dport=receiver.getsockname()[1])
+            packets = [bytes(headers / Raw(datagram)) for datagram in datagrams]
+            form = format_of(memoryview(packets[0]), len(packets[0]), udp=tun.segmentation)
+            if form is None:
+                pytest.skip("this kernel takes no UDP super-packets")
+            joiner = Joiner(32)
+            joiner.begin(form, np.frombuffer(b"".join(packets), np.uint8).reshape(count, -1))
+            tun.write(joiner.frame())
+            assert [receiver.recv(100) for _ in datagrams] == datagrams
     finally:
         tun.close()
 
