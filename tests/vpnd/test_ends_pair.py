@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from vpnd_nodes import DEFAULTS, A, B, Network, Node, config, mirrored, pair, un
 
 from kernel_shim.model import Action, Direction, Expire, KernelError, SaId, SaState, SaStatus
 from vpnd.config.model import DaemonConfig
-from vpnd.daemon import ends, inactivity
+from vpnd.daemon import ends, inactivity, status
 from vpnd.ike.sa import REKEY_SPACING
 
 pytestmark = pytest.mark.virtual_time
@@ -123,6 +124,8 @@ def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def count_packets(node: Node, packets: dict[SaId, int]) -> None:
     async def get_sa(sa: SaId) -> SaStatus:
+        if sa not in node.kernel.sas:
+            raise KernelError(errno.ESRCH, "no such SA")
         return SaStatus(node.kernel.sas[sa], SaState.MATURE, packets=packets.get(sa, 0))
 
     node.channels[-1].get_sa = get_sa  # type: ignore[method-assign]
@@ -149,6 +152,17 @@ async def test_what_nobody_uses_is_deleted(close_ike: bool, quick_looks: None) -
     await until(lambda: not a.kernel.sas and not b.kernel.sas)
     await until(lambda: len(list(a.manager.entries())) == (0 if close_ike else 1))
     assert a.manager.counters.snapshot()["child_inactive"] == 1
+
+
+async def test_a_look_that_the_kernel_refuses_is_not_the_last(quick_looks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(status, "SINGLE_LOOKUPS", 0)  # it asks for all of them at once
+    a, b, _ = await asymmetric("inactivity = 1s")
+    await a.up()
+    await until(lambda: mirrored(a, b))
+    a.kernel.faults["sas"] = KernelError(errno.ENOBUFS, "no room")
+    await until(lambda: "sas" not in a.kernel.faults)
+    assert mirrored(a, b), "it said nothing, which is not that there was nothing"
+    await until(lambda: not a.kernel.sas and not b.kernel.sas)
 
 
 # Volumes

@@ -55,7 +55,7 @@ async def usage_of(manager: Manager, ids: Sequence[SaId]) -> Usage:
             except KernelError:
                 continue
         return usage
-    except (TimeoutError, ChannelClosed):
+    except (TimeoutError, ChannelClosed, KernelError):
         return NO_USAGE
 
 

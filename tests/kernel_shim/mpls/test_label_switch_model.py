@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from ipaddress import IPv4Network
+from ipaddress import IPv4Address, IPv4Network
 from struct import unpack_from
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from naive_labels import ENTROPY, LIMIT, SENDER, Dead, Inner, Naive, Out, Stack, ilms, in_ipv6, inners, label_stacks, lfib_of, routing
 
 from kernel_shim.mpls.forward import Forwarder
-from kernel_shim.mpls.labels import Entry, Label, read_stack, write_stack
-from kernel_shim.mpls.lfib import NextHop, Paths, ToPeer
+from kernel_shim.mpls.labels import Entry, Label, MalformedStack, read_stack, write_stack
+from kernel_shim.mpls.lfib import NextHop, Nhlfe, Paths, ToPeer
 from kernel_shim.mpls.switch import AsIp, LabelSwitch, Outcome, Sent, read_dscp
 from kernel_shim.packet.checksum import checksum, partial_sum, pseudo_header_sum
 from kernel_shim.reasons import DropReason
@@ -29,7 +29,10 @@ def split(sent: Sent, labels: int) -> tuple[object, Stack, bytes]:
     """Next hop, stack of that many labels, what is under it."""
     if not labels:
         return (ToPeer(sent.next_hop.peer) if isinstance(sent.next_hop, AsIp) else sent.next_hop), (), sent.packet
-    entries = read_stack(sent.packet)
+    try:
+        entries = read_stack(sent.packet)
+    except MalformedStack:  # it went another way, without labels
+        return sent.next_hop, (), sent.packet
     return sent.next_hop, anonymous((int(label), tc, ttl) for label, tc, ttl in entries), sent.packet[4 * len(entries) :]
 
 
@@ -83,7 +86,11 @@ def is_error(found: tuple[object, Stack, bytes], hop: NextHop, labels: Stack, de
     return to and tuple(body[:2]) == kind and checksum(partial_sum(body) + pseudo) == 0 and mtu == dead.mtu and shown == expected
 
 
+TO_LABELS_OR_IP = {19: (Nhlfe(ToPeer("p3"), (Label(77),)), Nhlfe(ToPeer("p2")))}
+
+
 @settings(max_examples=100)
+@example(TO_LABELS_OR_IP, {}, [(((19, 0, 64),), Inner(IPv4Address(f"10.1.2.{last}"), ttl, 0)) for last in range(4) for ttl in (62, 63)])
 @given(ilms, routing, st.lists(st.tuples(label_stacks, inners), min_size=1, max_size=6))
 def test_the_switch_does_what_the_naive_forwarder_does(
     ilm: Mapping[int, Paths], routes: Mapping[tuple[str, IPv4Network], Paths], packets: list[tuple[Stack, Inner]]
