@@ -157,7 +157,7 @@ def taken(session: Session, child: Child) -> None:
 
 
 def cease(session: Session, child: Child) -> None:
-    """Our DELETE of it goes out. From then on the peer may have it no more, and its answer can be late: if another one can, that one sends."""
+    """A DELETE of it goes out, or our answer to one: from then on the peer may have it no more, and if another one can send, that one does."""
     _elect(session, child)
     if child.sends and session.has_twin(child):
         child.sends, child.ceased = False, True

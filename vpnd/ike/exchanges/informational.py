@@ -104,6 +104,9 @@ def respond(session: Session, request: Message) -> Steps[Response]:
         if theirs is not None and session.heir is None:
             handover.hand_over(session, theirs)
             rekey_ike.introduce(theirs)
+        # with our answer the peer forgets its SAs in: what has a twin goes by that before
+        for child in list(session.children.values()):
+            succession.cease(session, child)
         return Response(close=IkeClosed(Reason.REKEYED if session.heir or session.state is IkeSaState.REKEYED else Reason.PEER_DELETED, session.describe()))
     answer = list(_delete(session, (spi for payload in deletes if payload.protocol == ProtocolId.ESP for spi in payload.spis)))
     payloads: tuple[Payload, ...] = (DeletePayload(ProtocolId.ESP, tuple(answer)),) if answer else ()

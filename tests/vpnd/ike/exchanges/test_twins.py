@@ -101,6 +101,25 @@ def test_the_peer_deletes_the_old_one_before_it_says_anything_else() -> None:
     agree(pair, 1)
 
 
+def test_our_answer_to_the_delete_leaves_after_the_last_packet_by_the_old_one() -> None:
+    pair = connected()
+    old = pair.a.standing[0]
+    (before,) = outbound(pair.b)
+    answer_is_on_its_way(pair)
+    pair.deliver(pair.take())
+    pair.a.run(old, old.delete(pair.now, Reason.REPLACED), pair.now)
+    sends = []
+
+    class Network(list[Datagram]):
+        def append(self, datagram: Datagram) -> None:
+            sends.append(outbound(pair.b))
+
+    pair.b.network = Network()
+    pair.deliver(pair.flight.pop())
+    assert sends == [{new_child(pair.b).sa.outbound.spi}]
+    assert before not in outbound(pair.b)
+
+
 @pytest.mark.parametrize("end", ["aborted", "deleted"])
 def test_the_old_one_goes_at_our_side(end: str) -> None:
     pair = connected()
