@@ -325,7 +325,7 @@ def test_a_directory_that_cannot_be_read_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.property
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(st.text(st.sampled_from('abcdikevpnsr{}=:,"\\ \n#'), max_size=80), st.sampled_from(["", "vpnd {", "secrets {", "connections { a {", "pools {"]))
 def test_no_file_raises_anything_else(tmp_path: Path, text: str, before: str) -> None:
     with contextlib.suppress(ConfigErrors):
