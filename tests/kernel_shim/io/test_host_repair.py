@@ -79,6 +79,7 @@ async def test_what_is_taken_away_is_put_again(what: str) -> None:
             assert wire.clear_packets(both.inner_networks) == []
         if what in UNROUTED:
             assert a.counters()["guard.leak-dropped.packets"] > 0
+        assert ping(both.a.host, both.b.host4).lost == 0, "and behind the last datagrams, whose port is closed by now"
         with Capture(gateway, WAN) as wire, Capture(gateway, LAN) as inside:
             assert b.stop() == 0  # what comes from the other site now comes in clear
             assert ping(both.b.host, both.a.host4, timeout=0.3).received == 0
