@@ -23,13 +23,17 @@ LOST_SECONDS: Final = 10.0  # without an acknowledgement, and what is under way 
 LAST_SECONDS: Final = 1.0  # the last datagrams of a stream that ended early are acknowledged only if they complete a number
 ROUNDS: Final = 16  # between looks whether a stream is to end
 LISTED: Final = 50  # numbers that a report lists of what is missing or out of order
-PATTERN: Final = hashlib.shake_128(b"lab").digest(1 << 20)
+PATTERN_BYTES: Final = 1 << 20
 
 Settings = dict[str, Any]
 
 
 def _say(control: int, **message: Any) -> None:
     os.write(control, json.dumps(message).encode())
+
+
+def _pattern(size: int) -> bytes:
+    return hashlib.shake_128(b"lab").digest(size)
 
 
 def _family(address: str) -> socket.AddressFamily:
@@ -56,6 +60,7 @@ def tcp_server(control: int, settings: Settings) -> None:
 
 def tcp_client(control: int, settings: Settings) -> None:
     """Connect, send `size` bytes (or for `seconds`), end, read the server's count and digest."""
+    pattern = _pattern(PATTERN_BYTES)
     digest, total = hashlib.blake2b(digest_size=16), 0
     begin = time.monotonic()
     with socket.create_connection((settings["address"], settings["port"]), timeout=settings["timeout"]) as connection:
@@ -63,7 +68,7 @@ def tcp_client(control: int, settings: Settings) -> None:
         _say(control, ready=connected)
         size, until = settings["size"], begin + settings["seconds"] if settings["seconds"] else None
         while total < size and (until is None or time.monotonic() < until):
-            chunk = PATTERN[: min(len(PATTERN), size - total)]
+            chunk = pattern[: min(PATTERN_BYTES, size - total)]
             connection.sendall(chunk)
             digest.update(chunk)
             total += len(chunk)
@@ -154,7 +159,7 @@ def udp_source(control: int, settings: Settings) -> None:
         if address:
             sock.bind((address, 0))
         socks.append(sock)
-    filler = PATTERN[: size - DATAGRAM.size]
+    filler = _pattern(size - DATAGRAM.size)
     refused = sent = 0
     _say(control, ready=True)
     begin = time.monotonic()

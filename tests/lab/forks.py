@@ -23,6 +23,7 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import CodeType
 from typing import Any, Final
 
 PR_SET_PDEATHSIG: Final = 1
@@ -141,6 +142,7 @@ def fork_servers() -> Iterator[tuple[ForkServer, ...]]:
 
 
 def _serve(control: socket.socket) -> None:
+    compiled: dict[str, CodeType] = {}
     while True:
         data, ancillary, _, _ = control.recvmsg(MAX_REQUEST, socket.CMSG_SPACE(4 * MAX_DESCRIPTORS))
         if not data:
@@ -148,6 +150,8 @@ def _serve(control: socket.socket) -> None:
         descriptors = array.array("i")
         for _level, _kind, value in ancillary:
             descriptors.frombytes(value)
+        request = json.loads(data)
+        _prepare(request["argv"], compiled)
         # Twice, so that the program's parent is the subreaper above us; it is told of it when that is so.
         told, tell = os.pipe()
         middle = os.fork()
@@ -157,7 +161,7 @@ def _serve(control: socket.socket) -> None:
             if program == 0:
                 while os.getppid() == parent:
                     time.sleep(0.001)
-                _become(json.loads(data), list(descriptors))
+                _become(request, list(descriptors), compiled)
             os.write(tell, str(program).encode())
             os._exit(0)
         os.close(tell)
@@ -168,7 +172,17 @@ def _serve(control: socket.socket) -> None:
             os.close(descriptor)
 
 
-def _become(request: dict[str, Any], descriptors: list[int]) -> None:
+def _prepare(argv: list[str], compiled: dict[str, CodeType]) -> None:
+    """Drop the options of an interpreter's own start; a script is compiled once, for all the children that run it."""
+    while argv[0] in ("-S", "-E"):
+        del argv[0]
+    script = argv[0]
+    if script not in ("-c", "-m") and script not in compiled:
+        with contextlib.suppress(OSError, SyntaxError, ValueError):  # the child says it
+            compiled[script] = compile(Path(script).read_bytes(), script, "exec")
+
+
+def _become(request: dict[str, Any], descriptors: list[int], compiled: Mapping[str, CodeType]) -> None:
     status = 1
     try:
         _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -179,7 +193,7 @@ def _become(request: dict[str, Any], descriptors: list[int]) -> None:
         os.environ.update(request["env"])
         sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
         sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
-        _run(request["argv"])
+        _run(request["argv"], compiled)
         status = 0
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else int(error.code is not None)
@@ -217,16 +231,17 @@ def _enter(namespace: str) -> None:
     _libc.mount(namespace.encode(), b"/sys", b"sysfs", 0, None)
 
 
-def _run(argv: list[str]) -> None:
-    """What the interpreter does with these arguments; options of its own start are passed over."""
-    while argv[0] in ("-S", "-E"):
-        argv = argv[1:]
+def _run(argv: list[str], compiled: Mapping[str, CodeType]) -> None:
+    """What the interpreter does with these arguments."""
     if argv[0] == "-c":
         sys.argv = ["-c", *argv[2:]]
         exec(compile(argv[1], "<string>", "exec"), {"__name__": "__main__"})
     elif argv[0] == "-m":
         sys.argv = argv[1:]
         runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+    elif argv[0] in compiled:
+        sys.argv = argv
+        exec(compiled[argv[0]], {"__name__": "__main__", "__file__": argv[0]})
     else:
         sys.argv = argv
         runpy.run_path(argv[0], run_name="__main__")
