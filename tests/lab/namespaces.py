@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import itertools
 import json
@@ -15,21 +14,21 @@ import socket
 import struct
 import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self, TypeVar
 
+from lab import netns
+from lab.netns import NETNS_DIRECTORY, in_namespace
 from lab.process import LabError, Process, run
 
 T = TypeVar("T")
 
 PREFIX: Final = "lab"
-NETNS_DIRECTORY: Final = Path("/run/netns")
-CLONE_NEWNET: Final = 0x40000000
 SIOCGIFFLAGS: Final = 0x8913
+SIOCSIFFLAGS: Final = 0x8914
 IFF_UP: Final = 0x1
 IFF_RUNNING: Final = 0x40
 RTF_LOCAL: Final = 0x80000000
@@ -38,33 +37,6 @@ ROUTE_SECONDS: Final = 30.0
 _NAME = re.compile(rf"^{PREFIX}(\d+)-\d+-")
 _MAY_ADD_IPV6 = re.compile(r"^addr\w* (add|replace) \S*:|\bup\b")
 _serial = itertools.count(1)
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-def in_namespace(path: Path, function: Callable[[], T]) -> T:
-    """Call `function` on a thread of its own that has entered the network namespace; sockets made there stay there."""
-    result: list[T] = []
-    failure: list[BaseException] = []
-
-    def body() -> None:
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                if _libc.setns(fd, CLONE_NEWNET) != 0:
-                    number = ctypes.get_errno()
-                    raise OSError(number, os.strerror(number), str(path))
-            finally:
-                os.close(fd)
-            result.append(function())
-        except BaseException as error:
-            failure.append(error)
-
-    thread = threading.Thread(target=body, name="in-namespace")
-    thread.start()
-    thread.join()
-    if failure:
-        raise failure[0]
-    return result[0]
 
 
 class Namespace:
@@ -106,6 +78,10 @@ class Namespace:
         if any(_MAY_ADD_IPV6.search(command) for command in commands):
             self.call(_await_local_routes)
 
+    def up(self, interface: str) -> None:
+        """As `ip link set up`; IPv6 addresses there can be reached when it returns."""
+        self.call(lambda: _up(interface))
+
     def sysctl(self, **settings: int | str) -> None:
         """Keys below net., with `__` for a dot: `ipv4__ip_forward=1`."""
 
@@ -129,8 +105,15 @@ class Namespace:
 
     def pids(self) -> list[int]:
         """Every process whose main thread lives here."""
-        done = run(["ip", "netns", "pids", self.name], check=False)
-        return [int(word) for word in done.stdout.split()]
+        return netns.pids(self.name)
+
+
+def _up(interface: str) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+        request = struct.pack("16s24x", interface.encode())
+        flags = int(struct.unpack_from("H", fcntl.ioctl(asking, SIOCGIFFLAGS, request), 16)[0])
+        fcntl.ioctl(asking, SIOCSIFFLAGS, struct.pack("16sH22x", interface.encode(), flags | IFF_UP))
+    _await_local_routes()
 
 
 def _await_local_routes() -> None:
@@ -161,10 +144,10 @@ def _is_running(asking: socket.socket, interface: str) -> bool:
 
 
 def _delete_namespace(name: str) -> None:
-    for word in run(["ip", "netns", "pids", name], check=False).stdout.split():
+    for pid in netns.pids(name):
         with contextlib.suppress(ProcessLookupError):
-            os.kill(int(word), signal.SIGKILL)
-    run(["ip", "netns", "delete", name], check=False)
+            os.kill(pid, signal.SIGKILL)
+    netns.remove(name)
 
 
 def _is_left_behind(name: str) -> bool:
@@ -209,7 +192,7 @@ class Lab:
     def namespace(self, role: str) -> Namespace:
         """A namespace with its loopback up, no IPv6 duplicate address detection, and no traffic of its own on new links."""
         name = f"{PREFIX}{os.getpid()}-{self._number}-{role}"
-        run(["ip", "netns", "add", name])
+        netns.make(name)
         self._stack.callback(_delete_namespace, name)
         namespace = Namespace(name, role, self.directory)
         namespace.sysctl(
@@ -219,14 +202,14 @@ class Lab:
             ipv4__conf__all__rp_filter=0,
             ipv4__conf__default__rp_filter=0,
         )
-        namespace.ip("link set lo up")
+        namespace.up("lo")
         return namespace
 
     def veth(self, a: Namespace, a_name: str, b: Namespace, b_name: str, *, mtu: int = 1500) -> None:
         """A wire between two namespaces, both ends up."""
-        run(["ip", "-n", a.name, "link", "add", a_name, "mtu", str(mtu), "type", "veth", "peer", "name", b_name, "mtu", str(mtu), "netns", b.name])
-        a.ip(f"link set {a_name} up")
-        b.ip(f"link set {b_name} up")
+        run(["ip", "-n", a.name, *f"link add {a_name} mtu {mtu} type veth peer name {b_name} mtu {mtu} netns {b.name}".split()])
+        a.up(a_name)
+        b.up(b_name)
 
 
 @contextlib.contextmanager
