@@ -17,6 +17,8 @@ from vpnd.daemon.kernel_side import KernelSide
 from vpnd.policies import PolicySpec, policies_for
 from vpnd.telemetry.counters import Counters
 
+pytestmark = pytest.mark.virtual_time
+
 A, B = ip_address("192.0.2.1"), ip_address("192.0.2.2")
 
 

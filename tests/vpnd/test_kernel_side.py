@@ -27,6 +27,8 @@ from vpnd.daemon.kernel_side import KernelSide
 from vpnd.policies import PolicySpec, policies_for
 from vpnd.telemetry.counters import Counters
 
+pytestmark = pytest.mark.virtual_time
+
 A, B = ip_address("192.0.2.1"), ip_address("192.0.2.2")
 
 
@@ -155,7 +157,7 @@ async def test_a_kernel_that_dies_while_it_is_examined_is_attached_once() -> Non
     lab.channels[-1].die()
     async with asyncio.timeout(60):
         while not lab.kernel.policies:
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.001)
     assert [channel.closed for channel in lab.channels] == [True, True, False]
     await side.close()
 
