@@ -29,7 +29,7 @@ from kernel_shim.sa.entry import SaEntry, Waiting
 # Limits of this implementation
 ROWS_FROM: Final = 3  # fewer packets than this are opened one by one
 NEW_ROWS_FROM: Final = 8  # and as many for a length that was not seen of late: to lay out its rows costs as much as opening twenty packets
-MAX_LARVAL_OCTETS: Final = 16 << 20  # what waits for the keys of all larval SAs; nobody has authenticated it
+MAX_LARVAL_OCTETS: Final = 16 << 20  # what waits for the keys of all larval SAs, as much as fifteen may have; nobody has authenticated it
 MAPPING_SECONDS: Final = 1.0  # a peer's address is taken to have changed at most this often
 
 _KEEPALIVE: Final = 0xFF

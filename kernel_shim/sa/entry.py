@@ -10,13 +10,14 @@ from kernel_shim.model import NO_PORT, Direction, Endpoint, Lifetime, Mode, SaSt
 from kernel_shim.mpls.node import Tunnel
 from kernel_shim.packet.traffic_class import DSCP, ECN
 from kernel_shim.policy.flowkey import FieldMask
+from kernel_shim.policy.pending import MAX_QUEUE_BYTES, MAX_QUEUE_SEGMENTS
 from kernel_shim.sa.replay import ReplayWindow
 
 UNLIMITED: Final = 1 << 128
 
-# Limits of this implementation: what a peer may send before our keys are in. A window of TCP's first flight, twice.
-LARVAL_PACKETS: Final = 64
-LARVAL_OCTETS: Final = 128 * 1024
+# Limits of this implementation: what a peer may send before our keys are in. It may be one of us, who lets go with its answer what it held back for the SA.
+LARVAL_PACKETS: Final = MAX_QUEUE_SEGMENTS
+LARVAL_OCTETS: Final = MAX_QUEUE_BYTES + LARVAL_PACKETS * 128  # with the headers of each segment and of ESP
 
 # A sequence space this far used up counts as a soft expiry: at a million packets a second 2^32 leave four minutes to rekey.
 _SOFT_SEQUENCE_SHARE: Final = 16

@@ -12,10 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scapy.layers.inet import ICMP, IP
 
+from kernel_shim.dataplane.engine import EngineConfig
 from kernel_shim.dataplane.inbound import MAX_LARVAL_OCTETS
 from kernel_shim.esp.wire import trailer
 from kernel_shim.model import Direction, Endpoint, Expire, Mode, NewMapping, ReqId, SpiRequest, UdpEncapsulation
 from kernel_shim.packet import virtio
+from kernel_shim.policy.pending import MAX_QUEUE_BYTES, MAX_QUEUE_SEGMENTS
+from kernel_shim.sa.entry import LARVAL_PACKETS
 
 
 def one_by_one(sent: list[Sent]) -> list[Sent]:
@@ -117,16 +120,29 @@ def test_packets_for_a_larval_sa_wait_for_its_keys() -> None:
     spi = pair.right.engine.get_spi(SpiRequest(ip_address(OUTER[4][0]), ip_address(OUTER[4][1]), Mode.TUNNEL, ReqId(7)), pair.now).sa.spi
     assert spi & 63 == 0
     pair.left.engine.add_sa(pair.sa(True, Direction.OUT, spi=spi), pair.now)
-    packets = [pair.packet(n) for n in range(100)]
+    packets = [pair.packet(n) for n in range(LARVAL_PACKETS + 36)]
     pair.send(*packets)
     pair.pass_on()
     assert pair.right.received() == []
     pair.right.engine.update_sa(pair.sa(True, Direction.IN, spi=spi), pair.now)
-    assert pair.right.received() == packets[:64]
+    assert pair.right.received() == packets[:LARVAL_PACKETS]
     assert pair.right.count("drop_larval_overflow") == 36
     pair.send(pair.packet(101))
     pair.pass_on()
     assert pair.right.received() == [pair.packet(101)]
+
+
+@pytest.mark.parametrize(("size", "fitting"), [(64, MAX_QUEUE_SEGMENTS), (1300, MAX_QUEUE_SEGMENTS), (8000, MAX_QUEUE_BYTES // 8100)])
+def test_a_whole_queue_that_a_peer_lets_go_before_our_keys_are_in_arrives(size: int, fitting: int) -> None:
+    pair = Pair(config=EngineConfig(udp_segmentation=True, path_mtu=9000))
+    packets = [pair.packet(number, size) for number in range(fitting)]
+    pair.send(*packets)  # they wait for the SA
+    spi = pair.right.engine.get_spi(SpiRequest(ip_address(OUTER[4][0]), ip_address(OUTER[4][1]), Mode.TUNNEL, ReqId(7)), pair.now).sa.spi
+    pair.left.engine.add_sa(pair.sa(True, Direction.OUT, spi=spi, acquire=pair.left.acquires()[-1].sequence), pair.now)
+    pair.settle()
+    assert pair.right.received() == []
+    pair.right.engine.update_sa(pair.sa(True, Direction.IN, spi=spi), pair.now)
+    assert pair.right.received() == packets
 
 
 def test_a_larval_sa_ends_and_its_packets_are_counted() -> None:
