@@ -17,7 +17,7 @@ from vpnd.config.model import DaemonConfig
 from vpnd.control.backend import LogLine
 from vpnd.daemon.demands import Demands
 from vpnd.daemon.kernel_side import KernelSide
-from vpnd.daemon.manager import Manager
+from vpnd.daemon.manager import Host, Manager
 from vpnd.daemon.operations import Operations
 from vpnd.gate import GateSettings
 from vpnd.ike.context import IkeSettings, Retransmission
@@ -81,6 +81,7 @@ class Node:
         gate: GateSettings | None = None,
         settings: DaemonConfig = DEFAULTS,
         retransmission: Retransmission = HASTY,
+        host: Host | None = None,
     ) -> None:
         self.network = network
         self.kernel = FakeKernel()
@@ -90,7 +91,7 @@ class Node:
         side = KernelSide(self._connect, counters)
         ike = IkeSettings(retransmission=retransmission, rekeyed_delay=0.02)
         self.manager = Manager(
-            side, self, CredentialStore.of(loaded.configuration), ike, gate or GateSettings(), counters, tokens=TokenMaker(str(address).encode())
+            side, self, CredentialStore.of(loaded.configuration), ike, gate or GateSettings(), counters, host=host, tokens=TokenMaker(str(address).encode())
         )
         self.demands = Demands(self.manager, mark=1)
         self.operations = Operations(self.manager, self.demands, settings)

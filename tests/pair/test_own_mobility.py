@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from lab.pairing import OURS, Pair, counted_alike, pair
+from lab.pairing import OURS, DaemonFactory, Pair, counted_alike, pair
 from lab.process import wait_until
+from lab.strongswan import StrongSwan
 from lab.traffic import UdpStream, udp_sink
 from lab.tunnel import Side, Tunnel
 
@@ -43,6 +44,28 @@ def test_a_roadwarrior_changes_its_address_under_traffic(encap: str) -> None:
         assert spis(link) == before
         assert [sa.initiator_spi for sa in link.a.ike_sas()] == ike
         wait_until(lambda: [child.state for child in link.children()] == ["INSTALLED"] * 2, "at rest")
+
+
+@pytest.mark.parametrize("peer", [pytest.param(OURS, id="ours"), pytest.param(StrongSwan, id="strongSwan")])
+def test_without_mobike_it_is_made_anew(peer: DaemonFactory) -> None:
+    """The old address is gone: nobody waits until the peer seems dead."""
+    options = {"mobike": "no", "local_addrs": "%any", "dpd_delay": "0s"}
+    with pair(OURS, peer, Tunnel(connection_options=options, connection_b={"remote_addrs": "%any"})) as link:
+        link.a.initiate()
+        link.carries_again()
+        (before,) = link.a.ike_sas()
+        a, b = link.sites.a, link.sites.b
+        a.gateway.sysctl(ipv4__conf__wan__promote_secondaries=1)  # else the new address goes with the old one
+        a.gateway.ip(f"addr add {NEW}/24 dev wan", f"addr del {a.wan4}/24 dev wan", f"route replace {b.net4} via {b.wan4}")
+        b.gateway.ip(f"route replace {a.net4} via {NEW}")
+        wait_until(lambda: [sa.initiator_spi for sa in link.a.ike_sas() if sa.state == "ESTABLISHED"] not in ([], [before.initiator_spi]), "another IKE SA")
+        link.carries_again()
+        seen = len(link.capture.packets())
+        for side in Side:
+            assert link.ping(side).lost == 0
+        assert {str(packet.source) for packet in link.capture.packets()[seen:] if packet.is_esp} == {NEW, str(b.wan4)}
+        wait_until(lambda: len(link.b.ike_sas()) == 1, "the old one is gone there, too")
+        assert link.leaks(of=Side.A) == []
 
 
 def test_no_packet_is_lost_when_a_second_address_takes_over() -> None:

@@ -148,7 +148,7 @@ class Ends:
             case Reason.EXPIRED | Reason.KERNEL_LOST | Reason.KERNEL_REFUSED:
                 asked = StartAction.START in config.start_action or (entry.sa.initiator and not self._traps.trapped(entry.sa.connection.name, child.name))
                 return StartAction.START if asked and child.id not in self._retired else StartAction.NONE
-            case Reason.REDIRECTED:
+            case Reason.REDIRECTED | Reason.ADDRESS_GONE:
                 return StartAction.START if entry.sa.original_initiator else StartAction.NONE
             case Reason.PEER_RESTARTED:
                 return StartAction.START if entry.sa.initiator or StartAction.START in config.start_action else StartAction.NONE

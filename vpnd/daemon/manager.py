@@ -101,6 +101,7 @@ class Manager:
         self._host: Host = host or Nowhere()
         self._tokens = tokens
         self.redirects: Final = Redirects()
+        self.stranded: Callable[[], None] = lambda: None  # looks for IKE SAs that cannot move
         self._lost = Throttle(LOST_AT_ONCE, LOST_A_SECOND)
         self._reassembly = ReassemblyBudget()
         self._entropy = entropy
@@ -298,6 +299,7 @@ class Manager:
         for entry in self.entries():
             if entry.sa.mobike:
                 self.run(entry, entry.sa.addresses_changed(self._now()))
+        self.stranded()
 
     def _initial(self, local: Endpoint, remote: Endpoint, data: bytes) -> None:
         now = self._now()

@@ -23,6 +23,7 @@ from vpnd.daemon.mpls import Mpls
 from vpnd.daemon.reauthentication import Reauthentications
 from vpnd.daemon.reload import Reloading
 from vpnd.daemon.status import list_sas
+from vpnd.daemon.stranded import Stranded
 from vpnd.daemon.traps import selectors
 from vpnd.ike.effects import Reason
 from vpnd.ike.gateway_id import GatewayId
@@ -59,6 +60,7 @@ class Operations:
         self._reloading: Reloading | None = None
         self._reload_turn = asyncio.Lock()
         self._reauthentications = Reauthentications(manager, make_before_break=settings.make_before_break)
+        self._stranded = Stranded(manager)
         self._happenings = Happenings(manager, demands, self._reauthentications, Inactivity(manager, close_ike=settings.inactivity_close_ike))
 
     def subscribe(self, listener: Callable[[DaemonEvent], None]) -> Callable[[], None]:

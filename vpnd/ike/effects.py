@@ -50,6 +50,7 @@ class Reason(Enum):
     REDIRECTION_REFUSED = "redirected once more than is followed, or to nowhere"
     PEER_RESTARTED = "peer has lost the IKE SA"
     ADDRESS_CHANGED = "its address changed"
+    ADDRESS_GONE = "our address is gone"
     ADDRESS_REFUSED = "peer refuses our addresses"
     KERNEL_LOST = "kernel side lost the SA"
     SHUTDOWN = "shutdown"

@@ -41,7 +41,8 @@ MAX_AUTHORITIES: Final = 256  # hashes of a CERTREQ that are looked at
 RETRY_FIRST: Final = 1.0  # s; doubles
 RETRY_LAST: Final = 15.0  # s
 RETRIES: Final = 24  # about 5 minutes
-RESUMABLE: Final = frozenset({Reason.PEER_SILENT, Reason.REKEYED, Reason.REPLACED, Reason.KERNEL_LOST, Reason.SHUTDOWN})  # ends after which tickets stay good
+# ends after which tickets stay good
+RESUMABLE: Final = frozenset({Reason.PEER_SILENT, Reason.ADDRESS_GONE, Reason.REKEYED, Reason.REPLACED, Reason.KERNEL_LOST, Reason.SHUTDOWN})
 
 REKEY_AGAIN: Final = 30.0  # s, after a rekeying was refused for good
 
