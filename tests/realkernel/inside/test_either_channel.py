@@ -85,7 +85,7 @@ def test_a_killed_key_manager_leaves_its_tunnels_and_its_successor_replaces_them
         both.carries()
         # AF_KEY's SAs tell no selectors, so there a successor is not known by them: the old ones go when their time of grace is over.
         spis = [f"{spi:#010x}" for spi in (old.spi_in, old.spi_out)]
-        wait_until(lambda: not any(spi in a.kernel("state") + b.kernel("state") for spi in spis), "old SAs to go", GRACE)
+        wait_until(lambda: not any(spi in a.kernel("state") + b.kernel("state") for spi in spis), "old SAs to go", GRACE, 0.5)
         # What the killed runs had found in the kernel's settings is put back by their successors.
         for gateway in (a, b):
             gateway.stop()
