@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from lab.namespaces import Lab, Namespace
+from lab.process import PATIENCE
 from lab.strongswan import StrongSwan
 from sk_messages import open_message, seal_message
 
@@ -41,7 +42,6 @@ pytestmark = pytest.mark.interop
 
 LOCALHOST = "127.0.0.1"
 SECRET = b"correct horse battery staple"
-ANSWER_SECONDS = 5.0
 SUITES = (
     "aes128gcm16-prfsha256-x25519",
     "aes256gcm16-prfsha384-ecp384",
@@ -149,7 +149,7 @@ def initiate(endpoint: socket.socket, offer: tuple[Proposal, ...]) -> Initiator:
 def test_charon_and_our_cryptography_agree(charon: Namespace, text: str) -> None:
     me = Identity.parse("moon@example.org")
     with charon.socket(socket.AF_INET, socket.SOCK_DGRAM) as endpoint:
-        endpoint.settimeout(ANSWER_SECONDS)
+        endpoint.settimeout(PATIENCE)
 
         # IKE_SA_INIT { SA, KE, Ni } -->  <-- { SA, KE, Nr, ... }
         peer = initiate(endpoint, parse_proposals(ProtocolId.IKE, text))
@@ -184,7 +184,7 @@ def test_charon_and_our_cryptography_agree(charon: Namespace, text: str) -> None
 def test_charon_tells_a_wrong_secret(charon: Namespace) -> None:
     me = Identity.parse("moon@example.org")
     with charon.socket(socket.AF_INET, socket.SOCK_DGRAM) as endpoint:
-        endpoint.settimeout(ANSWER_SECONDS)
+        endpoint.settimeout(PATIENCE)
         peer = initiate(endpoint, parse_proposals(ProtocolId.IKE, SUITES[0]))
         auth = shared_key_auth(peer.suite.prf, b"wrong", signed_octets(peer.suite.prf, peer.keys.pi, peer.request, peer.nonce_r, me))
         # IKE_AUTH { IDi, AUTH } -->  <-- { N(AUTHENTICATION_FAILED) }

@@ -267,7 +267,7 @@ async def test_sockets_outlive_the_key_manager(gateways: Gateways) -> None:
     assert [os.fstat(descriptor).st_ino for descriptor in first] == [os.fstat(descriptor).st_ino for descriptor in second]
     with socket.socket(fileno=second[1]) as ike, gateways.sites.b.gateway.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
         sender.sendto(bytes(4) + b"a message of IKE", (str(address), 4500))
-        ike.settimeout(5)
+        ike.settimeout(PATIENCE)
         assert ike.recv(100) == bytes(4) + b"a message of IKE"
     for descriptor in (*first, second[0]):
         os.close(descriptor)

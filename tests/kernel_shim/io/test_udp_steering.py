@@ -12,6 +12,7 @@ from ipaddress import ip_address
 
 import pytest
 from lab.namespaces import Lab, Namespace
+from lab.process import PATIENCE
 
 from kernel_shim.io.counters import Counters
 from kernel_shim.io.esp_sockets import UDP_GRO, UDP_SEGMENT, EspSocket
@@ -127,7 +128,7 @@ def test_sent_batches_arrive_as_datagrams_with_our_mark(opened: Opened) -> None:
     opened.bind(address)
     with opened.namespace.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver:
         receiver.bind(("127.0.0.1", 0))
-        receiver.settimeout(5)
+        receiver.settimeout(PATIENCE)
         remote = Endpoint(address, receiver.getsockname()[1])
         datagrams = [bytes([number]) * 100 for number in range(60)] + [b"short"]
         opened.esp(address).send(remote, memoryview(b"".join(datagrams)), 100)
@@ -160,7 +161,7 @@ def test_what_need_not_stay_whole_is_fragmented_and_nothing_else(opened: Opened,
     esp = opened.esp(address)
     receiver = opened.namespace.socket(socket.AF_INET if address.version == 4 else socket.AF_INET6, socket.SOCK_DGRAM)
     receiver.bind((text, 0))
-    receiver.settimeout(5)
+    receiver.settimeout(PATIENCE)
     target = Endpoint(address, receiver.getsockname()[1])
     large = memoryview(bytes(5000))
     esp.send(target, large, len(large))
