@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import pytest
 from lab.certs import KeyKind
 from lab.gateway import Gateway
 from lab.pairing import OURS, carries_a_little, carries_everything, pair
+from lab.process import wait_until
 from lab.relay import RelaySettings
-from lab.traffic import ping
+from lab.traffic import UdpStream, ping, udp_sink
 from lab.tunnel import CONNECTION, Credentials, Side, Tunnel
 
 pytestmark = [pytest.mark.pair, pytest.mark.timeout(180)]
@@ -66,6 +70,28 @@ def test_packets_that_do_not_fit() -> None:
         assert ping(near, target, size=1472, count=2, dont_fragment=True).received == 0
         assert "mtu" in near.run(["ip", "route", "get", str(target)]).stdout
         assert ping(near, target, size=1372, dont_fragment=True).lost == 0
+
+
+@pytest.mark.parametrize("offloads", [True, False])
+def test_what_comes_while_the_shim_has_no_processor_is_delivered(offloads: bool) -> None:
+    """More datagrams than a kernel takes in one write have come when it goes on."""
+    count = 500
+    with pair(OURS, OURS, Tunnel(), offloads=offloads) as link:
+        link.a.initiate()
+        assert link.ping().lost == 0
+        near, far, target = link.ends(Side.A)
+        assert isinstance(link.b, Gateway)
+        (shim,) = link.b.shim_pids()
+        before = link.a.child().packets_out
+        with udp_sink(far, target) as sink:
+            os.kill(shim, signal.SIGSTOP)
+            try:
+                UdpStream(near, [(target, sink.port)], count=count, rate=2000.0).wait()
+                wait_until(lambda: link.a.child().packets_out - before == count, "all of them are on the wire")
+            finally:
+                os.kill(shim, signal.SIGCONT)
+            received = sink.expect(count)
+            assert (received.received, received.duplicates, received.reordered) == (count, 0, 0)
 
 
 def test_nothing_is_left_behind() -> None:
