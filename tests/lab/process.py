@@ -13,6 +13,8 @@ from lab.forks import ForkedChild, ForkServer
 
 T = TypeVar("T")
 
+LONGEST_PAUSE: Final = 0.1  # seconds after a probe that took long: the rest of the time is for what is awaited
+
 PATIENCE: Final = 30.0  # seconds for what should take one: beyond it nothing comes any more, however busy the machine
 STOP_SECONDS = PATIENCE  # an orderly stop deletes its SAs first; what takes longer hangs
 
@@ -25,12 +27,14 @@ def wait_until(probe: Callable[[], T | None], what: str, timeout: float = PATIEN
     """The first true value of `probe`. For states that no event tells of; LabError naming `what` after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while True:
+        begin = time.monotonic()
         value = probe()
         if value:
             return value
-        if time.monotonic() > deadline:
+        now = time.monotonic()
+        if now > deadline:
             raise LabError(f"waited {timeout:g} s in vain: {what}")
-        time.sleep(interval)
+        time.sleep(max(interval, min(now - begin, LONGEST_PAUSE)))
 
 
 # What one of them serves, the first first, is not started anew but forked.
