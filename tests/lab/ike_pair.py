@@ -234,6 +234,8 @@ class Peer:
                         self.give_spis(now)
                 case InstallSa(child_id, association):
                     assert sa is not None
+                    if not sa.holds(child_id):
+                        continue
                     if self.refuse_install(association):
                         self.run(sa, sa.install_failed(child_id, association.direction, now), now)
                         return

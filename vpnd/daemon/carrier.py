@@ -97,6 +97,17 @@ class Carrier:
         """Carry out one step, after the steps of this IKE SA that are still under way."""
         if effects:
             entry.steps.append(deque(effects))
+        self._relate(entry, effects)
+        if entry.task is None and not entry.advancing and entry.awaits is None:
+            entry.advancing = True
+            try:
+                self._advance(entry)
+            finally:
+                entry.advancing = False
+        self.advanced(entry)
+
+    def _relate(self, entry: Entry, effects: Sequence[Effect]) -> None:
+        """What is of other IKE SAs happens before any of the step is carried out."""
         for effect in effects:
             if isinstance(effect, IkeOpened):
                 self._open(effect.sa)
@@ -105,13 +116,6 @@ class Carrier:
             elif isinstance(effect, Stirred):
                 other = self._required(effect.sa)
                 self.run(other, other.sa.stirred(asyncio.get_running_loop().time()))
-        if entry.task is None and not entry.advancing and entry.awaits is None:
-            entry.advancing = True
-            try:
-                self._advance(entry)
-            finally:
-                entry.advancing = False
-        self.advanced(entry)
 
     def _advance(self, entry: Entry) -> None:
         while entry.steps:
@@ -165,6 +169,7 @@ class Carrier:
         if answer:
             # what follows from the answer belongs before later steps, after the rest of this one
             entry.steps.insert(1, deque(answer))
+            self._relate(entry, answer)
         entry.task = None
         self.run(entry, ())
         if entry.heir is not None:
@@ -181,6 +186,8 @@ class Carrier:
                 except KERNEL_ERRORS as error:
                     self._news.say(f"kernel gave no SPI: {error}", entry, group="KNL", warning=True)
                 answer = entry.sa.spi_allocated(token, spi, asyncio.get_running_loop().time())
+            case InstallSa(child_id) if not entry.sa.holds(child_id):
+                pass  # it ended while its steps waited for the kernel
             case InstallSa(child_id, sa):
                 try:
                     await self._install(entry, child_id, sa)
@@ -272,7 +279,7 @@ class Carrier:
             case IkeClosed():
                 self._closed(entry, effect)
             case IkeOpened() | IkeHandedOver() | Stirred():
-                pass  # at once, in `run`
+                pass  # at once, in `_relate`
             case Redirected(gateway):
                 self.redirected(entry.current, gateway)
             case IkeMoved(local, remote):

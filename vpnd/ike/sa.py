@@ -309,6 +309,10 @@ class IkeSa(Lifecycle):
 
     # Status
 
+    def holds(self, child_id: int) -> bool:
+        """Whether that CHILD_SA stands, of this IKE SA or of what it was rekeyed to."""
+        return child_id in self.children or (self.heir is not None and self.heir.holds(child_id))
+
     def asks_for(self, name: str) -> bool:
         """Whether a CHILD_SA of that configuration that we asked for, or are to ask for, is neither up nor refused."""
         return any(task is not None and task.child is not None and task.child.child.name == name for task in (self.active, *self.queue, *self.postponed))

@@ -189,3 +189,17 @@ def test_other_packets_wait_for_nothing(at_a: ChildConfig, at_b: ChildConfig) ->
         peer.connections[0] = replace(peer.connections[0], children={"net": config})
     answer_is_on_its_way(pair, look=lambda pair: None)
     assert len(outbound(pair.b)) == 2
+
+
+def test_an_ike_sa_ends_whatever_the_kernel_says_to_what_ends_with_it() -> None:
+    pair = connected()
+    pair.a.run(pair.a.sa, pair.a.sa.create_child(pair.a.connections[0].children["net"], pair.now), pair.now)
+    # CREATE_CHILD_SA -->  <-- CREATE_CHILD_SA; INFORMATIONAL { D } -->, before what `b` asks
+    pair.step()
+    pair.step()
+    pair.a.run(pair.a.sa, pair.a.sa.delete(pair.now), pair.now)
+    pair.b.refuse_install = lambda sa: True
+    pair.deliver(pair.flight.pop())
+    assert pair.b.closed is Reason.PEER_DELETED
+    assert not pair.b.sad
+    assert not pair.b.larval
