@@ -60,6 +60,8 @@ class Child:
 class Children(Mapping[int, Child]):
     """The CHILD_SAs of an IKE SA by id, in the order in which they came. There may be thousands: whatever else names one finds it without a search."""
 
+    __slots__ = ("_by_id", "_by_place", "_by_spi_out")
+
     def __init__(self) -> None:
         self._by_id: dict[int, Child] = {}
         self._by_place: dict[int, tuple[Child, ...]] = {}
@@ -68,7 +70,7 @@ class Children(Mapping[int, Child]):
     def add(self, child: Child) -> None:
         self._by_id[child.sa.id] = child
         self._by_place[child.place] = (*self._by_place.get(child.place, ()), child)
-        self._by_spi_out[child.sa.outbound.spi] = child
+        self._by_spi_out.setdefault(child.sa.outbound.spi, child)  # no kernel takes a second one of that SPI
 
     def remove(self, child_id: int) -> Child | None:
         """The one that was there."""

@@ -6,7 +6,8 @@ deletes it, who made the other one deletes what both replace. Everything stays i
 - What we made sends at once, for the peer has its SA in before it answers. What the peer made sends once nothing else of the place does:
   by deleting what it replaced the peer says that it has its SA in.
 - Twins (`vpnd.ike.twins`) are no rekeying: the peer reauthenticates, or both sides made one at once. What the peer made waits for its word beside a twin
-  that sends, for our answer and its SA in come after packets that leave with the answer; so the peer is asked at once, and may delete the twin before.
+  that sends the same way, for our answer and its SA in come after packets that leave with the answer; so the peer is asked at once, and may delete the
+  twin before.
 - REKEYED is what the peer is to delete. It is not rekeyed. If it was replaced it may send; if it is redundant never, for the peer may not even have it in.
 """
 
@@ -118,7 +119,8 @@ def enter(session: Session, child: Child) -> None:
     session.children.add(child)
     session.context.twins.enter(session, child)
     child.taken = child.initiator
-    child.sends = child.initiator or not (any(other.sends for other in place(session, child)) or session.has_twin(child))
+    carried = any(other.sends for other in place(session, child)) or session.context.twins.carries(session.local_id, session.remote_id, child.sa)
+    child.sends = child.initiator or not carried
     child.waited = not child.sends
     soft = child.sa.outbound.soft.seconds
     session.later.set(child.sa.id, child.installed_at + soft if soft and child.state is not ChildSaState.REKEYED else None)

@@ -13,6 +13,7 @@ from vpnd.config.model import ChildConfig
 from vpnd.ike.effects import ChildClosed, Reason
 from vpnd.ike.sa import IkeSa
 from vpnd.ike.state import Child
+from vpnd.ike.twins import LOOKED_AT
 
 NET = child("net", "10.1.0.0/16", "10.2.0.0/16")
 
@@ -203,3 +204,30 @@ def test_an_ike_sa_ends_whatever_the_kernel_says_to_what_ends_with_it() -> None:
     assert pair.b.closed is Reason.PEER_DELETED
     assert not pair.b.sad
     assert not pair.b.larval
+
+
+def test_from_another_address_there_is_nothing_to_wait_for() -> None:
+    # policies lead to the addresses of the youngest, and there the older one does not send
+    pair = connected()
+    pair.a.address = "192.0.2.7"
+    new = answer_is_on_its_way(pair, look=lambda pair: None)
+    assert new_child(pair.b).sa.outbound.spi in outbound(pair.b)
+    assert str(new.local.address) == "192.0.2.7"
+
+
+def test_of_a_peer_that_makes_ever_more_of_the_same_some_are_looked_at() -> None:
+    pair = connected()
+    many = LOOKED_AT + 4
+    for _ in range(many - 1):
+        pair.a.run(pair.a.sa, pair.a.sa.create_child(pair.a.connections[0].children["net"], pair.now), pair.now)
+    pair.settle()
+    agree(pair, many)
+    for peer in pair.peers:
+        assert len(peer.twins) == many
+        one = next(iter(peer.sa.children.values()))
+        assert len(list(peer.twins.of(peer.sa.local_id, peer.sa.remote_id, one.sa))) == LOOKED_AT
+    pair.a.run(pair.a.sa, pair.a.sa.delete(pair.now), pair.now)
+    pair.settle()
+    for peer in pair.peers:
+        assert peer.closed in (Reason.DELETED, Reason.PEER_DELETED)
+        assert len(peer.twins) == 0
