@@ -189,7 +189,8 @@ def _elect(session: Session, going: Child) -> None:
     twins = [standing for standing in session.context.twins.of(session.local_id, session.remote_id, going.sa) if stays(*standing)]
     waiting = [(of, twin) for of, twin in twins if waits_for_peer(of, twin)]
     if waiting and not any(twin.sends for _, twin in twins):
-        of, twin = max(waiting, key=lambda standing: (standing[1].taken, standing[1].installed_at, standing[1].sa.id))
+        # our answer that made the oldest left first, so the peer has that one if it has any
+        of, twin = min(waiting, key=lambda standing: (not standing[1].taken, standing[1].installed_at, standing[1].sa.id))
         _send_by(of, twin)
         if of is not session:
             session.emit(Stirred(of))
