@@ -12,6 +12,7 @@ from vpnd_nodes import A, B, Network, Node, config, mirrored, until
 from kernel_shim.model import IPAddress
 from vpnd.daemon import endpoints
 from vpnd.daemon.stranded import GRACE
+from vpnd.ike.context import Retransmission
 
 pytestmark = pytest.mark.virtual_time
 
@@ -37,11 +38,11 @@ class Addresses:
 class Roaming:
     """A client, reachable at whichever address its host has, and its gateway."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, local: str = "%any", mobike: tuple[str, str] = ("no", "yes")) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, local: str = "%any", mobike: tuple[str, str] = ("no", "yes"), extra: str = "") -> None:
         self.network, self.host, self.far = Network(), Addresses(A), Addresses(B)
         monkeypatch.setattr(endpoints, "source_towards", lambda remote, mark: self.host.own)
-        text = config("a", connection=f"mobike = {mobike[0]}").replace(f"local_addrs = {A}", f"local_addrs = {local}")
-        self.client = Node(self.network, text, A, host=self.host)
+        text = config("a", connection=f"mobike = {mobike[0]}\n{extra}").replace(f"local_addrs = {A}", f"local_addrs = {local}")
+        self.client = Node(self.network, text, A, host=self.host, retransmission=Retransmission())
         there = config("b", connection=f"mobike = {mobike[1]}").replace(f"remote_addrs = {A}", "remote_addrs = %any")
         self.gateway = Node(self.network, there, B, host=self.far)
 
@@ -117,3 +118,36 @@ async def test_who_was_asked_leaves_it_to_the_other_side(monkeypatch: pytest.Mon
     await asyncio.sleep(2 * GRACE)
     assert roaming.spi == before
     assert mirrored(roaming.client, roaming.gateway)
+
+
+@pytest.mark.parametrize("what", ["child", "ike"])
+async def test_who_is_about_to_ask_asks_from_the_address_that_is_there(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    roaming = Roaming(monkeypatch, mobike=("yes", "yes"), extra="childless = allow")
+    await roaming.gateway.start()
+    await roaming.client.start()
+    roaming.network.cut = True
+
+    async def wanted() -> None:
+        async for _line in roaming.client.operations.initiate(child="net" if what == "child" else None, ike="site", timeout=4 * GRACE):
+            pass
+
+    asking = asyncio.create_task(wanted())
+    await until(lambda: roaming.network.sent)
+    roaming.network.cut = False
+    roaming.moves_to(NEW)
+    await asking
+    (entry,) = roaming.client.manager.entries()
+    assert entry.sa.local.address == NEW
+    assert any("our address is gone" in line for line in roaming.client.lines)
+
+
+async def test_what_is_wanted_of_it_meanwhile_is_asked_for_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    roaming = Roaming(monkeypatch, extra="childless = allow")
+    await roaming.gateway.start()
+    await roaming.client.start()
+    async for _line in roaming.client.operations.initiate(child=None, ike="site", timeout=GRACE):
+        pass
+    roaming.moves_to(NEW)
+    before = roaming.spi
+    await roaming.client.up()
+    await until(lambda: roaming.made_anew(before))

@@ -158,7 +158,7 @@ class Demands:
             self._background.start(self._pursue(key, demand, delay))
             return
         # no ticket is tried twice, so what comes after a failed resumption is a full exchange
-        elsewhere = reason in (Reason.REDIRECTED, Reason.RESUMPTION_FAILED) or self._stands_elsewhere(demand, reason)
+        elsewhere = reason in (Reason.REDIRECTED, Reason.RESUMPTION_FAILED, Reason.ADDRESS_GONE) or self._stands_elsewhere(demand, reason)
         if elsewhere and config is not None and not self._stopping:
             demand.entry = None
             self._background.start(self._pursue(key, demand))

@@ -47,7 +47,7 @@ class IkeDemands:
             closed = await self._attempt(connection)
             if closed is None:
                 return
-            if closed.reason is not Reason.REDIRECTED:
+            if closed.reason not in (Reason.REDIRECTED, Reason.ADDRESS_GONE):
                 raise ControlError(f"IKE_SA {connection.name}: {closed.reason.value}{f' ({closed.detail})' if closed.detail else ''}")
 
     async def _attempt(self, connection: ConnectionConfig) -> IkeClosed | None:

@@ -1,4 +1,4 @@
-"""IKE SAs whose own address is gone and which cannot move, for one side knows no MOBIKE: they are made anew from the address that is there now."""
+"""IKE SAs whose own address is gone and which cannot move, for one side knows no MOBIKE or has not answered yet: they are made anew from the address that is there now."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Final
 from vpnd.daemon.entry import Entry
 from vpnd.daemon.manager import Manager
 from vpnd.ike.effects import Reason
-from vpnd.ike.sa import IkeSaState
 from vpnd.peers import fixed_address
 
 GRACE: Final = 2.0  # s, within which an address may come back, as where somebody renews it
@@ -31,7 +30,7 @@ class Stranded:
     def _is_stranded(self, entry: Entry) -> bool:
         """Only who asked first can ask again, and where the configuration names the address, that has to come back."""
         sa = entry.sa
-        if sa.mobike or not sa.original_initiator or sa.closed or sa.state not in (IkeSaState.ESTABLISHED, IkeSaState.REKEYING):
+        if sa.mobike or not sa.original_initiator or not entry.usable:
             return False
         address = sa.local.address
         if address in self._manager.addresses() or address in map(fixed_address, sa.connection.local_addrs):
