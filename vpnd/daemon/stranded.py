@@ -1,4 +1,4 @@
-"""IKE SAs whose own address is gone and which cannot move, for one side knows no MOBIKE or has not answered yet: they are made anew from the address that is there now."""
+"""IKE SAs whose own address is gone and which cannot move, for without MOBIKE, or before the peer answers, none does: they are made anew from another one."""
 
 from __future__ import annotations
 
