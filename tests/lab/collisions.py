@@ -77,12 +77,19 @@ def deliver(pair: Pair, sender: str) -> str:
 
 
 def invariants(pair: Pair, *, lossless: bool = True) -> None:
-    """At any moment: no kernel has an SA that its key manager does not know, and, `lossless`, each side sends, and the other one can receive it."""
+    """At any moment: the SAs out of a kernel are those that its key manager sends by, it has none that the key manager does not know, nothing waits unsaid.
+
+    `lossless`: each side sends, and the other one can receive it.
+    """
     for peer, other in (pair.peers, pair.peers[::-1]):
         outbound = [sa for sa in peer.sad.values() if sa.direction is Direction.OUT]
         if lossless:
             assert outbound, f"{peer.name} cannot send"
             assert outbound[-1].spi in {sa.spi for sa in other.sad.values() if sa.direction is Direction.IN}, f"{peer.name} sends what {other.name} cannot open"
+        children = [one for ike in peer.standing for one in ike.children.values()]
+        assert {sa.id for sa in outbound} == {one.sa.outbound.id for one in children if one.sends}
+        assert len(peer.twins) == len(children)
+        assert not any(ike.effects for ike in peer.sas.values())
         known = {sa_id for ike in peer.standing for one in ike.children.values() for sa_id in (one.sa.inbound.id, one.sa.outbound.id)}
         assert set(peer.sad) <= known | set(peer.lingering)
 

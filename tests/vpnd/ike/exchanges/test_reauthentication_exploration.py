@@ -55,9 +55,6 @@ ACTS: dict[str, Act] = {"n": make_anew, "o": delete_old, "r": rekey_child, "i": 
 
 def known(pair: Pair) -> None:
     invariants(pair, lossless=False)
-    for peer in pair.peers:
-        children = [one for sa in peer.standing for one in sa.children.values()]
-        assert len(peer.twins) == len(children)
 
 
 def lossless(pair: Pair) -> None:
