@@ -9,11 +9,13 @@ import pytest
 from vpnd_nodes import Network, Node, mirrored, pair, until
 
 from kernel_shim.model import Direction, Endpoint, KernelError, SecurityAssociation
+from vpnd.daemon import crossings
+from vpnd.daemon.duplicates import SETTLE
 from vpnd.daemon.entry import Entry
 from vpnd.ike.context import Retransmission
 from vpnd.ike.effects import Reason
 from vpnd.ike.iana import Exchange
-from vpnd.ike.state import Child
+from vpnd.ike.state import Child, IkeSaState
 
 pytestmark = pytest.mark.virtual_time
 
@@ -84,3 +86,18 @@ async def test_the_old_one_ends_while_the_kernel_thinks_of_the_new_sa_in(refuses
     assert b.spis(Direction.OUT) == known
     if not refuses:
         assert len(known) == 1
+
+
+async def test_what_the_peer_may_not_have_yet_replaces_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """We made the old IKE SA; the peer, which makes another one, misses our answer."""
+    a, b, network = await pair(retransmission=Retransmission())
+    await b.up()
+    await until(lambda: mirrored(a, b))
+    monkeypatch.setattr(crossings, "_lower", lambda one, other, *, ours: one.at < other.at)  # the old one is to go
+    with monkeypatch.context() as loss:
+        deaf_to(network, loss, next(address for address, node in network.nodes.items() if node is a))
+        old, _ = await old_and_new(a, b)
+        await asyncio.sleep(5 * SETTLE)
+        assert old.sa.state is IkeSaState.ESTABLISHED
+        assert b.spis(Direction.OUT) == {child_of(old).sa.outbound.spi}
+    await until(lambda: len(list(b.manager.entries())) == len(list(a.manager.entries())) == 1 and mirrored(a, b))

@@ -77,16 +77,17 @@ def superfluous_ike(ike: IkeSa, others: Iterable[IkeSa]) -> IkeSa | None:
     return None
 
 
-def gives_way(ike: IkeSa, other: IkeSa) -> bool:
+def gives_way(ike: IkeSa, other: IkeSa, *, surely: bool = False) -> bool:
     """Whether of two IKE SAs that crossed `ike` is to go, and ours to delete: the other one has all that it has.
 
     One that has CHILD_SAs stays beside one that has none; else that with the higher SPI of the initiator stays.
+    `surely`: what the peer may not have yet, for our answer is perhaps lost, does not count.
     """
     if other is ike or not ike.original_initiator or ike.asks_for_children or not (_stands(ike) and _stands(other)):
         return False
     if ike.origin is None or other.origin is None or ike.connection.name != other.connection.name or abs(other.origin.at - ike.origin.at) > CROSSING:
         return False
-    has, others = _served(ike), _served(other)
+    has, others = _served(ike), _served(other, surely=surely)
     if bool(has) is not bool(others):
         return not has
     return has <= others and _lower(ike.origin, other.origin, ours=other.original_initiator)
@@ -96,8 +97,8 @@ def _stands(ike: IkeSa) -> bool:
     return not ike.closed and ike.heir is None and ike.state in (IkeSaState.ESTABLISHED, IkeSaState.REKEYING)
 
 
-def _served(ike: IkeSa) -> set[Hashable]:
-    return {packets(child.sa) for child in ike.children.values() if child.state is not ChildSaState.DELETING}
+def _served(ike: IkeSa, *, surely: bool = False) -> set[Hashable]:
+    return {packets(child.sa) for child in ike.children.values() if child.state is not ChildSaState.DELETING and (child.taken or not surely)}
 
 
 def _lower(one: Origin, other: Origin, *, ours: bool) -> bool:

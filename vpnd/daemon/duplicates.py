@@ -99,5 +99,11 @@ class Duplicates:
         company = self._company(entry)
         if entry.leaving or any(peer.sa.state is IkeSaState.DELETING for peer in company):
             return
-        if any(gives_way(entry.sa, peer.sa) for peer in company):
-            self._manager.run(entry, entry.sa.delete(asyncio.get_running_loop().time(), Reason.REPLACED))
+        loop = asyncio.get_running_loop()
+        better = [peer for peer in company if gives_way(entry.sa, peer.sa)]
+        if any(gives_way(entry.sa, peer.sa, surely=True) for peer in better):
+            self._manager.run(entry, entry.sa.delete(loop.time(), Reason.REPLACED))
+        elif better:
+            for peer in better:
+                self._manager.run(peer, peer.sa.confirm(loop.time()))
+            loop.call_later(SETTLE, self._drop_ike, entry)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 from vpnd.ike.effects import IkeHandedOver, Stirred
 from vpnd.ike.state import Children, IkeSaState
-from vpnd.ike.steps import Task
+from vpnd.ike.steps import CONFIRM, Task
 from vpnd.schedule import Deadlines
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ S = TypeVar("S", bound="Session")
 
 OF_ONE_IKE_SA: Final = frozenset({"IKE_DPD", "IKE_REKEY", "IKE_DELETE"})  # exchanges that are not handed over
 # that, if they are under way then, begin anew on the heir: it has what they are for
-BEGUN_ANEW: Final = frozenset({"IKE_MOBIKE", "IKE_ROUTE_CHECK", "CHILD_CONFIRM"})
+BEGUN_ANEW: Final = frozenset({"IKE_MOBIKE", "IKE_ROUTE_CHECK", CONFIRM})
 
 
 def successor(session: S, *, initiator: bool) -> S:

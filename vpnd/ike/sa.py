@@ -41,7 +41,7 @@ from vpnd.ike.iana import Exchange
 from vpnd.ike.lifecycle import Lifecycle
 from vpnd.ike.session import Session
 from vpnd.ike.state import MAX_TASKS, Child, ChildSaState, IkeSaState
-from vpnd.ike.steps import Steps, Task
+from vpnd.ike.steps import CONFIRM, Steps, Task
 from vpnd.ike.wire.errors import MalformedMessage
 from vpnd.ike.wire.message import decode_message
 
@@ -203,6 +203,13 @@ class IkeSa(Lifecycle):
         """Close without another word to the peer, children included."""
         self.now = now
         self.close(reason, self.describe())
+        return self._done()
+
+    def confirm(self, now: float) -> list[Effect]:
+        """Hear that the peer has what it asked us for: all of its CHILD_SAs are `taken` then."""
+        self.now = now
+        if self.state is IkeSaState.ESTABLISHED and not any(task is not None and task.name == CONFIRM for task in (self.active, *self.queue)):
+            self._enqueue(informational.confirm())
         return self._done()
 
     def probe(self, now: float) -> list[Effect]:

@@ -68,6 +68,9 @@ class Rival:
     ike: Session | None = None
 
 
+CONFIRM: Final = "CHILD_CONFIRM"  # asks whether the peer has our answer, which made a CHILD_SA
+
+
 @dataclass(slots=True, eq=False)
 class Task:
     """An exchange of ours; `begin` starts it on the IKE SA that is current then.

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
 from vpnd.ike.effects import ChildClosed, ChildEstablished, InstallSa, Reason, RemoveSa, Stirred
-from vpnd.ike.state import Child, ChildSaState
+from vpnd.ike.state import Child, ChildSaState, IkeSaState
 from vpnd.ike.steps import Rival
 from vpnd.ike.twins import stays
 
@@ -177,7 +177,10 @@ def revise(session: Session, of_place: Child) -> None:
 
 
 def _elect(session: Session, going: Child) -> None:
-    """Somebody of the place has to send; if nobody of it is left, a twin."""
+    """Somebody of the place has to send; if nobody of it is left, or all of it goes with the IKE SA, a twin."""
+    whole = session.closed or session.state is IkeSaState.DELETING
+    if whole and _elect_twin(session, going):
+        return
     others = [] if session.closed else list(place(session, going))
     if any(other.sends for other in others):
         return
@@ -185,15 +188,24 @@ def _elect(session: Session, going: Child) -> None:
     best = max(able, key=lambda other: (other.taken, other.generation, other.lowest), default=None)
     if best is not None:
         _send_by(session, best)
-        return
+    elif not whole:
+        _elect_twin(session, going)
+
+
+def _elect_twin(session: Session, going: Child) -> bool:
+    """Whether one sends now."""
     twins = [standing for standing in session.context.twins.of(session.local_id, session.remote_id, going.sa) if stays(*standing)]
+    if any(twin.sends for _, twin in twins):
+        return True
     waiting = [(of, twin) for of, twin in twins if waits_for_peer(of, twin)]
-    if waiting and not any(twin.sends for _, twin in twins):
-        # our answer that made the oldest left first, so the peer has that one if it has any
-        of, twin = min(waiting, key=lambda standing: (not standing[1].taken, standing[1].installed_at, standing[1].sa.id))
-        _send_by(of, twin)
-        if of is not session:
-            session.emit(Stirred(of))
+    if not waiting:
+        return False
+    # our answer that made the oldest left first, so the peer has that one if it has any
+    of, twin = min(waiting, key=lambda standing: (not standing[1].taken, standing[1].installed_at, standing[1].sa.id))
+    _send_by(of, twin)
+    if of is not session:
+        session.emit(Stirred(of))
+    return True
 
 
 def _send_by(session: Session, child: Child) -> None:

@@ -12,7 +12,7 @@ from vpnd.ike.exchanges import crash_detection, ike_session_resume, mobike, redi
 from vpnd.ike.iana import Exchange, NotifyType, ProtocolId
 from vpnd.ike.session import MAX_EARLY_DELETES, Session
 from vpnd.ike.state import MAX_TASKS, Child, ChildSaState, IkeSaState
-from vpnd.ike.steps import Ask, Response, Steps, Task, ask
+from vpnd.ike.steps import CONFIRM, Ask, Response, Steps, Task, ask
 from vpnd.ike.wire.message import Message
 from vpnd.ike.wire.payloads import DeletePayload, Payload
 
@@ -28,19 +28,21 @@ def probe(session: Session, _task: Task) -> Steps[None]:
     mobike.notice_mapping(session, response)
 
 
-def confirm(child_id: int) -> Task:
-    """Hear that the peer has our answer, which made that CHILD_SA."""
+def confirm(child_id: int = 0) -> Task:
+    """Hear that the peer has our answer, which made that CHILD_SA; 0: those which made any."""
 
     def steps(session: Session, task: Task) -> Steps[None]:
-        child = session.children.get(task.target)
-        if child is None or not succession.waits_for_peer(session, child):
-            return
-        yield from probe(session, task)
-        child = session.children.get(task.target)
-        if child is not None:
-            succession.taken(session, child)
+        children = session.children
+        ids = [task.target] if task.target in children else [] if task.target else [child.sa.id for child in children.values() if not child.taken]
+        asked = [number for number in ids if not children[number].taken or succession.waits_for_peer(session, children[number])]
+        if asked:
+            yield from probe(session, task)
+        for number in asked:
+            child = session.children.get(number)
+            if child is not None:
+                succession.taken(session, child)
 
-    return Task("CHILD_CONFIRM", steps, target=child_id)
+    return Task(CONFIRM, steps, target=child_id)
 
 
 def delete_child(spi: Spi, child_id: int, reason: Reason) -> Task:
@@ -104,10 +106,12 @@ def respond(session: Session, request: Message) -> Steps[Response]:
         if theirs is not None and session.heir is None:
             handover.hand_over(session, theirs)
             rekey_ike.introduce(theirs)
+        reason = Reason.REKEYED if session.heir or session.state is IkeSaState.REKEYED else Reason.PEER_DELETED
+        session.state = IkeSaState.DELETING
         # with our answer the peer forgets its SAs in: what has a twin goes by that before
         for child in list(session.children.values()):
             succession.cease(session, child)
-        return Response(close=IkeClosed(Reason.REKEYED if session.heir or session.state is IkeSaState.REKEYED else Reason.PEER_DELETED, session.describe()))
+        return Response(close=IkeClosed(reason, session.describe()))
     answer = list(_delete(session, (spi for payload in deletes if payload.protocol == ProtocolId.ESP for spi in payload.spis)))
     payloads: tuple[Payload, ...] = (DeletePayload(ProtocolId.ESP, tuple(answer)),) if answer else ()
     # RFC 7296 section 1.4: what is not known is ignored, and the answer may be empty

@@ -132,6 +132,28 @@ def test_the_old_one_goes_at_our_side(end: str) -> None:
     what_is_sent_arrives(pair)
 
 
+@pytest.mark.parametrize("deletes", ["a", "b"])
+def test_the_old_ike_sa_goes_in_the_midst_of_a_rekeying(deletes: str) -> None:
+    """The peer has not our answer, but will; what replaces the old CHILD_SA goes with it, and is not let send."""
+    pair = connected()
+    at_a, at_b = pair.a.standing[0], pair.b.standing[0]
+    answer_is_on_its_way(pair)
+    late = pair.take()
+    pair.a.run(at_a, at_a.rekey_child(min(at_a.children), pair.now), pair.now)
+    # CREATE_CHILD_SA { N(REKEY_SA), ... } -->  <-- CREATE_CHILD_SA { ... }
+    pair.step()
+    assert len(at_b.children) == 2
+    if deletes == "b":
+        pair.b.run(at_b, at_b.delete(pair.now, Reason.REPLACED), pair.now)
+    else:
+        pair.step()
+        pair.a.run(at_a, at_a.delete(pair.now, Reason.REPLACED), pair.now)
+        pair.deliver(late)
+        while at_b in pair.b.standing:
+            pair.step() if pair.flight else pair.tick()
+    assert outbound(pair.b) == {new_child(pair.b).sa.outbound.spi}
+
+
 def test_the_new_one_goes_before_it_ever_sent() -> None:
     pair = connected()
     (before,) = outbound(pair.b)
