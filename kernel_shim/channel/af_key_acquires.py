@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Final
 
-from kernel_shim.channel.larval import MAX_ACQUIRES, remove_larval
+from kernel_shim.channel.larval import MAX_ACQUIRES, Removal
 from kernel_shim.channel.look import Look
 from kernel_shim.channel.pfkey_link import PfKeyLink
 from kernel_shim.channel.standing import StandingPolicies
@@ -56,6 +56,7 @@ class AfKeyAcquires:
         self._larval: dict[_Ends, _Standing] = {}
         self._to: dict[tuple[IPAddress, ReqId], set[_Ends]] = {}  # those of `_larval` by all that an EXPIRE tells
         self._next_found = FIRST_FOUND
+        self._removal = Removal()
         self._look = Look(self.read, "af-key-acquires")
         self._reading = 0  # dumps under way
         self._ended: set[_Ends] = set()  # meanwhile: the dumps may show them still
@@ -101,7 +102,7 @@ class AfKeyAcquires:
             with suppress(KernelError):  # it is gone
                 await self._link.ask(MessageType.DELETE, sa_id_extensions(SaId(destination, spi)))
 
-        await remove_larval(claim, delete)
+        await self._removal.remove((source, destination, mode, reqid), claim, delete)
 
     # Looking
 

@@ -6,7 +6,7 @@ import errno
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 
-from kernel_shim.channel.larval import MAX_ACQUIRES, remove_larval
+from kernel_shim.channel.larval import MAX_ACQUIRES, Removal
 from kernel_shim.channel.look import Look
 from kernel_shim.channel.netlink import NetlinkSocket
 from kernel_shim.channel.standing import StandingPolicies
@@ -33,6 +33,7 @@ class XfrmAcquires:
         self._heard = heard
         self._counters = counters
         self._known: OrderedDict[AcquireSequence, Acquire] = OrderedDict()
+        self._removal = Removal()
         self._look = Look(self.read, "xfrm-acquires")
         self._reading = 0  # dumps under way
         self._ended: set[AcquireSequence] = set()  # meanwhile: the dumps may show them still
@@ -73,7 +74,8 @@ class XfrmAcquires:
                 if error.errno != errno.ESRCH:
                     raise
 
-        await remove_larval(claim, delete)
+        ends = larval.source, larval.destination, larval.mode, larval.reqid, larval.mark, larval.if_id
+        await self._removal.remove(ends, claim, delete)
 
     # Looking
 
