@@ -57,6 +57,7 @@ class AfKeyAcquires:
         self._to: dict[tuple[IPAddress, ReqId], set[_Ends]] = {}  # those of `_larval` by all that an EXPIRE tells
         self._next_found = FIRST_FOUND
         self._removal = Removal()
+        self._unfinished: dict[AcquireSequence, _Ends] = {}  # failed, and to be asked again
         self._look = Look(self.read, "af-key-acquires")
         self._reading = 0  # dumps under way
         self._ended: set[_Ends] = set()  # meanwhile: the dumps may show them still
@@ -83,12 +84,18 @@ class AfKeyAcquires:
 
     async def failed(self, sequence: AcquireSequence) -> None:
         """KernelError or TimeoutError when the larval SA may stand still: this is to be asked again."""
-        event = self._known.get(sequence)
-        if event is None or event.source is None or event.destination is None:
+        event, ends = self._known.get(sequence), self._unfinished.pop(sequence, None)
+        if ends is None and event is not None and event.source is not None and event.destination is not None:
+            ends = event.source, event.destination, event.mode, event.reqid
+        if ends is None:
             return
-        await self.drop(event.source, event.destination, event.mode, event.reqid)
+        try:
+            await self.drop(*ends)
+        except BaseException:
+            self._unfinished[sequence] = ends  # whatever else is heard of that ACQUIRE
+            raise
         self._known.pop(sequence, None)
-        self._forget((event.source, event.destination, event.mode, event.reqid))
+        self._forget(ends)
 
     async def drop(self, source: IPAddress, destination: IPAddress, mode: Mode, reqid: ReqId) -> None:
         """GETSPI claims the larval SA of these ends and reqid (xfrm_find_acq). Errors as of `failed`."""

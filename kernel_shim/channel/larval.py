@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import secrets
 from collections.abc import Awaitable, Callable, Hashable
+from dataclasses import dataclass, field
 from typing import Final
 
 from kernel_shim.model import KernelError, Spi
@@ -13,14 +15,23 @@ MAX_ACQUIRES: Final = 65536  # remembered, so that their larval SAs can be remov
 TRIES: Final = 5  # to remove a larval SA, each of which leaves another when its answer was lost
 
 
-class Removal:
-    """Removes larval SAs. What a removal left that was cut short, as its answers were lost, goes before the next one of the same ends.
+@dataclass(eq=False)
+class _Ends:
+    """`left`: SPIs of larval SAs that may stand."""
 
-    Nothing but its SPI leads to it, and while it stands the kernel asks for nothing of its flow.
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    left: set[Spi] = field(default_factory=set)
+    users: int = 0
+
+
+class Removal:
+    """Removes larval SAs, those of the same ends one after the other. What one left that was cut short, as its answers were lost, goes with the next.
+
+    Nothing but its SPI leads to it, or to one without SPI its ends; and while it stands the kernel asks for nothing of its flow.
     """
 
     def __init__(self) -> None:
-        self._left: dict[Hashable, set[Spi]] = {}  # SPIs of larval SAs that may stand, by their ends
+        self._of: dict[Hashable, _Ends] = {}
 
     async def remove(self, ends: Hashable, claim: Callable[[Spi], Awaitable[Spi]], delete: Callable[[Spi], Awaitable[None]]) -> None:
         """A larval SA can only be deleted by an SPI, so it is given one first: `claim` gives it that SPI, or tells the one that an earlier try gave it.
@@ -28,14 +39,17 @@ class Removal:
         Where it is gone `claim` makes another. When that is repeated the first of those has this SPI, a second stands without any, and it raises
         KernelError(ENOENT). What else `claim` and `delete` raise comes out; TimeoutError when one may stand still.
         """
-        left = self._left.setdefault(ends, set())
+        these = self._of.setdefault(ends, _Ends())
+        these.users += 1
         try:
-            for spi in sorted(left):
-                await _delete(spi, delete, left)
-            await _claim_and_delete(claim, delete, left)
+            async with these.lock:
+                for spi in sorted(these.left):
+                    await _delete(spi, delete, these.left)
+                await _claim_and_delete(claim, delete, these.left)
         finally:
-            if not left and self._left.get(ends) is left:
-                del self._left[ends]
+            these.users -= 1
+            if not these.users and not these.left:
+                del self._of[ends]
 
 
 async def _claim_and_delete(claim: Callable[[Spi], Awaitable[Spi]], delete: Callable[[Spi], Awaitable[None]], left: set[Spi]) -> None:

@@ -34,6 +34,7 @@ class XfrmAcquires:
         self._counters = counters
         self._known: OrderedDict[AcquireSequence, Acquire] = OrderedDict()
         self._removal = Removal()
+        self._unfinished: dict[AcquireSequence, Larval] = {}  # failed, and to be asked again
         self._look = Look(self.read, "xfrm-acquires")
         self._reading = 0  # dumps under way
         self._ended: set[AcquireSequence] = set()  # meanwhile: the dumps may show them still
@@ -53,12 +54,22 @@ class XfrmAcquires:
 
     async def failed(self, sequence: AcquireSequence) -> None:
         """KernelError or TimeoutError when the larval SA may stand still: this is to be asked again."""
+        larval = self._unfinished.pop(sequence, None) or self._larval_of(sequence)
+        if larval is None:
+            return
+        try:
+            await self.drop(larval)
+        except BaseException:
+            self._unfinished[sequence] = larval  # whatever else is heard of that ACQUIRE
+            raise
+        self.answered(sequence)
+
+    def _larval_of(self, sequence: AcquireSequence) -> Larval | None:
         event = self._known.get(sequence)
         if event is None or event.source is None or event.destination is None:
-            return
+            return None
         mark, if_id = (event.selector.mark, event.selector.if_id) if event.selector is not None else (NO_MARK, 0)
-        await self.drop(Larval(sequence, event.source, event.destination, event.mode, event.reqid, mark, if_id))
-        self.answered(sequence)
+        return Larval(sequence, event.source, event.destination, event.mode, event.reqid, mark, if_id)
 
     async def drop(self, larval: Larval) -> None:
         """Errors as of `failed`."""

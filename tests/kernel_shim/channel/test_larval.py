@@ -79,6 +79,23 @@ async def test_nothing_is_left_of_it(loss: float, numbered: bool) -> None:
         assert kernel.larval == [], seed
 
 
+@pytest.mark.parametrize("numbered", [True, False], ids=["xfrm", "af_key"])
+async def test_two_at_once_leave_nothing_either(numbered: bool) -> None:
+    """Each asks until it is told that it is done."""
+    for seed in range(200):
+        kernel = Kernel(random.Random(seed), 0.3, numbered=numbered)
+        removal = Removal()
+
+        async def until_done(kernel: Kernel = kernel, removal: Removal = removal) -> None:
+            for _ in range(1000):
+                with suppress(TimeoutError):
+                    await removal.remove(ENDS, kernel.claim, kernel.delete)
+                    return
+
+        await asyncio.gather(until_done(), until_done())
+        assert kernel.larval == [], seed
+
+
 async def test_what_the_kernel_refuses_comes_out() -> None:
     async def claim(spi: Spi) -> Spi:
         raise KernelError(errno.EPERM, "not for you")
