@@ -21,7 +21,7 @@ from vpnd.ike.iana import Exchange, NotifyType, ProtocolId
 from vpnd.ike.protection import Protection
 from vpnd.ike.session import Session
 from vpnd.ike.state import MAX_TASKS, IkeSaState
-from vpnd.ike.steps import Ask, IkeCrypto, KeepWaiting, Response, Steps, Task, Tell
+from vpnd.ike.steps import CONFIRM, Ask, IkeCrypto, KeepWaiting, Response, Steps, Task, Tell
 from vpnd.ike.window import Inbox, Outstanding, Serving
 from vpnd.ike.wire.errors import IntegrityFailure, MalformedMessage
 from vpnd.ike.wire.header import Header
@@ -94,7 +94,7 @@ class Transport(Protection):
             return False
         # RFC 7296 section 2.25.2: while the peer makes a CHILD_SA, the IKE SA is not rekeyed; while it rekeys the IKE SA, nothing is made on it
         if any(followup.of_ike for followup in self.followups.values()):
-            return self.queue[0].name in ("IKE_DELETE", "IKE_DPD", "CHILD_CONFIRM")
+            return self.queue[0].name in ("IKE_DELETE", "IKE_DPD", CONFIRM)
         return (self._serving is None and not self.followups) or self.queue[0].name != "IKE_REKEY"
 
     def _start_next(self) -> None:
