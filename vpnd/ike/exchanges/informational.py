@@ -32,14 +32,15 @@ def confirm(child_id: int = 0) -> Task:
     """Hear that the peer has our answer, which made that CHILD_SA; 0: those which made any."""
 
     def steps(session: Session, task: Task) -> Steps[None]:
-        children = session.children
-        ids = [task.target] if task.target in children else [] if task.target else [child.sa.id for child in children.values() if not child.taken]
-        asked = [number for number in ids if not children[number].taken or succession.waits_for_peer(session, children[number])]
+        if task.target:
+            child = session.children.get(task.target)
+            asked = [child] if child is not None and (not child.taken or succession.waits_for_peer(session, child)) else []
+        else:
+            asked = [child for child in session.children.values() if not child.taken]
         if asked:
             yield from probe(session, task)
-        for number in asked:
-            child = session.children.get(number)
-            if child is not None:
+        for child in asked:
+            if child.sa.id in session.children:
                 succession.taken(session, child)
 
     return Task(CONFIRM, steps, target=child_id)
