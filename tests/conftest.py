@@ -6,6 +6,7 @@ import functools
 import os
 import shutil
 from collections.abc import Iterator
+from typing import Final
 
 import hypothesis
 import lab.process
@@ -14,12 +15,14 @@ from lab import openiked, strongswan
 from lab.forks import fork_servers
 from lab.root import HOST, NEWER, newer_peers
 from realkernel import guest
-from realkernel.guest import Guest
+from realkernel.guest import MOST_REPEATED, REPEATED, Guest
 
 CI = os.environ.get("CI") == "true"
+GUEST: Final = pytest.StashKey[Guest]()
+REAL: Final = ("pair", "interop", "root")  # tests whose clock somebody else has: a kernel, another daemon, a scheduler
 
-# Examples are bounded by number, never by time: the machine may be busy.
-hypothesis.settings.register_profile("shared", deadline=None, max_examples=100, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+# Examples are bounded by number, never by time: the machine may be busy. In CI they are the same in each run; elsewhere new ones are sought.
+hypothesis.settings.register_profile("shared", deadline=None, max_examples=100, suppress_health_check=[hypothesis.HealthCheck.too_slow], derandomize=CI)
 hypothesis.settings.load_profile("shared")
 
 
@@ -39,7 +42,7 @@ def real_kernel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     if not chosen or guest.missing():
         yield None
         return
-    running = Guest(tmp_path_factory.mktemp("realkernel"))
+    running = request.config.stash[GUEST] = Guest(tmp_path_factory.mktemp("realkernel"))
     yield running
     running.stop()
 
@@ -47,12 +50,30 @@ def real_kernel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The kernel's tests come last: it takes as long as all others together."""
     items.sort(key=lambda item: item.get_closest_marker("realkernel") is not None)
+    if CI:
+        for item in items:
+            if _is_real(item):
+                item.add_marker(pytest.mark.flaky(reruns=1))
+
+
+def _is_real(item: pytest.Item) -> bool:
+    return any(item.get_closest_marker(name) for name in REAL)
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if CI:
+        config.option.max_suite_reruns = MOST_REPEATED
+        config.option.rerun_show_tracebacks = True
     config.addinivalue_line("markers", "newer: meets the strongSwan of a newer Debian")
     config.addinivalue_line("markers", "openiked: meets OpenIKED")
     config.addinivalue_line("markers", "root: needs root, /dev/net/tun, iproute2 and nftables, but no second gateway")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Those of the guest's tests, too, that passed at their second run only."""
+    if GUEST in config.stash and (repeated := config.stash[GUEST].repeated()):
+        terminalreporter.section(f"guest: {REPEATED}")
+        terminalreporter.write_line(repeated)
 
 
 def pytest_report_header() -> str:
@@ -74,7 +95,7 @@ def _lab_lacks() -> str:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what this machine cannot run; in CI that is a failure, for nothing may be missed there."""
     lacks = ""
-    if any(item.get_closest_marker(name) for name in ("pair", "interop", "root")):
+    if _is_real(item):
         lacks = _lab_lacks()
     for marker, peer in (("interop", HOST), ("newer", NEWER)):
         if item.get_closest_marker(marker):

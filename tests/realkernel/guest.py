@@ -20,6 +20,8 @@ REPOSITORY: Final = HERE.parents[1]
 PROGRAMS: Final = ("qemu-system-x86_64", "busybox", "cpio", "modprobe", "flock")
 BOOT_SECONDS: Final = 2400  # with all tests, on a busy machine
 NICENESS: Final = 10  # the tests outside wait for each other, those inside for nobody
+MOST_REPEATED: Final = 2  # tests of real peers and kernels in one run of CI; what fails beyond that, or twice, fails the run
+REPEATED: Final = "rerun test summary info"  # pytest-rerunfailures' heading
 LACKS: Final = 126  # exit status of `boot` when something is missing on this machine
 
 
@@ -75,6 +77,8 @@ class Guest:
             "-v",
             "--durations=20",
         ]
+        if os.environ.get("CI") == "true":
+            arguments += ["-p", "pytest_rerunfailures", "--reruns=1", f"--max-suite-reruns={MOST_REPEATED}", "--rerun-show-tracebacks"]
         # Under emulation what is imported in vain costs half a minute: plugins are named, and the outer conftest.py brings hypothesis.
         environment = ["REALKERNEL_GUEST=1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD=1", f"PYTHONPATH={REPOSITORY}:{HERE.parent}", f"CI={os.environ.get('CI', '')}"]
         with self._console.open("wb") as output:
@@ -87,6 +91,11 @@ class Guest:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+
+    def repeated(self) -> str:
+        """The report of those tests that passed at their second run only."""
+        _, heading, report = self._console.read_text(errors="replace").partition(REPEATED)
+        return heading and report.partition("\n")[2].partition("\n====")[0]
 
     def outcome(self) -> Outcome:
         """What came of all inner tests; waits for them."""
