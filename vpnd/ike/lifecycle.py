@@ -15,6 +15,7 @@ from vpnd.ike.exchanges import (
     rekey_ike,
 )
 from vpnd.ike.followup import Followup
+from vpnd.ike.iana import Exchange
 from vpnd.ike.state import MAX_TASKS, Child, ChildSaState, IkeSaState
 from vpnd.ike.steps import Task
 from vpnd.ike.transport import ANSWER_ARRIVES, Transport
@@ -28,7 +29,7 @@ class Lifecycle(Transport):
     def wind_up(self, reason: Reason) -> None:
         if self.closed or self.state is IkeSaState.DELETING:
             return
-        if self.established_at is None:
+        if self.established_at is None and not self._drop_authentication(reason):
             self.close(reason, self.describe())
             return
         self.state = IkeSaState.DELETING
@@ -38,6 +39,16 @@ class Lifecycle(Transport):
         self.queue.clear()
         self.postponed.clear()
         self.queue.append(informational.delete_ike(reason))
+
+    def _drop_authentication(self, reason: Reason) -> bool:
+        """Whether our IKE_AUTH is on the wire. Nothing comes of it any more; its answer is for the delete to wait for, as long as for its own."""
+        outstanding = self._outstanding
+        if outstanding is None or self.active is None or outstanding.exchange != Exchange.IKE_AUTH:
+            return False
+        outstanding.tries = min(outstanding.tries, outstanding.copies + informational.DELETE_TRIES)
+        self.fail_child(self.active, reason)
+        self.active = None
+        return True
 
     def retire(self, child: Child, reason: Reason, *, answered: bool = False) -> None:
         child.state = ChildSaState.DELETING

@@ -12,9 +12,9 @@ from vpnd.ike.exchanges import crash_detection, ike_session_resume, mobike, redi
 from vpnd.ike.iana import Exchange, NotifyType, ProtocolId
 from vpnd.ike.session import MAX_EARLY_DELETES, Session
 from vpnd.ike.state import MAX_TASKS, Child, ChildSaState, IkeSaState
-from vpnd.ike.steps import CONFIRM, Ask, Response, Steps, Task, ask
+from vpnd.ike.steps import CONFIRM, Ask, KeepWaiting, Response, Steps, Task, ask
 from vpnd.ike.wire.message import Message
-from vpnd.ike.wire.payloads import DeletePayload, Payload
+from vpnd.ike.wire.payloads import AuthPayload, DeletePayload, Payload
 
 SPI_LENGTH: Final = 4
 DELETE_TRIES: Final = 2  # copies of a DELETE: our side is torn down anyway, so an unreachable peer is not waited for long
@@ -69,9 +69,15 @@ def delete_spi(session: Session, spi: Spi) -> None:
 
 
 def delete_ike(reason: Reason) -> Task:
-    """RFC 7296 section 1.4.1: the IKE SA takes its CHILD_SAs along; one that was rekeyed has none, and its peer waits to hear of it."""
+    """RFC 7296 section 1.4.1: the IKE SA takes its CHILD_SAs along; one that was rekeyed has none, and its peer waits to hear of it.
+
+    To the peer it stands with its answer to our IKE_AUTH, even if by then we no longer want it.
+    """
 
     def steps(session: Session, _task: Task) -> Steps[None]:
+        if session.established_at is None and (yield from ask(KeepWaiting())).first(AuthPayload) is None:
+            session.close(reason, session.describe())  # to the peer it does not stand, either
+            return
         children = list(session.children.values())
         for child in children:
             succession.cease(session, child)
