@@ -23,6 +23,7 @@ from kernel_shim.channel.af_key_socket import AfKeyTransport
 from kernel_shim.channel.api import ChannelClosed
 from kernel_shim.channel.linux import ACQUIRE_SECONDS, is_local, xfrm_statistics
 from kernel_shim.channel.linux_channel import LinuxChannel, esp_probe, no_esp
+from kernel_shim.channel.own_sas import OwnSas
 from kernel_shim.channel.pfkey_link import PfKeyLink, RequestRefused, Transport
 from kernel_shim.channel.standing import StandingPolicies
 from kernel_shim.model import (
@@ -84,7 +85,7 @@ class AfKeyChannel(LinuxChannel):
         self._link = PfKeyLink(transport or AfKeyTransport(), on_event=self._event, on_overrun=self._overrun, on_lost=self._listeners.tell_closed)
         self._standing = StandingPolicies(lambda direction, selector: (direction, selector))
         self._policy_lock = asyncio.Lock()  # so that no kick puts back what was just deleted
-        self._directions: dict[SaId, Direction] = {}  # of all that is ours, reserved SPIs included
+        self._own = OwnSas()
         self._counters = {"acquires": 0, "expires": 0, "mappings": 0, "foreign": 0, "malformed": 0, "kicks": 0, "found": 0}
         self._acquires: AfKeyAcquires = AfKeyAcquires(self._link, self._standing, self._dump_sas, self._listeners.tell, self._counters)
 
@@ -137,13 +138,13 @@ class AfKeyChannel(LinuxChannel):
         """A repeated request reserves a second SPI; the first expires by itself."""
         reply = await self._link.ask(MessageType.GETSPI, spi_request_extensions(request, private=False))
         spi = Spi(reply.require(Sa).spi)
-        self._directions[SaId(request.destination, spi)] = Direction.IN
+        self._own.put(SaId(request.destination, spi), Direction.IN)
         return spi
 
     async def add_sa(self, sa: SecurityAssociation) -> None:
         """An outbound one sends what the kernel holds for it on its way at once."""
         require_sa(sa, self.capabilities())
-        self._directions[sa.id] = sa.direction
+        self._own.put(sa.id, sa.direction)
         try:
             await self._link.ask(MessageType.ADD, add_extensions(sa))
         except RequestRefused as error:
@@ -156,10 +157,10 @@ class AfKeyChannel(LinuxChannel):
     async def update_sa(self, sa: SecurityAssociation) -> None:
         require_sa(sa, self.capabilities())
         await self._link.ask(MessageType.UPDATE, add_extensions(sa))
-        self._directions[sa.id] = sa.direction
+        self._own.put(sa.id, sa.direction)
 
     async def delete_sa(self, sa: SaId) -> None:
-        self._directions.pop(sa, None)
+        self._own.drop(sa)
         try:
             await self._link.ask(MessageType.DELETE, sa_id_extensions(sa))
         except RequestRefused as error:
@@ -177,11 +178,11 @@ class AfKeyChannel(LinuxChannel):
 
     async def sas(self) -> Sequence[SaStatus]:
         """Ours. A larval SA that an ACQUIRE left has SPI 0; those that nobody has heard of are reported."""
-        before = set(self._directions)
+        before = set(self._own)
         dumped = await (self._acquires.read() if self._listeners.any else self._dump_sas())
         found = [status for told in dumped if (status := self._status(told)) is not None]
         for gone in before - {status.sa.id for status in found}:
-            self._directions.pop(gone, None)
+            self._own.drop(gone)
         return found
 
     async def flush_sas(self) -> None:
@@ -211,15 +212,15 @@ class AfKeyChannel(LinuxChannel):
     def _status(self, told: SaStatus | Larval | None) -> SaStatus | None:
         """None for what is not ours."""
         if isinstance(told, Larval):
-            if told.id not in self._directions and (told.spi or self._acquires.asking(told) is None):
+            if told.id not in self._own and (told.spi or self._acquires.asking(told) is None):
                 return None
-            return told.status(self._directions.get(told.id, Direction.OUT), self._acquires.number_of(told))
+            return told.status(self._own.direction(told.id) or Direction.OUT, self._acquires.number_of(told))
         if told is None:
             return None
-        direction = self._directions.get(told.sa.id)
+        direction = self._own.direction(told.sa.id)
         if direction is None:
             direction = Direction.IN if is_local(told.sa.destination) else Direction.OUT
-            self._directions[told.sa.id] = direction
+            self._own.put(told.sa.id, direction)
         return replace(told, sa=replace(told.sa, direction=direction))
 
     async def _kick(self, reqid: ReqId) -> None:
@@ -324,22 +325,19 @@ class AfKeyChannel(LinuxChannel):
         if not event.sa.spi:
             self._acquires.expired(event.sa.destination, event.reqid)
             return None
-        if event.sa not in self._directions:
+        if event.sa not in self._own:
             self._counters["foreign"] += 1
             return None
         self._counters["expires"] += 1
         if event.hard:
-            self._directions.pop(event.sa, None)
+            self._own.drop(event.sa)
         return event
 
     def _mapping(self, event: NewMapping) -> NewMapping | None:
         """AF_KEY does not say where the SA ends."""
-        for sa, direction in self._directions.items():
-            if sa.spi == event.sa.spi and direction is Direction.IN:
-                self._counters["mappings"] += 1
-                return replace(event, sa=sa)
-        self._counters["foreign"] += 1
-        return None
+        sa = self._own.inbound(event.sa.spi)
+        self._counters["foreign" if sa is None else "mappings"] += 1
+        return replace(event, sa=sa) if sa is not None else None
 
     # The rest
 
