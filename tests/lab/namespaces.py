@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import itertools
 import json
@@ -29,10 +30,12 @@ T = TypeVar("T")
 PREFIX: Final = "lab"
 SIOCGIFFLAGS: Final = 0x8913
 SIOCSIFFLAGS: Final = 0x8914
+SIOCETHTOOL: Final = 0x8946
+ETHTOOL_GLINK: Final = 0xA
 IFF_UP: Final = 0x1
 IFF_RUNNING: Final = 0x40
 RTF_LOCAL: Final = 0x80000000
-ROUTE_SECONDS: Final = 30.0
+SETTLE_SECONDS: Final = 30.0
 
 _NAME = re.compile(rf"^{PREFIX}(\d+)-\d+-")
 _MAY_ADD_IPV6 = re.compile(r"^addr\w* (add|replace) \S*:|\bup\b")
@@ -73,14 +76,18 @@ class Namespace:
         return Process(self.argv(argv), self.directory / f"{self.role}-{log_name}.log", env=env, pass_fds=pass_fds)
 
     def ip(self, *commands: str) -> None:
-        """Run lines of `ip` commands, all or LabError. IPv6 addresses on links that are up can be reached when it returns."""
+        """Run lines of `ip` commands, all or LabError. Links that are up pass packets, and IPv6 addresses there can be reached, when it returns."""
         run(["ip", "-n", self.name, "-batch", "-"], text_input="\n".join(commands) + "\n")
         if any(_MAY_ADD_IPV6.search(command) for command in commands):
-            self.call(_await_local_routes)
+            self.settle()
 
     def up(self, interface: str) -> None:
-        """As `ip link set up`; IPv6 addresses there can be reached when it returns."""
+        """As `ip link set up`; it passes packets, and IPv6 addresses there can be reached, when it returns, if it has a carrier."""
         self.call(lambda: _up(interface))
+
+    def settle(self) -> None:
+        """Wait until every link that has a carrier passes packets, and its IPv6 addresses can be reached."""
+        self.call(_settle)
 
     def sysctl(self, **settings: int | str) -> None:
         """Keys below net., with `__` for a dot: `ipv4__ip_forward=1`."""
@@ -113,16 +120,31 @@ def _up(interface: str) -> None:
         request = struct.pack("16s24x", interface.encode())
         flags = int(struct.unpack_from("H", fcntl.ioctl(asking, SIOCGIFFLAGS, request), 16)[0])
         fcntl.ioctl(asking, SIOCSIFFLAGS, struct.pack("16sH22x", interface.encode(), flags | IFF_UP))
-    _await_local_routes()
+    _settle()
 
 
-def _await_local_routes() -> None:
-    """Linux puts the local route of an IPv6 address in from a work queue (addrconf_dad_work): until then what is sent there is dropped, untold."""
-    limit = time.monotonic() + ROUTE_SECONDS
-    while _without_local_route():
+def _settle() -> None:
+    """Linux does both from work queues, up to a second later, and drops what is sent before, untold.
+
+    linkwatch_event acts upon a carrier; addrconf_dad_work puts in the local route of an IPv6 address, on a link whose carrier was acted upon.
+    """
+    limit = time.monotonic() + SETTLE_SECONDS
+    while unsettled := _without_carrier() | _without_local_route():
         if time.monotonic() > limit:
-            raise LabError(f"no local routes of {_without_local_route()}")
+            raise LabError(f"no carrier or local route yet: {unsettled}")
         time.sleep(0.002)
+
+
+def _without_carrier() -> set[str]:
+    """Links that are up and have a carrier, which the kernel has not acted upon."""
+    found = set()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+        for _, name in socket.if_nameindex():
+            flags = _flags(asking, name)
+            # Always, and afterwards: it waits for the lock under which the kernel acts.
+            if _has_link(asking, name) and flags & (IFF_UP | IFF_RUNNING) == IFF_UP:
+                found.add(name)
+    return found
 
 
 def _without_local_route() -> set[str]:
@@ -131,16 +153,24 @@ def _without_local_route() -> set[str]:
     local = {words[0] for words in table if int(words[8], 16) & RTF_LOCAL}
     addresses = [line.split() for line in Path("/proc/thread-self/net/if_inet6").read_text().splitlines()]
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
-        return {words[0] for words in addresses if words[0] not in local and _is_running(asking, words[5])}
+        return {words[0] for words in addresses if words[0] not in local and not ~_flags(asking, words[5]) & (IFF_UP | IFF_RUNNING)}
 
 
-def _is_running(asking: socket.socket, interface: str) -> bool:
+def _flags(asking: socket.socket, interface: str) -> int:
     try:
         answer = fcntl.ioctl(asking, SIOCGIFFLAGS, struct.pack("16s24x", interface.encode()))
     except OSError:  # it went
+        return 0
+    return int(struct.unpack_from("H", answer, 16)[0])
+
+
+def _has_link(asking: socket.socket, interface: str) -> bool:
+    value = ctypes.create_string_buffer(struct.pack("=II", ETHTOOL_GLINK, 0))
+    try:
+        fcntl.ioctl(asking, SIOCETHTOOL, struct.pack("16sP16x", interface.encode(), ctypes.addressof(value)))
+    except OSError:  # it went, or has no carrier to tell of
         return False
-    wanted = IFF_UP | IFF_RUNNING
-    return int(struct.unpack_from("H", answer, 16)[0]) & wanted == wanted
+    return bool(struct.unpack("=II", value.raw[:8])[1])
 
 
 def _delete_namespace(name: str) -> None:
@@ -210,6 +240,7 @@ class Lab:
         run(["ip", "-n", a.name, *f"link add {a_name} mtu {mtu} type veth peer name {b_name} mtu {mtu} netns {b.name}".split()])
         a.up(a_name)
         b.up(b_name)
+        a.settle()  # only now it has a carrier
 
 
 @contextlib.contextmanager
