@@ -117,11 +117,13 @@ class Gateway(Daemon):
         return [pid for pid in self.namespace.pids() if pid == own or "kernel_shim.io.main" in _command_line(pid)]
 
     def kill_shim(self) -> None:
-        for pid in self.shim_pids():
+        """Returns when it is gone; by then vpnd, where it starts the shim, may have started another."""
+        killed = set(self.shim_pids())
+        for pid in killed:
             os.kill(pid, signal.SIGKILL)
         if self.shim is not None:
             self.shim.wait()
-        wait_until(lambda: not self.shim_pids(), "the shim is gone")
+        wait_until(lambda: killed.isdisjoint(self.shim_pids()), "the shim is gone")
 
     def kill_vpnd(self) -> None:
         if self.vpnd is not None and self.vpnd.running:
