@@ -16,7 +16,7 @@ from lab.gateway import Gateway
 from lab.pairing import OURS, Pair, pair
 from lab.process import LabError
 from lab.topology import WAN
-from lab.traffic import UdpStream, tcp_bulk, tcp_connect, tcp_server, udp_sink
+from lab.traffic import UdpStream, tcp_bulk, tcp_server, udp_sink
 from lab.tunnel import Side, Tunnel
 
 from demo.narrator import Narrator
@@ -84,10 +84,10 @@ def first_packets(link: Pair, say: Narrator) -> tuple[int, float]:
     say.step("Tunnel down; then a TCP connection, whose SYN waits in the gateway")
     link.down()
     with tcp_server(far, target) as port:
-        connected = tcp_connect(near, target, port)
-    expect(connected.retransmissions == 0, "the SYN was lost and had to be sent again")
-    say.tell(f"connect() took {connected.seconds * 1000:.0f} ms with the key exchange; a lost SYN costs a second")
-    return PINGS + sent.sent, connected.seconds
+        seconds, lost = link.connect(port)
+    expect(lost == 0, "the SYN was lost and had to be sent again")
+    say.tell(f"connect() took {seconds * 1000:.0f} ms with the key exchange; a lost SYN costs a second")
+    return PINGS + sent.sent, seconds
 
 
 def throughput(link: Pair, say: Narrator) -> float:

@@ -82,6 +82,11 @@ class WirePacket:
         return (header[18], bool(header[19] & 0x20)) if len(header) >= 28 else None
 
     @property
+    def is_syn(self) -> bool:
+        """A TCP segment that asks for a connection, for the first time or again."""
+        return self.protocol == socket.IPPROTO_TCP and len(self.payload) > 13 and self.payload[13] & 0x12 == 0x02
+
+    @property
     def esp_spi(self) -> int | None:
         """None when this is not ESP."""
         if not self.is_esp:

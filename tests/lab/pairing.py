@@ -16,8 +16,8 @@ from lab.namespaces import Namespace
 from lab.process import PATIENCE, LabError, wait_until
 from lab.relay import RelaySettings
 from lab.strongswan import NewerStrongSwan, StrongSwan
-from lab.topology import WAN, Sites, sites
-from lab.traffic import BulkResult, PingResult, Received, UdpStream, ping, tcp_bulk, tcp_server, udp_sink
+from lab.topology import LAN, WAN, Sites, sites
+from lab.traffic import BulkResult, PingResult, Received, UdpStream, ping, tcp_bulk, tcp_connect, tcp_server, udp_sink
 from lab.tunnel import CHILD, CONNECTION, Side, Tunnel
 
 DaemonFactory = Callable[[Namespace, Path], Daemon]
@@ -88,6 +88,17 @@ class Pair:
         near, far, target = self.ends(side)
         with tcp_server(far, target) as port:
             return tcp_bulk(near, target, port, size=size, seconds=seconds)
+
+    def connect(self, port: int, side: Side = Side.A) -> tuple[float, int]:
+        """Seconds of a connect() from the host at `side` to the other, and how many of its SYNs did not come there.
+
+        That there was more than one says only that the answer took a second.
+        """
+        near, far, target = self.ends(side)
+        with Capture(far, LAN) as arrived:
+            connected = tcp_connect(near, target, port)
+            came = sum(packet.is_syn and packet.destination_port == port for packet in arrived.packets())
+        return connected.seconds, 1 + connected.retransmissions - came
 
     def datagrams(self, *, count: int = 10_000, rate: float = 6000.0, size: int = 256, window: int = WINDOW) -> dict[Side, Received]:
         """`count` numbered datagrams each way at once; by the sending side, what the other received.

@@ -294,7 +294,7 @@ def tcp_bulk(host: Namespace, target: IPAddress, port: int, *, size: int = 8 << 
 
 @dataclass(frozen=True, slots=True)
 class Connected:
-    """How long connect() took, and how many segments TCP had to send again: 0 when the first SYN came through."""
+    """How long connect() took, and how many segments TCP sent again: one a second without an answer, be it that the SYN was lost or that somebody is busy."""
 
     seconds: float
     retransmissions: int

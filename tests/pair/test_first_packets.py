@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from lab.pairing import OURS, pair
 from lab.relay import RelaySettings
-from lab.traffic import UdpStream, tcp_connect, tcp_server, udp_sink
+from lab.traffic import UdpStream, tcp_server, udp_sink
 from lab.tunnel import Side, Tunnel
 
 pytestmark = pytest.mark.pair
@@ -30,9 +30,10 @@ def test_no_packet_of_a_stream_is_lost(relay: RelaySettings | None, inner: int) 
 @pytest.mark.parametrize("relay", DELAYS)
 def test_connect_needs_no_second_syn(relay: RelaySettings | None) -> None:
     with pair(OURS, OURS, Tunnel(start_a="trap"), relay=relay) as link:
-        near, far, target = link.ends(Side.A)
+        _, far, target = link.ends(Side.A)
         with tcp_server(far, target) as port:
-            assert tcp_connect(near, target, port).retransmissions == 0
+            _, lost = link.connect(port)
+        assert lost == 0
         assert link.leaks() == []
 
 
