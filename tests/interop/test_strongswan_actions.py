@@ -6,8 +6,9 @@ from functools import partial
 
 import pytest
 from lab.gateway import Gateway
-from lab.pairing import GIVES_UP_SOON, Pair, facing
+from lab.pairing import GIVES_UP_SOON, STRONGSWAN, Pair, facing, pair
 from lab.process import wait_until
+from lab.relay import RelaySettings
 from lab.tunnel import CHILD, Side, Tunnel
 
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(120)]
@@ -56,13 +57,19 @@ def test_what_it_deletes_waits_for_the_next_packet(ours: Side) -> None:
 @pytest.mark.parametrize(("ours", "action"), [(Side.A, "restart"), (Side.B, "trap"), (Side.B, "clear")])
 def test_when_it_is_dead(ours: Side, action: str) -> None:
     """It comes back with nothing in its memory: `dpd_action` says what becomes of our CHILD_SA once we noticed."""
-    tunnel = Tunnel(**{"dpd_a" if ours is Side.A else "dpd_b": "1s"}, **_options(ours, dpd_action=action))  # type: ignore[arg-type]
-    with facing(ours, tunnel, mine=QUICK) as link:
+    # whom it asks in vain is asked again; one that has not read its configuration yet would refuse, so it is out of reach until then
+    keep_trying = {"connection_a" if ours is Side.A else "connection_b": {"keyingtries": "0"}}
+    tunnel = Tunnel(**{"dpd_a" if ours is Side.A else "dpd_b": "1s"}, **keep_trying, **_options(ours, dpd_action=action))  # type: ignore[arg-type]
+    makers = (QUICK, STRONGSWAN) if ours is Side.A else (STRONGSWAN, QUICK)
+    with pair(*makers, tunnel, relay=RelaySettings()) as link:
         link.a.initiate()
-        mine, theirs = link.daemon(ours), link.daemon(_theirs(ours))
+        mine, theirs, relay = link.daemon(ours), link.daemon(_theirs(ours)), link.sites.relay
+        assert relay is not None
         first = mine.child().spi_in
+        relay.change(RelaySettings(cut=True))
         theirs.kill()
         theirs.start()
+        relay.change(RelaySettings())
         wait_until(lambda: all(child.spi_in != first for child in mine.children()), "noticed", interval=0.05)
         if action == "clear":
             mine.wait_gone()
