@@ -17,6 +17,7 @@ from lab.tunnel import CHILD, CONNECTION, PPK_NAME, Credentials, Side, Tunnel
 
 pytestmark = [pytest.mark.interop, pytest.mark.newer, pytest.mark.timeout(180)]
 
+CREATE_CHILD_SA = 36
 IKE_INTERMEDIATE = 43
 SKF = 53
 SIZE = 600  # octets of an IP packet; a public value of ML-KEM-768 alone has 1184
@@ -167,6 +168,8 @@ def test_we_rekey_no_child_without_ml_kem(by: Side) -> None:
         link.a.initiate()
         before = link.children()
         link.daemon(by).rekey(child=CHILD)
+        link.capture.wait_for(lambda packet: packet.ike_exchange == (CREATE_CHILD_SA, True), "it is refused")
+        link.settled()
         carries_a_little(link)
         assert [child.spi_in for child in link.children()] == [child.spi_in for child in before]
 

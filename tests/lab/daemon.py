@@ -59,6 +59,7 @@ class IkeSa:
     remote_host: str
     children: tuple[ChildSa, ...]
     key_exchanges: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()  # exchanges that are under way or wait their turn, its own and its peer's
 
 
 def _key_exchanges(raw: Mapping[str, Any]) -> tuple[str, ...]:
@@ -107,6 +108,7 @@ def _ike(name: str, raw: Mapping[str, Any]) -> IkeSa:
         remote_host=raw.get("remote-host", ""),
         children=tuple(_child(child) for child in raw.get("child-sas", {}).values()),
         key_exchanges=_key_exchanges(raw),
+        tasks=tuple(task for kind in ("active", "queued", "passive") for task in raw.get(f"tasks-{kind}", ())),
     )
 
 

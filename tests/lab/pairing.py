@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from lab.capture import Capture
-from lab.daemon import ChildSa, Daemon, NegotiationFailed
+from lab.daemon import ChildSa, Daemon, IkeSa, NegotiationFailed
 from lab.gateway import Gateway
 from lab.namespaces import Namespace
 from lab.process import PATIENCE, LabError, wait_until
@@ -139,36 +139,29 @@ class Pair:
                     raise LabError(f"from {side.value}: {sent} but {received}")
 
     def rekeyed(self, *, children: bool = True, timeout: float = PATIENCE) -> Callable[[], None]:
-        """Call what it returns to wait until other SAs than now, one CHILD_SA and one IKE SA, stand on both sides and no other is left."""
+        """Call what it returns to wait until other SAs than now stand on both sides, as `settled` has it."""
 
-        def standing() -> list[tuple[str, str, list[tuple[int, int, str]]]]:
-            found = []
-            for daemon in (self.a, self.b):
-                for ike in daemon.ike_sas():
-                    spis = [(child.spi_in, child.spi_out, child.state) for child in ike.children if child.state != "DELETED"]
-                    found.append((ike.state, f"{ike.initiator_spi}-{ike.responder_spi}", spis))
-            return found
+        def keys(sides: list[list[IkeSa]]) -> set[object]:
+            ikes = [ike for side in sides for ike in side]
+            if children:
+                return {(child.spi_in, child.spi_out) for ike in ikes for child in _left(ike)}
+            return {(ike.initiator_spi, ike.responder_spi) for ike in ikes}
 
-        def keys(state: list[tuple[str, str, list[tuple[int, int, str]]]]) -> set[object]:
-            return {spi for _, _, spis in state for spi in spis} if children else {spis for _, spis, _ in state}
+        before = keys(self._ike_sas())
+        return lambda: self._wait_alike(lambda sides: not before & keys(sides), "rekeyed", timeout)
 
-        before = keys(standing())
+    def settled(self, timeout: float = PATIENCE) -> None:
+        """Until the same IKE SA and CHILD_SA stand on both sides, no other is left, and no exchange is under way that may change that."""
+        self._wait_alike(lambda sides: True, "settled", timeout)
 
-        def done() -> bool:
-            now = standing()
-            if len(now) != 2 or {state for state, _, _ in now} != {"ESTABLISHED"} or any(len(spis) != 1 for _, _, spis in now):
-                return False
-            (_, ike_a, [(in_a, out_a, state_a)]), (_, ike_b, [(in_b, out_b, state_b)]) = now
-            same = ike_a == ike_b and (in_a, out_a) == (out_b, in_b) and state_a == state_b == "INSTALLED"
-            return same and not before & keys(now)
+    def _ike_sas(self) -> list[list[IkeSa]]:
+        return [daemon.ike_sas() for daemon in (self.a, self.b)]
 
-        def wait() -> None:
-            try:
-                wait_until(done, "rekeyed", timeout, 0.05)
-            except LabError as error:
-                raise LabError(f"{error}: {standing()}") from None
-
-        return wait
+    def _wait_alike(self, condition: Callable[[list[list[IkeSa]]], bool], what: str, timeout: float) -> None:
+        try:
+            wait_until(lambda: _alike(sides := self._ike_sas()) and condition(sides), what, timeout, 0.05)
+        except LabError as error:
+            raise LabError(f"{error}: {self._ike_sas()}") from None
 
     def down(self, timeout: float = PATIENCE) -> None:
         """No IKE SA on either side; traps stay. A late packet of earlier traffic may start one anew, so it looks again."""
@@ -186,6 +179,20 @@ class Pair:
     def children(self, name: str = CHILD) -> tuple[ChildSa, ChildSa]:
         """The one installed CHILD_SA of either side; LabError when a side has none or several."""
         return self.a.child(name), self.b.child(name)
+
+
+def _left(ike: IkeSa) -> list[ChildSa]:
+    return [child for child in ike.children if child.state != "DELETED"]
+
+
+def _alike(sides: list[list[IkeSa]]) -> bool:
+    if any(len(ikes) != 1 or ikes[0].state != "ESTABLISHED" or ikes[0].tasks or len(_left(ikes[0])) != 1 for ikes in sides):
+        return False
+    (a,), (b,) = sides
+    (child_a,), (child_b,) = _left(a), _left(b)
+    same_ike = (a.initiator_spi, a.responder_spi) == (b.initiator_spi, b.responder_spi)
+    same_child = (child_a.spi_in, child_a.spi_out) == (child_b.spi_out, child_b.spi_in)
+    return same_ike and same_child and child_a.state == child_b.state == "INSTALLED"
 
 
 @contextlib.contextmanager
