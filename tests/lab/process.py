@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -35,6 +37,15 @@ def wait_until(probe: Callable[[], T | None], what: str, timeout: float = PATIEN
         if now > deadline:
             raise LabError(f"waited {timeout:g} s in vain: {what}")
         time.sleep(max(interval, min(now - begin, LONGEST_PAUSE)))
+
+
+def open_files() -> set[str]:
+    """What the descriptors of this process stand for. Garbage of other tests, whenever it is collected, closes some: look for what came, and do not count."""
+    found = set()
+    for descriptor in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):  # that of the listing itself
+            found.add(os.readlink(f"/proc/self/fd/{descriptor}"))
+    return found
 
 
 # What one of them serves, the first first, is not started anew but forked.
