@@ -55,6 +55,28 @@ async def test_initiate_and_terminate_from_the_operator() -> None:
         await a.down(ike="site")
 
 
+@pytest.mark.parametrize("arrived", [0, 1, 2, 3])
+async def test_what_the_operator_gives_up_while_it_connects_stands_nowhere_and_comes_back_when_asked(arrived: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b, network = await pair()
+    carry, held = network.carry, list[tuple[Endpoint, Endpoint, bytes]]()
+    monkeypatch.setattr(network, "carry", lambda *datagram: held.append(datagram) if len(network.sent) == arrived else carry(*datagram))
+    bringing = asyncio.create_task(a.up())
+    await until(lambda: held)
+    ending = asyncio.create_task(a.down(ike="site"))
+    with pytest.raises(ControlError):
+        await bringing
+    monkeypatch.undo()
+    for datagram in held:
+        carry(*datagram)
+    await ending
+    await until(lambda: len(a.manager) == len(b.manager) == 0)
+    for node in (a, b):
+        assert not node.kernel.sas
+        assert not node.kernel.policies
+    await a.up()
+    await until(lambda: mirrored(a, b))
+
+
 async def test_a_wrong_secret_fails_on_both_sides_and_says_who() -> None:
     a, b, _network = await pair(secret_b="not ours")
     with pytest.raises(ControlError):
