@@ -163,9 +163,11 @@ def udp_source(control: int, settings: Settings) -> None:
     refused = sent = 0
     _say(control, ready=True)
     begin = time.monotonic()
+    patience = LOST_SECONDS
     for number in range(settings["count"]):
         if number % ROUNDS == 0 and select.select([control], [], [], 0)[0]:
             os.read(control, 4096)
+            patience = LAST_SECONDS
             break
         for flow, target in enumerate(flows):
             due = begin + sent / settings["rate"]
@@ -181,7 +183,7 @@ def udp_source(control: int, settings: Settings) -> None:
             except OSError:
                 refused += 1
             sent += 1
-    while window and acknowledged + lost < sent and (told := _acknowledgement(socks[0], LAST_SECONDS)):
+    while window and acknowledged + lost < sent and (told := _acknowledgement(socks[0], patience)):
         acknowledged = told
     _say(control, sent=sent, refused=refused, seconds=time.monotonic() - begin)
 
