@@ -25,7 +25,7 @@ def test_no_datagram_is_lost_over_many_generations() -> None:
     )
     with pair(OURS, OURS, tunnel) as link, contextlib.ExitStack() as stack:
         link.a.initiate()
-        first = {daemon: (daemon.child().spi_in, daemon.ike_sas()[0].initiator_spi) for daemon in (link.a, link.b)}
+        first = {daemon: (daemon.wait_child().spi_in, daemon.ike_sas()[0].initiator_spi) for daemon in (link.a, link.b)}
         sinks, streams = {}, {}
         for side in Side:
             near, far, target = link.ends(side)
