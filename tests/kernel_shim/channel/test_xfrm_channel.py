@@ -273,7 +273,7 @@ def test_a_failed_acquire_blocks_nobody(host: Namespace) -> None:
             await channel.acquire_failed(event.sequence, errno.EHOSTUNREACH)
             assert is_gone(event.sequence, await channel.sas())
             send()
-            await heard.until(lambda: len(heard.events) == 2)
+            await heard.until(lambda: len(heard.events) >= 2)
 
     within(host, body)
 
@@ -311,7 +311,7 @@ def test_an_acquire_is_found_though_the_tables_cannot_be_read_at_first_and_goes_
                 await channel.acquire_failed(event.sequence, errno.EHOSTUNREACH)
                 assert is_gone(event.sequence, await channel.sas())
                 send()
-                await heard.until(lambda: len(heard.events) == 2)
+                await heard.until(lambda: len(heard.events) >= 2)  # the packet that waits may have asked anew, more than once
 
     within(host, body)
 
