@@ -42,6 +42,7 @@ class FakeAfKey:
 
     loses: Callable[[Message], bool] = lambda _message: False
     answers_at_once: bool = True
+    answered: Callable[[MessageType], None] = lambda _kind: None  # called when a request was worked off, before its answer is read
     dropped: bool = False  # whether `overrun` says so, once
     sas: dict[_Name, tuple[Extension, ...]] = field(default_factory=dict)
     larval: dict[tuple[IPAddress, IPAddress, Sa2], int] = field(default_factory=dict)  # of ACQUIREs, with when they came
@@ -85,6 +86,7 @@ class FakeAfKey:
                 self.tell(replace(request, extensions=self._answer(request)))
         except _Refused as refused:
             self.tell(replace(request, errno=refused.number, extensions=()))
+        self.answered(MessageType(request.type))
 
     def acquire(self, index: int, source: IPAddress, destination: IPAddress, sa2: Sa2) -> None:
         """A packet met the policy of that index."""

@@ -95,7 +95,9 @@ class AfKeyAcquires:
             self._unfinished[sequence] = ends  # whatever else is heard of that ACQUIRE
             raise
         self._known.pop(sequence, None)
-        self._forget(ends)
+        standing = self._larval.get(ends)
+        if standing is None or standing.number == sequence:  # else the packet that waits has asked anew meanwhile
+            self._forget(ends)
 
     async def drop(self, source: IPAddress, destination: IPAddress, mode: Mode, reqid: ReqId) -> None:
         """GETSPI claims the larval SA of these ends and reqid (xfrm_find_acq). Errors as of `failed`."""

@@ -206,6 +206,28 @@ async def test_an_acquire_of_the_same_ends_is_another_when_the_first_expired_and
     assert kernel.larval == {}
 
 
+async def test_a_packet_that_asks_anew_before_its_refusal_is_heard_of_can_be_refused_again(kernel: FakeAfKey, channel: AfKeyChannel) -> None:
+    """As the kernel's hold queue does by itself, as soon as the larval SA is gone."""
+    events: asyncio.Queue[KernelEvent] = asyncio.Queue()
+    channel.on_event(events.put_nowait)
+    policy = await channel.add_policy(a_policy(channel))
+    again = [MessageType.DELETE]
+
+    def answered(kind: MessageType) -> None:
+        if kind in again:
+            again.remove(kind)
+            kernel.acquire(policy.index, HERE, PEER, LARVAL)
+
+    kernel.answered = answered
+    kernel.acquire(policy.index, HERE, PEER, LARVAL)
+    for number in (1, 2):
+        event = await asyncio.wait_for(events.get(), 60)
+        assert isinstance(event, Acquire)
+        assert event.sequence == number
+        await channel.acquire_failed(event.sequence, errno.ETIMEDOUT)
+    assert kernel.larval == {}
+
+
 async def test_a_larval_sa_beside_one_that_serves_its_ends_asks_for_nothing(kernel: FakeAfKey, channel: AfKeyChannel) -> None:
     events: asyncio.Queue[KernelEvent] = asyncio.Queue()
     channel.on_event(events.put_nowait)
