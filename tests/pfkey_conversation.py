@@ -396,7 +396,7 @@ def _steps() -> Iterator[Step]:
     yield Step("SPDDELETE2", _of_index(_M.X_SPDDELETE2))
     yield Step("SPDFLUSH", _message(_M.X_SPDFLUSH, sa_type=SaType.UNSPEC))
 
-    yield Step("ADD that lives shortly", _sa(spi=SHORT_LIVED, lifetimes={_E.LIFETIME_HARD: 4, _E.LIFETIME_SOFT: 2}))
+    yield Step("ADD that lives shortly", _sa(spi=SHORT_LIVED, lifetimes={_E.LIFETIME_HARD: 8, _E.LIFETIME_SOFT: 2}))
     yield Step("its soft lifetime ends", age=_M.EXPIRE)
     yield Step("its hard lifetime ends", age=_M.EXPIRE)
     yield Step("GET of an SA that expired", _named(_M.GET, SHORT_LIVED))

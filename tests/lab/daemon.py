@@ -9,7 +9,7 @@ import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import vici  # type: ignore[import-untyped]
 import vici.exception  # type: ignore[import-untyped]
@@ -18,8 +18,8 @@ from lab.namespaces import Namespace
 from lab.process import PATIENCE, LabError, Process, wait_until
 from lab.tunnel import CHILD, CONNECTION
 
-READY_SECONDS = PATIENCE
-VICI_SECONDS = 2 * PATIENCE  # longer than what is asked for
+READY_SECONDS: Final = PATIENCE
+VICI_SECONDS: Final = 2 * PATIENCE  # longer than what is asked for
 
 
 class NegotiationFailed(Exception):

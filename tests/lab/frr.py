@@ -17,8 +17,8 @@ from lab.namespaces import Namespace
 from lab.process import PATIENCE, LabError, Process, wait_until
 
 DAEMONS: Final = Path("/usr/lib/frr")
-READY_SECONDS = PATIENCE
-KEEP_SECONDS: Final = 45  # that a zebra which starts leaves alone what an earlier one put into the kernel
+READY_SECONDS: Final = PATIENCE
+KEEP_SECONDS: Final = 60  # that a zebra which starts leaves alone what an earlier one put into the kernel
 START_ORDER: Final = ("zebra", "staticd", "bgpd")
 
 _PREPARE: Final = """

@@ -98,7 +98,7 @@ def configuration(number: int, near: Provider, far: Provider, *, fpm: bool) -> s
     """Linux' own forwarding has VRF devices of ours, named as FRR names the VRFs; ours has TUNs of the usual names, beside VRF devices of the host's own."""
     interface = "" if fpm else "interface = {}\n"
     vrfs = "".join(f"{name} {{ {interface.format(name)} table = {100 + vpn}\n members = ce-{name} }}\n" for name, vpn in CUSTOMERS.items())
-    feed = "fpm = yes\n fpm_settle = 20\n fpm_grace = 120" if fpm else ""
+    feed = "fpm = yes\n fpm_settle = 100\n fpm_grace = 300" if fpm else ""
     connection = label_connection("pe", near.wan4, far.wan4, children=ROUTING.format(own=number, other=3 - number))
     return CONFIGURATION.format(connection=connection, near=near.wan4, far=far.wan4, other=3 - number, fpm=feed, vrfs=vrfs)
 

@@ -23,7 +23,7 @@ from typing import Final, Self, TypeVar
 
 from lab import netns
 from lab.netns import NETNS_DIRECTORY, in_namespace
-from lab.process import LabError, Process, run
+from lab.process import PATIENCE, LabError, Process, run
 
 T = TypeVar("T")
 
@@ -35,7 +35,6 @@ ETHTOOL_GLINK: Final = 0xA
 IFF_UP: Final = 0x1
 IFF_RUNNING: Final = 0x40
 RTF_LOCAL: Final = 0x80000000
-SETTLE_SECONDS: Final = 30.0
 
 _NAME = re.compile(rf"^{PREFIX}(\d+)-\d+-")
 _MAY_ADD_IPV6 = re.compile(r"^addr\w* (add|replace) \S*:|\bup\b")
@@ -128,7 +127,7 @@ def _settle() -> None:
 
     linkwatch_event acts upon a carrier; addrconf_dad_work puts in the local route of an IPv6 address, on a link whose carrier was acted upon.
     """
-    limit = time.monotonic() + SETTLE_SECONDS
+    limit = time.monotonic() + PATIENCE
     while unsettled := _without_carrier() | _without_local_route():
         if time.monotonic() > limit:
             raise LabError(f"no carrier or local route yet: {unsettled}")

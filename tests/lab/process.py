@@ -17,8 +17,9 @@ T = TypeVar("T")
 
 LONGEST_PAUSE: Final = 0.1  # seconds after a probe that took long: the rest of the time is for what is awaited
 
-PATIENCE: Final = 30.0  # seconds for what should take one: beyond it nothing comes any more, however busy the machine
-STOP_SECONDS = PATIENCE  # an orderly stop deletes its SAs first; what takes longer hangs
+EMULATION: Final = 3 if os.environ.get("REALKERNEL_GUEST") else 1  # how many times longer things may take here
+PATIENCE: Final = 30.0 * EMULATION  # seconds for what should take one: beyond it nothing comes any more, however busy the machine
+STOP_SECONDS: Final = PATIENCE  # an orderly stop deletes its SAs first; what takes longer hangs
 
 
 class LabError(RuntimeError):

@@ -5,23 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-import lab.frr
-import lab.gateway
-import lab.libreswan
-import lab.openiked
 import lab.process
-import lab.strongswan
 import pytest
 from lab.forks import fork_servers
 
-EMULATION = 3  # how many times longer things may take in the guest
-
 collect_ignore_glob = [] if os.environ.get("REALKERNEL_GUEST") else ["test_*.py"]
-
-if os.environ.get("REALKERNEL_GUEST"):
-    for module in (lab.frr, lab.gateway, lab.libreswan, lab.openiked, lab.strongswan):
-        module.READY_SECONDS *= EMULATION
-    lab.process.STOP_SECONDS *= EMULATION
 
 
 @pytest.fixture(scope="session", autouse=True)

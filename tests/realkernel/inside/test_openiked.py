@@ -29,7 +29,7 @@ def up(link: Pair) -> None:
 
 def carries(both: KernelPair) -> None:
     for side in Side:
-        assert both.link.ping(side, timeout=10.0).lost == 0
+        assert both.link.ping(side).lost == 0
     assert both.leaks() == []
 
 

@@ -28,7 +28,7 @@ def test_what_is_worn_out_is_replaced_and_nothing_is_lost() -> None:
         with link.datagrams_all_the_while(rate=100.0):
             wait_until(replaced, f"{SUCCESSORS} successors", 60.0, 0.1)
         assert both.leaks() == []
-        wait_until(lambda: [len(daemon.children()) for daemon in (link.a, link.b)] == [1, 1], "one CHILD_SA on either side", 30.0, 0.2)
+        wait_until(lambda: [len(daemon.children()) for daemon in (link.a, link.b)] == [1, 1], "one CHILD_SA on either side", interval=0.2)
 
 
 def test_what_reaches_its_hard_end_is_made_anew_by_the_next_packet() -> None:
@@ -39,7 +39,7 @@ def test_what_reaches_its_hard_end_is_made_anew_by_the_next_packet() -> None:
         link.carries_again()
         first = link.a.child().spi_in
         for _ in range(12):
-            link.ping(count=10)
-        wait_until(lambda: any(child.spi_in != first and child.state == "INSTALLED" for child in link.a.children()), "made anew", 30.0, 0.2)
+            link.ping(count=10, timeout=2.0)
+        wait_until(lambda: any(child.spi_in != first and child.state == "INSTALLED" for child in link.a.children()), "made anew", interval=0.2)
         link.carries_again()
         assert both.leaks() == []

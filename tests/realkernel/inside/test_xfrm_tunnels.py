@@ -23,7 +23,7 @@ PLAIN = {"encap": "no"}  # ESP without UDP
 )
 def test_with_our_userspace_kernel(a: DaemonFactory, b: DaemonFactory, esp: str, encap: str) -> None:
     with kernel_pair(a, b, Tunnel(esp_proposals=esp, start_a="trap", connection_options={"encap": encap})) as both:
-        assert both.link.ping(count=3, timeout=10.0).lost == 0
+        assert both.link.ping(count=3).lost == 0
         assert [child.encap for child in both.children()] == [encap == "yes"] * 2
         both.carries()
 
