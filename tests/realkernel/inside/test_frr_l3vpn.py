@@ -114,7 +114,7 @@ def everything() -> set[tuple[str, str]]:
 
 
 def test_customers_of_the_same_addresses_reach_their_own_and_no_other(pes: Pes) -> None:
-    assert pes.learned() == everything()
+    pes.until_learned(everything(), "all is said")
     for name, other in (("red", "blue"), ("blue", "red")):
         near = pes.lab.a.customers[name]
         with Capture(pes.lab.b.customers[other].host, "lan") as elsewhere:
@@ -146,7 +146,7 @@ def test_a_family_is_withdrawn_while_the_other_and_the_other_customer_stay(pes: 
     assert pes.passes("red", red4, PATIENCE)
     pes.ours.tell_of("red", "ipv6", told=True)
     pes.until("red", red6)
-    assert pes.learned() == everything()
+    pes.until_learned(everything(), "all is said again")
     assert pes.counters()["fpm_connections"] == connections
     assert pes.counters().get("fpm_swept", 0) == 0
 
@@ -160,7 +160,12 @@ def relabelled(pes: Pes, linux: int, ours: int) -> None:
     wait_until(lambda: f"encap mpls  {ours} " in pes.routes_in_linux("-6", "red"), "Linux sends the new label", PATIENCE, 0.2)
     for target in pes.targets("red"):
         pes.until("red", target)
-    assert {row["label"] for row in pes.lfib() if row.get("label") and row["owner"] == "fpm"} == {"1114", str(ours), "1124", "1126"}
+    wait_until(
+        lambda: {row["label"] for row in pes.lfib() if row.get("label") and row["owner"] == "fpm"} == {"1114", str(ours), "1124", "1126"},
+        "the LFIB has no other label",
+        PATIENCE,
+        0.2,
+    )
     wait_until(lambda: pes.labels_in_linux() == {str(linux), "1216", "1224", "1226"}, "Linux has the new label and not the old", PATIENCE, 0.2)
 
 
@@ -181,7 +186,7 @@ def test_a_killed_bgpd_takes_its_labels_along_and_brings_them_back(pes: Pes) -> 
     assert not pes.passes("red", pes.targets("red")[0])
     pes.ours.frr.start_daemon("bgpd")
     pes.until_all()
-    assert pes.learned() == everything()
+    pes.until_learned(everything(), "all is said again")
     assert pes.counters()["fpm_connections"] == connections
 
 
@@ -195,7 +200,7 @@ def test_our_pe_is_killed_and_zebra_says_everything_again(pes: Pes) -> None:
     gateway.kill()
     gateway.start()
     pes.until_all()
-    assert pes.learned() == everything()
+    pes.until_learned(everything(), "all is said again")
     near, far = pes.lab.a.customers["red"], pes.lab.b.customers["red"]
     assert pes.wire.clear_packets((near.net4, near.net6, far.net4, far.net6, *SESSIONS)) == []
     assert pes.wire.labelled() == 0
@@ -220,7 +225,7 @@ def test_what_is_no_fpm_or_ends_amid_a_message_costs_no_packet(pes: Pes) -> None
     pes.linux.tell_of("blue", "ipv4", told=True)
     pes.until("blue", pes.targets("blue")[0])
     assert [it.lost() for it in running] == [0, 0]
-    assert pes.learned() == everything()
+    pes.until_learned(everything(), "all is said again")
 
 
 def test_an_frr_that_crashes_and_comes_back_costs_no_packet(pes: Pes) -> None:
@@ -243,4 +248,4 @@ def test_an_frr_that_crashes_and_comes_back_costs_no_packet(pes: Pes) -> None:
     pes.linux.frr.revive()
     pes.until_all()
     assert [it.lost() for it in running] == [0, 0, 0]
-    assert pes.learned() == everything()
+    pes.until_learned(everything(), "all is said again")
