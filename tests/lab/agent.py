@@ -20,7 +20,7 @@ BUFFER_BYTES: Final = 8 << 20
 SO_RCVBUFFORCE: Final = 33
 SO_SNDBUFFORCE: Final = 32
 LOST_SECONDS: Final = 10.0  # without an acknowledgement, and what is under way counts as lost
-LAST_SECONDS: Final = 1.0  # the last datagrams of a stream that ended early are acknowledged only if they complete a number
+LAST_SECONDS: Final = 1.0  # likewise for a stream that ended early: its last datagrams are acknowledged only if they complete a number
 ROUNDS: Final = 16  # between looks whether a stream is to end
 LISTED: Final = 50  # numbers that a report lists of what is missing or out of order
 PATTERN_BYTES: Final = 1 << 20
@@ -160,7 +160,7 @@ def udp_source(control: int, settings: Settings) -> None:
             sock.bind((address, 0))
         socks.append(sock)
     filler = _pattern(size - DATAGRAM.size)
-    refused = sent = 0
+    refused, sent, patience = 0, 0, LOST_SECONDS
     _say(control, ready=True)
     begin = time.monotonic()
     patience = LOST_SECONDS
