@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -118,9 +119,7 @@ class Gateway(Daemon):
 
     def kill_shim(self) -> None:
         """Returns when it is gone; by then vpnd, where it starts the shim, may have started another."""
-        killed = set(self.shim_pids())
-        for pid in killed:
-            os.kill(pid, signal.SIGKILL)
+        killed = self._signal_shim(signal.SIGKILL)
         if self.shim is not None:
             self.shim.wait()
         wait_until(lambda: killed.isdisjoint(self.shim_pids()), "the shim is gone")
@@ -143,9 +142,16 @@ class Gateway(Daemon):
             status = self.shim.stop()
             if status:
                 raise LabError(f"kernel-shim ended with status {status}\n{self.log()}")
-        for pid in self.shim_pids():
-            os.kill(pid, signal.SIGTERM)
+        self._signal_shim(signal.SIGTERM)
         wait_until(lambda: not self.shim_pids(), "the shim has ended")
+
+    def _signal_shim(self, number: signal.Signals) -> set[int]:
+        """The processes that were there."""
+        pids = set(self.shim_pids())
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):  # one that vpnd started ends with it
+                os.kill(pid, number)
+        return pids
 
     def vpnctl(self, *arguments: str, check: bool = True) -> str:
         """Run vpnctl against this daemon; its output."""
