@@ -160,7 +160,7 @@ def udp_source(control: int, settings: Settings) -> None:
             sock.bind((address, 0))
         socks.append(sock)
     filler = _pattern(size - DATAGRAM.size)
-    refused, sent, patience = 0, 0, LOST_SECONDS
+    refused = sent = 0
     _say(control, ready=True)
     begin = time.monotonic()
     patience = LOST_SECONDS
