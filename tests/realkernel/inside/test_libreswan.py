@@ -16,7 +16,6 @@ from realkernel.kernel_gateways import KernelPair, kernel_pair, xfrm
 pytestmark = [pytest.mark.realkernel, pytest.mark.timeout(600)]  # its start and each order to it takes seconds under emulation
 
 SECONDS = 60.0  # for what takes less than one on a machine that is not emulated
-ANSWER = 25.0  # for an exchange; the control socket waits for 30
 
 
 def carries(both: KernelPair) -> None:
@@ -47,7 +46,7 @@ def test_either_side_begins_and_rekeys() -> None:
         ours, theirs = both.link.a, both.link.b
         assert isinstance(ours, Gateway)
         assert isinstance(theirs, Libreswan)
-        ours.initiate(timeout=ANSWER)
+        ours.initiate(timeout=SECONDS)
         carries(both)
         for by in (ours, theirs):
             rekeyed(ours, theirs, by)
@@ -84,7 +83,7 @@ def test_an_address_changes(ours: Side) -> None:
     with kernel_pair(*((xfrm, staying) if ours is Side.A else (moving, xfrm)), tunnel) as both:
         link = both.link
         a, b = link.sites.a, link.sites.b
-        link.a.initiate(timeout=ANSWER)
+        link.a.initiate(timeout=SECONDS)
         link.b.wait_child(timeout=SECONDS)
         carries(both)
         before = [(child.spi_in, child.spi_out) for child in link.children()]
