@@ -50,12 +50,13 @@ async def local_addresses() -> list[IPAddress]:
 
 
 async def watch_addresses(changed: Callable[[], None]) -> None:
-    """Call `changed` for every change of the host's addresses, links and routes (but those of ours), until cancelled.
+    """Call `changed` for every change of the host's addresses, links and routes (but those of ours), until cancelled, and first when it begins to watch.
 
     Messages are only a hint to look again. OSError when some were lost.
     """
     async with _netlink() as route:
         await route.bind(RTMGRP_WATCHED)
+        changed()  # who looked before may have missed something
         while True:
             async for message in route.get():
                 if message.get("proto") != ROUTE_PROTOCOL:

@@ -149,11 +149,10 @@ class Listening:
             await asyncio.gather(watcher, return_exceptions=True)
 
     async def _watch(self) -> None:
-        """Watch on after whatever ends the watching: a full socket buffer (ENOBUFS) does, and then changes were missed."""
+        """Watch on after whatever ends the watching: a full socket buffer (ENOBUFS) does. Each watch begins with a look for what was missed."""
         while True:
             try:
                 await watch_addresses(self._changed.set)
             except OSError as error:
                 log.warning("watching of addresses begins anew", error=explained(error))
             await asyncio.sleep(RETRY)
-            self._changed.set()
