@@ -67,7 +67,7 @@ class Namespace:
         return ["ip", "netns", "exec", self.name, *argv]
 
     def run(
-        self, argv: Sequence[str], *, check: bool = True, timeout: float = 60.0, text_input: str | None = None, env: Mapping[str, str] | None = None
+        self, argv: Sequence[str], *, check: bool = True, timeout: float = 2 * PATIENCE, text_input: str | None = None, env: Mapping[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
         return run(self.argv(argv), check=check, timeout=timeout, text_input=text_input, env=env)
 

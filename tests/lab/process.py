@@ -58,7 +58,7 @@ def _server_of(argv: Sequence[str]) -> ForkServer | None:
 
 
 def run(
-    argv: Sequence[str], *, check: bool = True, timeout: float = 60.0, text_input: str | None = None, env: Mapping[str, str] | None = None
+    argv: Sequence[str], *, check: bool = True, timeout: float = 2 * PATIENCE, text_input: str | None = None, env: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run to the end. LabError with both outputs when the exit status is not 0 and `check` is set."""
     server = _server_of(argv) if text_input is None else None

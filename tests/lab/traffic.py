@@ -285,7 +285,7 @@ class TcpStream:
         self._agent.close()
 
 
-def tcp_bulk(host: Namespace, target: IPAddress, port: int, *, size: int = 8 << 20, seconds: float = 0.0, timeout: float = 60.0) -> BulkResult:
+def tcp_bulk(host: Namespace, target: IPAddress, port: int, *, size: int = 8 << 20, seconds: float = 0.0, timeout: float = 2 * PATIENCE) -> BulkResult:
     """Send `size` bytes, or as many as go in `seconds`, and have them checked."""
     stream = TcpStream(host, target, port, size=size if not seconds else 1 << 50, seconds=seconds, timeout=timeout)
     stream.wait_connected()

@@ -12,6 +12,7 @@ from ipaddress import IPv4Address, IPv4Network
 from typing import Any
 
 from lab.namespaces import Lab, Namespace
+from lab.process import PATIENCE
 
 from kernel_shim.algorithms import EncryptionId, EspAlgorithm
 from kernel_shim.channel.xfrm import XfrmChannel
@@ -68,7 +69,7 @@ def within(namespace: Namespace, body: Callable[[XfrmChannel, list[KernelEvent]]
         channel.on_event(events.append)
         await channel.open()
         try:
-            async with asyncio.timeout(120):
+            async with asyncio.timeout(4 * PATIENCE):
                 await body(channel, events)
         finally:
             await channel.flush_policies()

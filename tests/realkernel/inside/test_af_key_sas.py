@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from lab.namespaces import Namespace
+from lab.process import PATIENCE
 from realkernel.kernel_ends import FAR, HELD, HERE, NEAR, PEER, REQID, SPI, TRAP, Ends, Sink, send, two_ends, until
 from xfrm_support import is_gone
 
@@ -80,7 +81,7 @@ def within(namespace: Namespace, body: Callable[[AfKeyChannel, list[KernelEvent]
         channel.on_event(events.append)
         await channel.open()
         try:
-            async with asyncio.timeout(200):
+            async with asyncio.timeout(4 * PATIENCE):
                 await body(channel, events)
         finally:
             await channel.flush_policies()
