@@ -17,6 +17,7 @@ from lab.topology import WAN
 
 CUSTOMERS: Final = ("red", "blue", "green")
 SUBNET4: Final = IPv4Network("10.0.0.0/24")
+ASKED: Final = 1000  # times, one a second, who has an address
 SUBNET6: Final = IPv6Network("fd00:c::/64")
 
 
@@ -93,6 +94,8 @@ def _provider(lab: Lab, letter: str, number: int, halvings: int) -> Provider:
     for name in CUSTOMERS:
         host, member = lab.namespace(f"{name}-{letter}"), f"ce-{name}"
         lab.veth(host, "lan", gateway, member)
+        # A PE is silent while it has no way: a host that would give up asking loses a packet that it sends just when there is one again.
+        host.sysctl(ipv4__neigh__lan__mcast_solicit=ASKED)
         customer = Customer(name, host, net4[10], net6[0x10], member, net4, net6)
         gateway.ip(f"addr add {net4[1]}/{net4.prefixlen} dev {member}", f"addr add {net6[1]}/{net6.prefixlen} dev {member} nodad")
         gateway.sysctl(**{f"ipv4__conf__{member}__proxy_arp": 1, f"ipv4__conf__{member}__send_redirects": 0})
