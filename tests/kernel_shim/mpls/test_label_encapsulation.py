@@ -33,7 +33,7 @@ def test_headers_as_scapy_reads_them() -> None:
 
 
 def test_optional_fields_of_gre_are_passed_over() -> None:
-    wire = bytes(GRE(proto=0x8847, chksum_present=1, key_present=1, seqnum_present=1, key=7, seqence_number=9) / Raw(STACK))
+    wire = bytes(GRE(proto=0x8847, chksum_present=1, key_present=1, seqnum_present=1, key=7, sequence_number=9) / Raw(STACK))
     begin, end = begin_of_stack(Encapsulation.GRE, wire)
     assert wire[begin:end] == STACK
     damaged = wire[:-1] + bytes((wire[-1] ^ 1,))
