@@ -8,6 +8,7 @@ import pytest
 from bench.channel_drift import over_linux, over_our_shim
 
 
+@pytest.mark.virtual_time
 async def test_no_drift_is_left_after_losses_cuts_and_a_hand_in_the_kernel(tmp_path: Path) -> None:
     outcome = await over_our_shim(tmp_path, tunnels=40, disturbances=4, seed=3, pause=0.25)
     assert outcome.drift == 0, outcome
