@@ -90,6 +90,7 @@ def replaced_by_peer(session: Session, old: Child, new: Child) -> None:
         if ours is not None and ours.lowest < new.lowest:
             # until the peer has our answer it can send and receive by ours alone
             session.retire(ours, Reason.REKEYED, answered=True)
+            _put_off_deletion(session, old)
         else:
             _leave_to_peer(session, new)
             new.redundant = True
@@ -223,9 +224,22 @@ def refused_by_kernel(session: Session, child: Child) -> None:
             _call_off_deletion(session, other)
 
 
-def _call_off_deletion(session: Session, child: Child) -> None:
+def _put_off_deletion(session: Session, old: Child) -> None:
+    """The peer deletes it, once it has our answer. From a delete that came before strongSwan 5.9 would take that ours stays."""
+    deletion = _deletion_of(session, old)
+    if deletion is not None and deletion in session.queue:
+        session.queue.remove(deletion)
+        session.retire(old, Reason.REKEYED, answered=True)
+
+
+def _deletion_of(session: Session, child: Child) -> Task | None:
+    """The one that is not on the wire yet."""
     waiting = (*session.queue, *session.postponed)
-    deletion = next((task for task in waiting if task.name == "CHILD_DELETE" and task.target == child.sa.id), None)
+    return next((task for task in waiting if task.name == "CHILD_DELETE" and task.target == child.sa.id), None)
+
+
+def _call_off_deletion(session: Session, child: Child) -> None:
+    deletion = _deletion_of(session, child)
     if deletion is None:
         return
     if deletion in session.postponed:

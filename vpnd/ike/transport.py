@@ -95,7 +95,11 @@ class Transport(Protection):
         # RFC 7296 section 2.25.2: while the peer makes a CHILD_SA, the IKE SA is not rekeyed; while it rekeys the IKE SA, nothing is made on it
         if any(followup.of_ike for followup in self.followups.values()):
             return self.queue[0].name in ("IKE_DELETE", "IKE_DPD", CONFIRM)
-        return (self._serving is None and not self.followups) or self.queue[0].name != "IKE_REKEY"
+        name = self.queue[0].name
+        # what is being worked at may rekey that CHILD_SA: strongSwan 5.9 judges by which one comes first, our answer or the delete
+        if self._serving is not None and name in ("IKE_REKEY", "CHILD_DELETE"):
+            return False
+        return not self.followups or name != "IKE_REKEY"
 
     def _start_next(self) -> None:
         # a step that installs SAs may be cut short by the kernel, so nothing else hangs on it

@@ -75,6 +75,31 @@ def test_one_side_has_rekeyed_the_child_before_it_sees_the_other_request(first: 
 
 
 @pytest.mark.parametrize("loser", ["a", "b"])
+@pytest.mark.parametrize("slow", ["a", "b"])
+def test_the_delete_follows_the_answer_that_waits_for_the_kernel(slow: str, loser: str) -> None:
+    """strongSwan 5.9 drops what it made when it hears of the old one's end first, whatever the nonces say: then that must be what is redundant."""
+    pair = make_pair(loser)
+    collide(pair, rekey_child, rekey_child)
+    peer, other = (pair.a, pair.b) if slow == "a" else (pair.b, pair.a)
+    peer.hold_spis = True
+    deliver(pair, other.name)  # <-- CREATE_CHILD_SA { N(REKEY_SA(old)), SA, Ni2, ... }, for which there is no SPI yet
+    deliver(pair, slow)  # CREATE_CHILD_SA { N(REKEY_SA(old)), SA, Ni1, ... } -->
+    deliver(pair, other.name)  # <-- CREATE_CHILD_SA { SA, Nr1, ... }
+    invariants(pair)
+    while pair.tick():
+        pass
+    assert pair.flight == []
+    peer.hold_spis = False
+    peer.give_spis(pair.now)
+    while pair.tick():
+        pass
+    # CREATE_CHILD_SA { SA, Nr2, ... } -->, and by the winner INFORMATIONAL { D(old) } -->
+    sent = [f"{slow}: CREATE_CHILD_SA response", f"{slow}: INFORMATIONAL request"]
+    assert [str(datagram).rpartition(" ")[0] for datagram in pair.flight] == sent[: 1 if slow == loser else 2]
+    one_child_of(pair, loser)
+
+
+@pytest.mark.parametrize("loser", ["a", "b"])
 @pytest.mark.parametrize("lost", range(8))
 @pytest.mark.parametrize("repeated", [False, True], ids=["lost", "repeated"])
 @pytest.mark.parametrize("acts", [rekey_child, rekey_ike], ids=["child", "ike"])
