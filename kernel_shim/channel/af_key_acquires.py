@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Final
 
-from kernel_shim.channel.larval import MAX_ACQUIRES, Removal
+from kernel_shim.channel.larval import MAX_ACQUIRES, Refusals, Removal
 from kernel_shim.channel.look import Look
 from kernel_shim.channel.pfkey_link import PfKeyLink
 from kernel_shim.channel.standing import StandingPolicies
@@ -57,7 +57,7 @@ class AfKeyAcquires:
         self._to: dict[tuple[IPAddress, ReqId], set[_Ends]] = {}  # those of `_larval` by all that an EXPIRE tells
         self._next_found = FIRST_FOUND
         self._removal = Removal()
-        self._unfinished: dict[AcquireSequence, _Ends] = {}  # failed, and to be asked again
+        self._refusals: Refusals[_Ends] = Refusals(lambda ends: self.drop(*ends))
         self._look = Look(self.read, "af-key-acquires")
         self._reading = 0  # dumps under way
         self._ended: set[_Ends] = set()  # meanwhile: the dumps may show them still
@@ -84,16 +84,12 @@ class AfKeyAcquires:
 
     async def failed(self, sequence: AcquireSequence) -> None:
         """KernelError or TimeoutError when the larval SA may stand still: this is to be asked again."""
-        event, ends = self._known.get(sequence), self._unfinished.pop(sequence, None)
-        if ends is None and event is not None and event.source is not None and event.destination is not None:
-            ends = event.source, event.destination, event.mode, event.reqid
+        event, known = self._known.get(sequence), None
+        if event is not None and event.source is not None and event.destination is not None:
+            known = event.source, event.destination, event.mode, event.reqid
+        ends = await self._refusals.refuse(sequence, known)
         if ends is None:
             return
-        try:
-            await self.drop(*ends)
-        except BaseException:
-            self._unfinished[sequence] = ends  # whatever else is heard of that ACQUIRE
-            raise
         self._known.pop(sequence, None)
         standing = self._larval.get(ends)
         if standing is None or standing.number == sequence:  # else the packet that waits has asked anew meanwhile

@@ -7,9 +7,11 @@ import errno
 import secrets
 from collections.abc import Awaitable, Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Generic, TypeVar
 
-from kernel_shim.model import KernelError, Spi
+from kernel_shim.model import AcquireSequence, KernelError, Spi
+
+T = TypeVar("T")
 
 MAX_ACQUIRES: Final = 65536  # remembered, so that their larval SAs can be removed; beyond it the oldest expire by themselves
 TRIES: Final = 5  # to remove a larval SA, each of which leaves another when its answer was lost
@@ -50,6 +52,26 @@ class Removal:
             these.users -= 1
             if not these.users and not these.left:
                 del self._of[ends]
+
+
+class Refusals(Generic[T]):
+    """ACQUIREs that nothing comes of; `drop` removes the larval SA of one, whose name T is."""
+
+    def __init__(self, drop: Callable[[T], Awaitable[None]]) -> None:
+        self._drop = drop
+        self._unfinished: dict[AcquireSequence, T] = {}  # failed, and to be asked again
+
+    async def refuse(self, sequence: AcquireSequence, known: T | None) -> T | None:
+        """What was dropped, None if nobody knows. What `drop` raises comes out: then this is to be asked again, whatever else is heard of that ACQUIRE."""
+        larval = self._unfinished.pop(sequence, known)
+        if larval is None:
+            return None
+        try:
+            await self._drop(larval)
+        except BaseException:
+            self._unfinished[sequence] = larval
+            raise
+        return larval
 
 
 async def _claim_and_delete(claim: Callable[[Spi], Awaitable[Spi]], delete: Callable[[Spi], Awaitable[None]], left: set[Spi]) -> None:

@@ -6,7 +6,7 @@ import errno
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 
-from kernel_shim.channel.larval import MAX_ACQUIRES, Removal
+from kernel_shim.channel.larval import MAX_ACQUIRES, Refusals, Removal
 from kernel_shim.channel.look import Look
 from kernel_shim.channel.netlink import NetlinkSocket
 from kernel_shim.channel.standing import StandingPolicies
@@ -34,7 +34,7 @@ class XfrmAcquires:
         self._counters = counters
         self._known: OrderedDict[AcquireSequence, Acquire] = OrderedDict()
         self._removal = Removal()
-        self._unfinished: dict[AcquireSequence, Larval] = {}  # failed, and to be asked again
+        self._refusals = Refusals(self.drop)
         self._look = Look(self.read, "xfrm-acquires")
         self._reading = 0  # dumps under way
         self._ended: set[AcquireSequence] = set()  # meanwhile: the dumps may show them still
@@ -54,15 +54,8 @@ class XfrmAcquires:
 
     async def failed(self, sequence: AcquireSequence) -> None:
         """KernelError or TimeoutError when the larval SA may stand still: this is to be asked again."""
-        larval = self._unfinished.pop(sequence, None) or self._larval_of(sequence)
-        if larval is None:
-            return
-        try:
-            await self.drop(larval)
-        except BaseException:
-            self._unfinished[sequence] = larval  # whatever else is heard of that ACQUIRE
-            raise
-        self.answered(sequence)
+        if await self._refusals.refuse(sequence, self._larval_of(sequence)) is not None:
+            self.answered(sequence)
 
     def _larval_of(self, sequence: AcquireSequence) -> Larval | None:
         event = self._known.get(sequence)

@@ -23,14 +23,13 @@ from realkernel.kernel_gateways import XfrmGateway, kernel_pair, xfrm
 
 from kernel_shim.channel.xfrm import XfrmChannel
 from kernel_shim.model import Acquire, AddressRange, KernelEvent, ReqId
-from kernel_shim.xfrm.constants import Group
+from kernel_shim.xfrm.constants import NETLINK_XFRM, Group
 
 pytestmark = pytest.mark.realkernel
 
 POLICIES = 100
 FLOOD = 200  # ACQUIREs: more than an event socket of the smallest size holds
 PIDFD_GETFD = 438  # pidfd_getfd(2)
-NETLINK_XFRM = 6
 
 
 @pytest.fixture
